@@ -1,0 +1,145 @@
+"""The operations as functions, in the style of `torch.nn.functional`.
+
+Each checks its arguments, chooses an implementation (`impl`, or `FASTGATE_IMPL` where `impl="auto"`) and calls it.
+"""
+
+from torch import Tensor
+
+from fastgate.ops.dispatch import resolve_impl
+from fastgate.ops.gate_head import check_window, gate_head_torch
+from fastgate.ops.gated_residual import gated_residual_torch
+
+__all__ = ["gate_head", "gated_residual"]
+
+
+def gate_head(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    fc2_weight: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    window: str = "clipped",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Decide which of `out` gates are open for each sample (Table 1 of the paper, with Eq. 4 and 5).
+
+    With f = mean over H, W of x, or x flattened, whichever `fc1_weight` fits::
+
+        logits    = relu(batch_norm(f @ fc1_weight.T + fc1_bias)) @ fc2_weight.T + fc2_bias
+        decisions = 1 where logits > 0, else 0
+        backward:   dlogits = grad_logits + window(logits, grad_decisions)
+
+    Without `fc2_weight` the head has one layer: logits = f @ fc1_weight.T + fc1_bias.
+
+    Args:
+        x: features `[N, C, H, W]`, any floating dtype, NCHW or channels_last.
+        fc1_weight: `[hidden, C]` (pooled) or `[hidden, C*H*W]` (flattened); with one layer, `hidden` is `out`. The head
+            computes in this tensor's dtype.
+        fc1_bias: `[hidden]` or None.
+        bn_weight: `[hidden]` or None, as in `torch.nn.functional.batch_norm`; so are the next three.
+        bn_bias: `[hidden]` or None.
+        running_mean: `[hidden]`, updated in place when training; None where none are kept.
+        running_var: `[hidden]`, updated in place when training (with the unbiased variance).
+        fc2_weight: `[out, hidden]`, or None for a head of one layer.
+        fc2_bias: `[out]` or None.
+        training: use batch statistics and update the running ones; else use the running ones.
+        momentum: weight of the new statistics in the running ones.
+        eps: added to the variance.
+        window: where the gradient of a decision passes: `"clipped"` (Eq. 5), `"restoring"` or `"identity"`.
+        impl: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns:
+        decisions and logits, both `[N, out]` in the dtype of `fc1_weight`.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown window or implementation, one sample in training (its batch
+            variance is undefined).
+        TypeError: `x` is not a floating-point tensor.
+    """
+    check_window(window)
+    resolve_impl(impl, "gate_head")
+    if x.dim() != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}; convert the images first")
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    if fc1_weight.dim() != 2 or fc1_weight.shape[1] not in (channels, channels * pixels):
+        raise ValueError(
+            f"fc1_weight: expected [hidden, {channels}] (pooled) or [hidden, {channels * pixels}] (flattened) for x of "
+            f"{list(x.shape)}, got {list(fc1_weight.shape)}"
+        )
+    hidden = fc1_weight.shape[0]
+    if fc2_weight is not None:
+        if fc2_weight.dim() != 2 or fc2_weight.shape[1] != hidden:
+            raise ValueError(f"fc2_weight: expected [out, {hidden}], got {list(fc2_weight.shape)}")
+        if not training and (running_mean is None or running_var is None):
+            raise ValueError("running_mean, running_var: expected tensors when training=False, got None")
+        if training and x.shape[0] < 2:
+            raise ValueError(
+                "x: expected at least 2 samples in training (batch statistics), got 1; drop the last short batch"
+            )
+    for name, vector, size in (
+        ("fc1_bias", fc1_bias, hidden),
+        ("bn_weight", bn_weight, hidden),
+        ("bn_bias", bn_bias, hidden),
+        ("running_mean", running_mean, hidden),
+        ("running_var", running_var, hidden),
+        ("fc2_bias", fc2_bias, None if fc2_weight is None else fc2_weight.shape[0]),
+    ):
+        if vector is not None and (size is None or vector.shape != (size,)):
+            expected = "None without fc2_weight" if size is None else f"[{size}]"
+            raise ValueError(f"{name}: expected {expected}, got {list(vector.shape)}")
+    return gate_head_torch(
+        x,
+        fc1_weight,
+        fc1_bias,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        fc2_weight,
+        fc2_bias,
+        training,
+        momentum,
+        eps,
+        window,
+    )
+
+
+def gated_residual(
+    shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool = True, impl: str = "auto"
+) -> Tensor:
+    """Add a gated branch to its shortcut: y = relu(shortcut + gate * branch).
+
+    Args:
+        shortcut: `[N, C, H, W]`.
+        branch: `[N, C, H, W]`, the same shape and device.
+        gate: 0 or 1 per sample (`[N]` or `[N, 1, 1, 1]`) or per channel (`[N, C]` or `[N, C, 1, 1]`).
+        relu: apply the ReLU; without it y = shortcut + gate * branch.
+        impl: `"auto"`, `"triton"` or `"torch"`.
+
+    Returns:
+        y `[N, C, H, W]`.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    resolve_impl(impl, "gated_residual")
+    if shortcut.dim() != 4 or branch.shape != shortcut.shape:
+        raise ValueError(
+            f"shortcut, branch: expected the same [N, C, H, W], got {list(shortcut.shape)} and {list(branch.shape)}"
+        )
+    n, c = shortcut.shape[:2]
+    if gate.shape not in ((n,), (n, 1), (n, c), (n, 1, 1, 1), (n, c, 1, 1)):
+        raise ValueError(
+            f"gate: expected [{n}], [{n}, 1, 1, 1], [{n}, {c}] or [{n}, {c}, 1, 1], got {list(gate.shape)}"
+        )
+    return gated_residual_torch(shortcut, branch, gate.reshape(n, -1, 1, 1), relu)

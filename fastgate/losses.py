@@ -1,0 +1,79 @@
+"""Losses on gate decisions: scalars with graph, computed from the decisions of the last forward.
+
+Each takes a model or an iterable of gates. The paper's objective is Eq. 10:
+task + lambda_polar * polarization + lambda_act * activation.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.gates import Gate, named_gates
+
+GateSource = nn.Module | Iterable[Gate]
+
+
+def gate_means(gates: GateSource) -> dict[str, Tensor]:
+    """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
+
+    An iterable of gates is named by position: "0", "1", ...
+
+    Raises:
+        ValueError: there is no gate, or one has not run yet.
+    """
+    if isinstance(gates, nn.Module):
+        named = dict(named_gates(gates))
+    else:
+        named = {str(i): gate for i, gate in enumerate(gates)}
+    if not named:
+        raise ValueError("expected a model with gates, got none; add them with fastgate.attach(model, 'layer')")
+    means = {}
+    for name, gate in named.items():
+        if gate.decisions is None:
+            raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
+        means[name] = gate.decisions.reshape(-1, gate.gates).mean(0)
+    return means
+
+
+def polarization(gates: GateSource) -> Tensor:
+    """Disagreement of the samples: mean over gates of g (1 - g), g the mean decision (Eq. 8; Eq. 9 for channels).
+
+    0 where all samples agree, at most 0.25. For channels the mean over a gate's channels comes first. The mini-batch
+    mean stands for the mean over the data.
+    """
+    return torch.stack([(g * (1 - g)).mean() for g in gate_means(gates).values()]).mean()
+
+
+def activation(gates: GateSource) -> Tensor:
+    """Mean over gates of the mean decision (Eq. 11); for channels the mean over a gate's channels comes first."""
+    return torch.stack([g.mean() for g in gate_means(gates).values()]).mean()
+
+
+def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None = None) -> Tensor:
+    """(open fraction - target)^2, the fraction weighted by what each gate (channel) switches.
+
+    fraction = sum(costs * g) / sum(costs), g the mean decisions, so it is the share of the *gated* work; what ungated
+    layers cost is not in it.
+
+    Args:
+        gates: a model or an iterable of gates.
+        target: wanted fraction, 0 to 1.
+        costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) alike.
+
+    Raises:
+        ValueError: a target outside 0 to 1, or costs of other gates than the model's.
+    """
+    if not 0 <= target <= 1:
+        raise ValueError(f"target: expected a fraction between 0 and 1, got {target}")
+    means = gate_means(gates)
+    if costs is None:
+        costs = {name: torch.ones_like(g) for name, g in means.items()}
+    elif costs.keys() != means.keys():
+        raise ValueError(
+            f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)}; compute them for this model with "
+            "fastgate.gate_costs(model, input_size)"
+        )
+    total = sum(float(c.sum()) for c in costs.values())
+    used = torch.stack([(g * costs[name].to(g)).sum() / total for name, g in means.items()]).sum()
+    return (used - target) ** 2

@@ -1,0 +1,146 @@
+"""The residual block that all networks here share: with a gate, without one, and after compaction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate import functional
+from fastgate.gates import Gate, LayerGate
+
+POSITIONS = ("middle", "before", "after")
+
+
+class ResidualBlock(nn.Module):
+    """y = activation(shortcut(x) + gate * branch(x)), the branch a chain of named child modules.
+
+    A layer gate decides from x and multiplies the branch's result. A channel gate decides from the features that it
+    multiplies: before the branch module number `gate_at`, or after the whole branch where `gate_at` is its length.
+
+    Args:
+        modules: the children by name, in the order in which they are registered.
+        branch: names of the children that form the branch, in the order they run; a name may occur twice (a ReLU).
+        shortcut: name of the child on the shortcut, None for the identity.
+        activation: name of the child applied to the sum, None for none.
+        gate: a layer gate, a channel gate, or None.
+        gate_at: where a channel gate acts; ignored otherwise.
+        input_nonnegative: x is known to be >= 0 (it comes out of a ReLU), so relu(x) = x.
+    """
+
+    in_index: Tensor | None
+    out_index: Tensor | None
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        branch: Sequence[str],
+        shortcut: str | None,
+        activation: str | None,
+        *,
+        gate: Gate | None = None,
+        gate_at: int = 0,
+        input_nonnegative: bool = False,
+    ) -> None:
+        super().__init__()
+        self.branch = list(branch)
+        self.shortcut_name = shortcut
+        self.activation_name = activation
+        self.gate_at = gate_at
+        self.input_nonnegative = input_nonnegative
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.gate = gate
+        # set by compaction: which channels go on at `gate_at`, and which channels of the sum the branch adds to
+        self.register_buffer("in_index", None)
+        self.register_buffer("out_index", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the block for x `[N, C, H, W]`."""
+        shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
+        gate_last = self.gate is not None and (isinstance(self.gate, LayerGate) or self.gate_at == len(self.branch))
+        y = x
+        for i, name in enumerate(self.branch):
+            if i == self.gate_at and self.gate is not None and not gate_last:
+                y = y * self.gate(y)
+            elif i == self.gate_at and self.in_index is not None:
+                y = y.index_select(1, self.in_index)
+            y = getattr(self, name)(y)
+        relu = self.activation_name is not None and type(getattr(self, self.activation_name)) is nn.ReLU
+        if self.gate is not None and gate_last:
+            decision = self.gate(x if isinstance(self.gate, LayerGate) else y)
+            y = functional.gated_residual(shortcut, y, decision, relu=relu, impl=self.gate.impl)
+        elif self.out_index is not None:
+            y = shortcut.index_add(1, self.out_index, y.to(shortcut.dtype))
+        else:
+            y = shortcut + y
+        if self.activation_name is None or (relu and gate_last):
+            return y
+        return getattr(self, self.activation_name)(y)
+
+    def branch_convs(self) -> list[tuple[int, str, nn.Conv2d]]:
+        """The branch's convolutions as (place in the branch, name, module), in the order they run."""
+        found = []
+        for i, name in enumerate(self.branch):
+            module = getattr(self, name)
+            if isinstance(module, nn.Conv2d):
+                found.append((i, name, module))
+        return found
+
+    def cut_convs(self) -> list[tuple[str, nn.Conv2d, int]]:
+        """The convolutions that a channel gate at `gate_at` cuts, as (name, module, dimension of its weight).
+
+        Dimension 0 (outputs) of the last convolution before the gate, dimension 1 (inputs) of the first one behind it;
+        at the branch's start or end there is only one of them.
+        """
+        before = [(name, conv, 0) for at, name, conv in self.branch_convs() if at < self.gate_at]
+        behind = [(name, conv, 1) for at, name, conv in self.branch_convs() if at >= self.gate_at]
+        return before[-1:] + behind[:1]
+
+    def extra_repr(self) -> str:
+        """One line: the chain."""
+        return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
+
+
+class PadShortcut(nn.Module):
+    """The parameter-free shortcut of CIFAR ResNets (He et al., option A): subsample and pad with zero channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in, H, W] -> [N, out, ceil(H / stride), ceil(W / stride)]."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        low = (self.out_channels - self.in_channels) // 2
+        return nn.functional.pad(x, (0, 0, 0, 0, low, self.out_channels - self.in_channels - low))
+
+
+class EmptyConv2d(nn.Module):
+    """What is left of a chain of convolutions when the last one has no input channels: its bias, without any product.
+
+    The result does not depend on the sample, so it has batch size 1 and broadcasts.
+
+    Args:
+        out_channels: channels of the result.
+        geometry: (kernel_size, stride, padding, dilation) pairs of each convolution replaced, for the map's size.
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, out_channels: int, geometry: Sequence[Sequence[Any]], bias: bool) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.geometry = [[list(pair) for pair in conv] for conv in geometry]
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [1, out_channels, H', W']."""
+        size = [x.shape[2], x.shape[3]]
+        for kernel, stride, padding, dilation in self.geometry:
+            size = [
+                (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
+            ]
+        zeros = x.new_zeros(1, self.out_channels, size[0], size[1])
+        return zeros if self.bias is None else zeros + self.bias.to(x.dtype)[:, None, None]

@@ -1,0 +1,133 @@
+"""CIFAR ResNets (He et al., 2015, section 4.2; https://arxiv.org/abs/1512.03385) of depth 6n + 2, gated or plain."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastgate.models.attachment import attach
+from fastgate.models.block import PadShortcut, ResidualBlock
+
+WIDTHS = (16, 32, 64)
+BRANCH = ("conv1", "bn1", "relu", "conv2", "bn2")
+SHORTCUTS = ("conv", "pad")
+
+
+def basic_block(in_channels: int, out_channels: int, stride: int, shortcut: str) -> ResidualBlock:
+    """Two 3x3 convolutions with batch norm; a downsampling block has the asked-for shortcut, the others the identity."""
+    modules: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
+        "bn1": nn.BatchNorm2d(out_channels),
+        "relu": nn.ReLU(),
+        "conv2": nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+        "bn2": nn.BatchNorm2d(out_channels),
+    }
+    downsamples = stride != 1 or in_channels != out_channels
+    if downsamples and shortcut == "conv":
+        modules["shortcut"] = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
+    elif downsamples:
+        modules["shortcut"] = PadShortcut(in_channels, out_channels, stride)
+    return ResidualBlock(
+        modules, BRANCH, "shortcut" if downsamples else None, "relu", input_nonnegative=True
+    )
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet of depth 6n + 2: a 3x3 stem, three stages of n blocks with 16, 32 and 64 channels, a classifier.
+
+    Args:
+        depth: 6n + 2, for example 20, 32, 44, 56, 110.
+        num_classes: outputs.
+        in_channels: channels of the image.
+        shortcut: `"conv"` (1x1 convolution + batch norm, option B) or `"pad"` (option A) on downsampling blocks.
+
+    `forward(x [N, in_channels, H, W]) -> [N, num_classes]`, any H and W.
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, *, in_channels: int = 3, shortcut: str = "conv") -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth: expected 6n + 2 (20, 32, 44, 56, 110, ...), got {depth}")
+        if shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
+        self.in_channels = in_channels
+        self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.relu = nn.ReLU()
+        channels = WIDTHS[0]
+        for stage, width in enumerate(WIDTHS, 1):
+            blocks = nn.Sequential()
+            for i in range((depth - 2) // 6):
+                stride = 2 if stage > 1 and i == 0 else 1
+                blocks.append(basic_block(channels, width, stride, shortcut))
+                channels = width
+            self.add_module(f"layer{stage}", blocks)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x: expected [N, {self.in_channels}, H, W], got {list(x.shape)}")
+        x = self.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, len(WIDTHS) + 1):
+            x = getattr(self, f"layer{stage}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet(
+    depth: int,
+    num_classes: int = 10,
+    *,
+    in_channels: int = 3,
+    gating: str | None = None,
+    position: str = "middle",
+    shortcut: str = "conv",
+    **gate_options: Any,
+) -> ResNet:
+    """A CIFAR ResNet of any depth 6n + 2, with gates where `gating` is not None.
+
+    Args:
+        depth: 6n + 2.
+        num_classes: outputs.
+        in_channels: channels of the image.
+        gating: None, `"layer"` or `"channel"`.
+        position: of channel gates, see :func:`fastgate.attach`.
+        shortcut: `"conv"` or `"pad"`.
+        gate_options: passed to the gates, see :func:`fastgate.attach`.
+    """
+    model = ResNet(depth, num_classes, in_channels=in_channels, shortcut=shortcut)
+    if gating is None:
+        if gate_options:
+            raise ValueError(f"gate options without gating: {', '.join(gate_options)}; set gating to layer or channel")
+        return model
+    attach(model, gating, position, **gate_options)
+    return model
+
+
+def resnet20(num_classes: int = 10, **options: Any) -> ResNet:
+    """ResNet-20: 9 blocks. Options as for :func:`resnet`."""
+    return resnet(20, num_classes, **options)
+
+
+def resnet32(num_classes: int = 10, **options: Any) -> ResNet:
+    """ResNet-32: 15 blocks. Options as for :func:`resnet`."""
+    return resnet(32, num_classes, **options)
+
+
+def resnet44(num_classes: int = 10, **options: Any) -> ResNet:
+    """ResNet-44: 21 blocks. Options as for :func:`resnet`."""
+    return resnet(44, num_classes, **options)
+
+
+def resnet56(num_classes: int = 10, **options: Any) -> ResNet:
+    """ResNet-56: 27 blocks. Options as for :func:`resnet`."""
+    return resnet(56, num_classes, **options)
+
+
+def resnet110(num_classes: int = 10, **options: Any) -> ResNet:
+    """ResNet-110, the paper's network: 54 blocks. Options as for :func:`resnet`."""
+    return resnet(110, num_classes, **options)

@@ -1,0 +1,1 @@
+"""Decide, freeze, compact, save: from a gated network to a plain one."""

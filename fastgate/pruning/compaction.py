@@ -1,0 +1,197 @@
+"""From a frozen gated network to a plain, physically smaller one that computes the same."""
+
+import copy
+from collections import OrderedDict
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.gates import Gate, LayerGate, named_gates
+from fastgate.models.block import EmptyConv2d, ResidualBlock
+from fastgate.pruning.costs import gated_blocks
+
+# modules that act on each channel (and pixel) by itself and have no weights to cut
+_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def compact(model: nn.Module) -> nn.Module:
+    """A new plain network without the closed blocks and channels and without any gate; the input model is untouched.
+
+    In eval mode it computes what the frozen network computes: bit-equal in fp32 for layer gates (the same operations on
+    the same tensors), up to the rounding of shorter sums for channel gates.
+
+    * Closed layer gate: the branch goes. An identity block goes altogether where its input is known to be >= 0, so that
+      its ReLU changes nothing; elsewhere the ReLU stays. A downsampling block keeps its shortcut.
+    * Closed channels: rows and columns of the convolutions beside the gate go. Where no channel is left, the
+      convolution behind the gate becomes its constant (:class:`~fastgate.models.block.EmptyConv2d`); at position
+      "after" the whole branch goes.
+
+    Raises:
+        ValueError: a gate that is not frozen, or outside a residual block of this library.
+    """
+    gates = dict(named_gates(model))
+    if not gates:
+        raise ValueError("model: expected frozen gates, got none; a plain network is compact already")
+    if live := [name for name, gate in gates.items() if not gate.frozen]:
+        more = f" and {len(live) - 4} more" if len(live) > 4 else ""
+        raise ValueError(
+            f"model: expected every gate frozen, got live gates {', '.join(live[:4])}{more}; call "
+            "fastgate.freeze(model, fastgate.decide(model, loader)) first"
+        )
+    result = copy.deepcopy(model)
+    parents = {child: parent for parent in result.modules() for child in parent.children()}
+    for name, block in gated_blocks(result).items():
+        gate = cast(Gate, block.gate)
+        block.gate = None
+        closed = not bool(gate.open.any())
+        if not isinstance(gate, LayerGate) and not bool(gate.open.all()):
+            if not closed:
+                _keep_channels(name, block, gate.open.nonzero().flatten())
+            elif block.gate_at < len(block.branch):
+                _empty_channels(name, block)
+                continue
+        if closed:
+            rest = _without_branch(block, parents.get(block))
+            if block is result:
+                return rest
+            _replace(parents[block], block, rest)
+    return result
+
+
+def _keep_channels(name: str, block: ResidualBlock, kept: Tensor) -> None:
+    """Cut the convolutions and norms around the gate down to the kept channels."""
+    cut = block.cut_convs()
+    names = [child for child, _, _ in cut]
+    start = block.branch.index(names[0]) + 1 if cut[0][2] == 0 else block.gate_at
+    for child in block.branch[start : block.gate_at]:
+        module = getattr(block, child)
+        if isinstance(module, nn.BatchNorm2d):
+            _cut_norm(module, kept)
+        elif not isinstance(module, _ELEMENTWISE):
+            raise ValueError(
+                f"gate {name!r}: cannot cut {type(module).__name__} {child!r} between its convolution and the gate; "
+                "use another position or gating='layer'"
+            )
+    for _, conv, dim in cut:
+        conv.weight = nn.Parameter(conv.weight.detach().index_select(dim, kept), conv.weight.requires_grad)
+        if dim == 0:
+            conv.out_channels = len(kept)
+            if conv.bias is not None:
+                conv.bias = nn.Parameter(conv.bias.detach()[kept], conv.bias.requires_grad)
+        else:
+            conv.in_channels = len(kept)
+    if len(cut) == 1 and cut[0][2] == 1:
+        block.in_index = kept
+    if len(cut) == 1 and cut[0][2] == 0:
+        block.out_index = kept
+
+
+def _cut_norm(norm: nn.BatchNorm2d, kept: Tensor) -> None:
+    norm.num_features = len(kept)
+    for parameter in ("weight", "bias"):
+        old = getattr(norm, parameter)
+        if old is not None:
+            setattr(norm, parameter, nn.Parameter(old.detach()[kept], old.requires_grad))
+    for buffer in ("running_mean", "running_var"):
+        old = getattr(norm, buffer)
+        if old is not None:
+            setattr(norm, buffer, old[kept])
+
+
+def _empty_channels(name: str, block: ResidualBlock) -> None:
+    """No channel is left at the gate: the convolution behind it adds up nothing, what feeds it goes."""
+    child, conv, _ = next(cut for cut in block.cut_convs() if cut[2] == 1)
+    at = block.branch.index(child)
+    start = 0 if len(block.cut_convs()) == 2 else block.gate_at
+    replaced = [getattr(block, other) for other in block.branch[start:at]]
+    for module in replaced:
+        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, *_ELEMENTWISE)):
+            raise ValueError(
+                f"gate {name!r}: every channel is closed and {type(module).__name__} before {child!r} may change the "
+                "map's size; keep a channel open, or use gating='layer'"
+            )
+    convs = [module for module in [*replaced, conv] if isinstance(module, nn.Conv2d)]
+    geometry = [(c.kernel_size, c.stride, _padding(name, c), c.dilation) for c in convs]
+    empty = EmptyConv2d(conv.out_channels, geometry, conv.bias is not None).to(conv.weight)
+    empty.bias = conv.bias
+    setattr(block, child, empty.train(block.training))
+    block.branch = block.branch[:start] + block.branch[at:]
+    _drop_unused(block)
+
+
+def _padding(name: str, conv: nn.Conv2d) -> tuple[int, ...]:
+    if isinstance(conv.padding, str):
+        raise ValueError(f"gate {name!r}: expected a convolution with numeric padding, got {conv.padding!r}")
+    return conv.padding
+
+
+def _drop_unused(block: ResidualBlock) -> None:
+    used = {*block.branch, block.shortcut_name, block.activation_name}
+    for child in [child for child, _ in block.named_children() if child not in used]:
+        delattr(block, child)
+
+
+def _without_branch(block: ResidualBlock, parent: nn.Module | None) -> nn.Sequential:
+    """What the block computes without its branch, activation(shortcut(x)), as the fewest modules that do so."""
+    kept: OrderedDict[str, nn.Module] = OrderedDict()
+    if block.shortcut_name is not None:
+        kept["shortcut"] = getattr(block, block.shortcut_name)
+    if block.activation_name is not None and (kept or not _relu_is_identity(block, parent)):
+        activation = getattr(block, block.activation_name)
+        if hasattr(activation, "inplace"):
+            activation.inplace = False  # its input is no longer a fresh sum but another module's output
+        kept["activation"] = activation
+    return nn.Sequential(kept).train(block.training)
+
+
+def _replace(parent: nn.Module, block: ResidualBlock, rest: nn.Sequential) -> None:
+    # by identity: names in a Sequential that has lost blocks are numbered anew
+    key = next(name for name, module in parent.named_children() if module is block)
+    if len(rest):
+        setattr(parent, key, rest)
+    elif isinstance(parent, nn.Sequential):
+        del parent[list(parent).index(block)]
+    else:
+        setattr(parent, key, nn.Identity())
+
+
+def _relu_is_identity(block: ResidualBlock, parent: nn.Module | None) -> bool:
+    """Whether relu(x) = x is certain for the block's input x: it comes out of a ReLU."""
+    if not isinstance(getattr(block, cast(str, block.activation_name)), nn.ReLU):
+        return False
+    siblings = list(parent) if isinstance(parent, nn.Sequential) else [block]
+    at = siblings.index(block)
+    return block.input_nonnegative or (at > 0 and _ends_in_relu(siblings[at - 1]))
+
+
+def _ends_in_relu(module: nn.Module) -> bool:
+    if isinstance(module, ResidualBlock):
+        return module.activation_name is not None and isinstance(getattr(module, module.activation_name), nn.ReLU)
+    if isinstance(module, nn.Sequential) and len(module):
+        return _ends_in_relu(module[-1])
+    return isinstance(module, nn.ReLU)
+
+
+def compare(masked: nn.Module, compacted: nn.Module, inputs: Tensor) -> float:
+    """Largest absolute difference of the two networks' outputs on `inputs`, in eval mode; modes are restored.
+
+    TF32 is off while they run, so that a difference is one of the networks and not of rounding.
+
+    Raises:
+        ValueError: outputs of different shapes.
+    """
+    modes = {module: module.training for network in (masked, compacted) for module in network.modules()}
+    matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            expected = masked.eval()(inputs)
+            got = compacted.eval()(inputs)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+        for module, training in modes.items():
+            module.training = training
+    if expected.shape != got.shape:
+        raise ValueError(f"outputs: expected the same shape, got {list(expected.shape)} and {list(got.shape)}")
+    return float((expected.double() - got.double()).abs().max())

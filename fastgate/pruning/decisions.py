@@ -1,0 +1,181 @@
+"""Static decisions from per-sample gates: one evaluation pass, one open or closed per gate (channel)."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.files import write_atomically
+from fastgate.gates import named_gates
+
+FORMAT = "fastgate-decisions"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """The decision of one gate; every tensor is `[gates]` on the CPU: one entry for a layer gate, else one per channel.
+
+    Attributes:
+        mean: share of samples for which the gate was open, float64.
+        open: the decision, bool.
+    """
+
+    mean: Tensor
+    open: Tensor
+
+    @property
+    def unanimity(self) -> Tensor:
+        """Share of samples that agree with the decision, float64: 1 where all do."""
+        return torch.where(self.open, self.mean, 1 - self.mean)
+
+
+class Decisions(Mapping[str, GateDecision]):
+    """Gate name -> :class:`GateDecision`, in forward order.
+
+    Attributes:
+        threshold: a gate is open where its mean exceeds this.
+        samples: number of samples that were asked; 0 where no pass was made.
+    """
+
+    def __init__(self, gates: Mapping[str, GateDecision], threshold: float = 0.5, samples: int = 0) -> None:
+        self._gates = dict(gates)
+        self.threshold = threshold
+        self.samples = samples
+
+    def __getitem__(self, name: str) -> GateDecision:
+        return self._gates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._gates)
+
+    def __len__(self) -> int:
+        return len(self._gates)
+
+    def __repr__(self) -> str:
+        return (
+            f"Decisions({len(self)} gates, open ratio {self.open_ratio:.4f}, polarization {self.polarization:.4f}, "
+            f"{self.samples} samples)"
+        )
+
+    @property
+    def open_ratio(self) -> float:
+        """Share of open gates (channels) among all, the paper's "gate open ratio" as a fraction."""
+        return float(torch.cat([gate.open for gate in self.values()]).double().mean())
+
+    @property
+    def polarization(self) -> float:
+        """Eq. 8 (Eq. 9 for channels) over all samples: 0 where every gate is unanimous."""
+        return float(torch.stack([(g.mean * (1 - g.mean)).mean() for g in self.values()]).mean())
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The decisions as JSON text, also written to `path` if one is given."""
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "threshold": self.threshold,
+                "samples": self.samples,
+                "gates": {name: {"mean": g.mean.tolist(), "open": g.open.tolist()} for name, g in self.items()},
+            }
+        )
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> "Decisions":
+        """Read what :meth:`to_json` wrote, from its text or from a file.
+
+        Raises:
+            ValueError: the text is not such a document.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text, where = (str(source), "text") if is_text else (Path(source).read_text(), str(source))
+        try:
+            data: Any = json.loads(text)
+            if data.get("format") != FORMAT or data.get("version") != VERSION:
+                raise ValueError(f"format {data.get('format')!r} version {data.get('version')!r}")
+            gates = {
+                name: GateDecision(torch.tensor(g["mean"], dtype=torch.float64), torch.tensor(g["open"]).bool())
+                for name, g in data["gates"].items()
+            }
+            return cls(gates, float(data["threshold"]), int(data["samples"]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"decisions: expected JSON of format {FORMAT!r} version {VERSION}, got {where} with {error}; "
+                "write it with Decisions.to_json"
+            ) from error
+
+
+def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> Decisions:
+    """Ask every gate about every sample, in one evaluation pass, and open those whose mean exceeds `threshold`.
+
+    Args:
+        model: a network with gates; its training mode is restored afterwards.
+        loader: batches of inputs, or tuples whose first item is the inputs; moved to the model's device.
+        threshold: between 0 and 1.
+
+    Raises:
+        ValueError: no gates, no samples, or a threshold outside 0 to 1.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
+    gates = dict(named_gates(model))
+    if not gates:
+        raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
+    device = next(model.parameters()).device
+    sums: dict[str, Tensor] = {name: torch.zeros(g.gates, dtype=torch.float64) for name, g in gates.items()}
+    samples = 0
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                inputs = batch[0] if isinstance(batch, tuple | list) else batch
+                model(inputs.to(device))
+                samples += inputs.shape[0]
+                for name, gate in gates.items():
+                    if gate.decisions is None:
+                        raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
+                    opened = gate.decisions.reshape(-1, gate.gates).sum(0, dtype=torch.float64)
+                    sums[name] = sums[name].to(device) + opened
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    if samples == 0:
+        raise ValueError("loader: expected at least one batch, got none")
+    decided = {}
+    for name, total in sums.items():
+        mean = total.cpu() / samples
+        decided[name] = GateDecision(mean, mean > threshold)
+    return Decisions(decided, threshold, samples)
+
+
+def freeze(model: nn.Module, decisions: Mapping[str, GateDecision]) -> nn.Module:
+    """Store the decisions in the model's gates, in place, and return the model: no gate runs its head any more.
+
+    Raises:
+        ValueError: decisions of another network (other gate names or sizes); the model is then left as it was.
+    """
+    gates = dict(named_gates(model))
+    if gates.keys() != decisions.keys():
+        odd = sorted(gates.keys() ^ decisions.keys())
+        raise ValueError(
+            f"decisions: expected the {len(gates)} gates of this model, got {len(decisions)} that differ at "
+            f"{', '.join(odd[:4])}; these are decisions of another network"
+        )
+    for name, gate in gates.items():
+        if decisions[name].open.shape != (gate.gates,):
+            raise ValueError(
+                f"decisions: gate {name!r} expects {gate.gates} entries, got {decisions[name].open.numel()}; these are "
+                "decisions of another network"
+            )
+    for name, gate in gates.items():
+        gate.freeze(decisions[name].open)
+    return model

@@ -1,0 +1,63 @@
+"""Values over training: numbers that step or ramp at given epochs, written as short strings."""
+
+import re
+from dataclasses import dataclass
+
+_POINT = re.compile(r"\s*([0-9.eE+-]+)\s*:\s*([0-9.eE+-]+)\s*")
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """A value over epochs given by points (epoch, value), steps or straight lines between them.
+
+    Steps: the value of the last point at or before the epoch; before the first point, the first value.
+    Linear: interpolated between points, constant outside them.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        epochs = [epoch for epoch, _ in self.points]
+        if not epochs or any(later <= earlier for earlier, later in zip(epochs, epochs[1:], strict=False)):
+            raise ValueError(f"points: expected at least one, with increasing epochs, got {self.points}")
+
+    def __call__(self, epoch: float) -> float:
+        """The value at an epoch (a fraction of an epoch counts)."""
+        if epoch <= self.points[0][0]:
+            return self.points[0][1]
+        for (start, low), (end, high) in zip(self.points, self.points[1:], strict=False):
+            if epoch < end:
+                return low + (high - low) * (epoch - start) / (end - start) if self.linear else low
+        return self.points[-1][1]
+
+
+def parse(value: float | str) -> Piecewise:
+    """Read a schedule: a number, steps "0:0, 125:2, 190:3", or a ramp "10:1 -> 50:0.5".
+
+    The paper's rising lambda (Table 5) is "0:0, 125:2, 190:3".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, int | float):
+        return Piecewise(((0.0, float(value)),))
+    linear = "->" in value
+    points = []
+    try:
+        if ":" not in value:
+            return Piecewise(((0.0, float(value)),))
+        for part in value.split("->" if linear else ","):
+            match = _POINT.fullmatch(part)
+            if match is None:
+                raise ValueError(part)
+            points.append((float(match[1]), float(match[2])))
+        return Piecewise(tuple(points), linear)
+    except ValueError as error:
+        raise ValueError(
+            f'schedule: expected a number, steps "0:0, 125:2" or a ramp "10:1 -> 50:0.5" with increasing epochs, '
+            f"got {value!r}"
+        ) from error
+
+
+LAMBDA_UP = parse("0:0, 125:2, 190:3")
