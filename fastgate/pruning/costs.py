@@ -64,12 +64,6 @@ def flops(model: nn.Module, input_size: Sequence[int]) -> int:
     return int(sum(_without_gates(model, _count(model, input_size)).values()))
 
 
-def parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters, gate heads left out."""
-    gates = sum(p.numel() for _, gate in named_gates(model) for p in gate.parameters())
-    return sum(p.numel() for p in model.parameters()) - gates
-
-
 def gated_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
     """Every gate's block, by the gate's name.
 

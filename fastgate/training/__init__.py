@@ -1,0 +1,1 @@
+"""Train, decide, compact and measure: the runs behind `fastgate train`."""

@@ -1,0 +1,183 @@
+"""The command line: `fastgate train | evaluate | compact | env`."""
+
+import inspect
+import json
+import os
+import sys
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastgate.env import describe_environment
+from fastgate.pruning.compaction import compact as compact_network
+from fastgate.pruning.decisions import Decisions, freeze
+from fastgate.pruning.storage import load, read_metadata, save
+from fastgate.training.presets import PRESETS, Recipe, get_preset, parse_field
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+DataRoot = Annotated[str | None, typer.Option(help="folder with the CIFAR files; default: FASTGATE_DATA")]
+Download = Annotated[bool, typer.Option("--download", help="let torchvision download CIFAR into the data root")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto is the GPU if there is one")]
+
+
+def resolve_device(device: str) -> str:
+    """The device to use: "auto" is CUDA where there is one; an explicit one that is missing is an error."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+    return device
+
+
+def train(
+    preset: Annotated[str | None, typer.Option(help=f"one of {', '.join(PRESETS)}")] = None,
+    output: Annotated[Path | None, typer.Option(help="run folder; default: runs/<preset>-<time>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+    **overrides: str | None,
+) -> None:
+    """Train a network with gates, decide, compact, check, save, and print the table.
+
+    Every option below --device overrides a field of the preset.
+    """
+    from fastgate.reports.tables import print_summary
+    from fastgate.training.pipeline import Run, read_config
+    from fastgate.training.pipeline import train as train_run
+    from fastgate.training.trainer import Interrupted
+
+    given = {name: parse_field(name, text) for name, text in overrides.items() if text is not None}
+    if resume:
+        if output is None:
+            raise ValueError("--resume: expected the run folder in --output, got none")
+        recipe = read_config(output)
+        asked = replace(get_preset(preset) if preset else recipe, **given)
+        if asked != recipe:
+            odd = [f.name for f in fields(Recipe) if getattr(asked, f.name) != getattr(recipe, f.name)]
+            raise ValueError(
+                f"--resume: {output} was started with other values of {', '.join(odd)}; resume without these options, "
+                "or start a new run in another --output"
+            )
+    else:
+        if preset is None:
+            raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
+        recipe = replace(get_preset(preset), **given)
+    folder = output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    run = Run(recipe, folder, data_root, download, resolve_device(device))
+    try:
+        summary = train_run(run, resume=resume)
+    except Interrupted:
+        data = f" --data-root {data_root}" if data_root else ""
+        typer.echo(f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True)
+        raise typer.Exit(130) from None
+    print_summary(summary)
+    typer.echo(f"run folder: {folder}")
+
+
+def _train_signature() -> inspect.Signature:
+    """`train`'s own options, then one per recipe field: a field added there is an option here."""
+    own = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, typer.Option(help=f.metadata["help"], rich_help_panel="Recipe")],
+        )
+        for f in fields(Recipe)
+    ]
+    return inspect.Signature([*own, *extra])
+
+
+_signature = _train_signature()
+train.__signature__ = _signature  # type: ignore[attr-defined]
+train.__annotations__ = {name: p.annotation for name, p in _signature.parameters.items()}
+app.command()(train)
+
+
+@app.command()
+def evaluate(
+    network: Annotated[Path, typer.Argument(help="a .safetensors file, or a run folder that holds model.safetensors")],
+    dataset: Annotated[str | None, typer.Option(help="default: the data set it was trained on")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+) -> None:
+    """Measure a saved network: test accuracy, MACs, parameters, latency, images per second."""
+    from fastgate.reports.tables import print_evaluation
+    from fastgate.training.data import Batches, load_dataset
+    from fastgate.training.pipeline import NETWORK, measure_networks
+    from fastgate.training.trainer import evaluate as evaluate_network
+
+    path = network / NETWORK if network.is_dir() else network
+    model = load(path)
+    recipe = read_metadata(path).get("recipe")
+    name = dataset or (json.loads(recipe)["dataset"] if recipe else None)
+    if name is None:
+        raise ValueError(f"{path}: it does not say what it was trained on; pass --dataset")
+    where = resolve_device(device)
+    data = load_dataset(name, data_root, download=download, device=where)
+    model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = Batches(data, data.test, 256, channels_last=True)
+    result = {
+        "path": path,
+        "dataset": name,
+        **measure_networks({"network": model}, data, batches)["network"],
+        **evaluate_network(model, batches),
+    }
+    print_evaluation(result)
+
+
+@app.command()
+def compact(
+    source: Annotated[Path, typer.Argument(help="a run folder, or its checkpoint.pt")],
+    output: Annotated[Path, typer.Option(help="the .safetensors file to write")] = Path("model.safetensors"),
+    decisions: Annotated[Path | None, typer.Option(help="decisions.json to freeze live gates with")] = None,
+) -> None:
+    """Turn a gated checkpoint into a compact network; its gates must be frozen, or --decisions given."""
+    from fastgate.training.trainer import load_network
+
+    checkpoint = source / "checkpoint.pt" if source.is_dir() else source
+    model, recipe = load_network(checkpoint)
+    if decisions is not None:
+        freeze(model, Decisions.from_json(decisions))
+    save(compact_network(model), output, metadata={"recipe": json.dumps(vars(recipe))})
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def env() -> None:
+    """Print versions, processor and GPUs as JSON."""
+    typer.echo(json.dumps(describe_environment(), indent=2))
+
+
+def main() -> Any:
+    """Run the command line: a bad request is one line on the standard error stream and exit code 2.
+
+    FASTGATE_TRACEBACK=1 shows the full traceback instead.
+    """
+    from fastgate.training.pipeline import NotEqual
+    from fastgate.training.trainer import NonFiniteLoss
+
+    if os.environ.get("FASTGATE_TRACEBACK") == "1":
+        return app()
+    try:
+        return app()
+    except (NonFiniteLoss, NotEqual) as error:
+        code, message = 1, error
+    except (ValueError, TypeError, OSError) as error:
+        code, message = 2, error  # type: ignore[assignment]
+    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,63 @@
+"""Results of a run as a table in the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = ("network", "test accuracy", "open ratio", "MACs", "parameters", "latency", "images/s")
+_NAMES = {"unpruned": "unpruned control", "gated": "gated network", "compact": "compact network"}
+
+
+def _count(value: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return str(value)
+
+
+def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+    """Print the rows of a run's summary and the conditions they were measured under."""
+    console = console or Console()
+    recipe, environment = summary["recipe"], summary["environment"]
+    table = Table(title=f"{recipe['network']} on {recipe['dataset']}, {recipe['epochs']} epochs, seed {recipe['seed']}")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name, row in summary["rows"].items():
+        table.add_row(
+            _NAMES.get(name, name),
+            "not trained" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
+            f"{row['open_ratio']:.1%}",
+            _count(row["macs"]),
+            _count(row["parameters"]),
+            f"{row['latency_ms']:.3f} ms",
+            f"{row['images_per_second']:,.0f}",
+        )
+    console.print(table)
+    gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
+    where = gpus if summary["device"].startswith("cuda") else f"{environment['cpu']}, {environment['torch_threads']} threads"
+    lines = [f"latency: {summary['latency']}; {where}; torch {environment['versions']['torch']}; {summary['date']}"]
+    if "max_abs_difference" in summary:
+        lines.append(
+            f"compact against frozen network: largest difference {summary['max_abs_difference']:.3g}; "
+            f"least unanimous gate: {summary['lowest_unanimity']:.1%} of the training images agree"
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_evaluation(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `fastgate evaluate` measured of one network."""
+    console = console or Console()
+    table = Table(title=f"{result['path']} on {result['dataset']}")
+    for column in ("test accuracy", "test loss", "MACs", "parameters", "latency", "images/s"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{result['accuracy']:.2%}",
+        f"{result['loss']:.4f}",
+        _count(result["macs"]),
+        _count(result["parameters"]),
+        f"{result['latency_ms']:.3f} ms",
+        f"{result['images_per_second']:,.0f}",
+    )
+    console.print(table)

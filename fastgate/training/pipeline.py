@@ -1,0 +1,221 @@
+"""From a recipe to a compact network on disk: train, decide, freeze, compact, check, measure, save."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgate.env import describe_environment
+from fastgate.files import write_atomically
+from fastgate.pruning.compaction import compact, compare
+from fastgate.pruning.costs import macs
+from fastgate.pruning.decisions import Decisions, freeze
+from fastgate.pruning.latency import measure_latency
+from fastgate.pruning.storage import load, save
+from fastgate.training.data import Dataset, load_dataset
+from fastgate.training.presets import Recipe, recipe_from_dict
+from fastgate.training.trainer import Trainer, build_network, evaluate
+
+CONFIG, SUMMARY, DECISIONS, NETWORK = "config.json", "summary.json", "decisions.json", "model.safetensors"
+CONTROL = "control-unpruned"
+
+# Largest allowed difference between the frozen and the compact network, relative to the largest output: 0 for layer
+# gates, which leave the same operations on the same tensors; for channel gates a hundred fp32 roundings (a sum over
+# fewer channels is added up in another order, once per convolution).
+_TOLERANCE = {"layer": 0.0, "channel": 100 * torch.finfo(torch.float32).eps}
+_LATENCY_BATCH = 256
+
+
+class NotEqual(RuntimeError):  # noqa: N818
+    """The compact network does not compute what the frozen network computes: nothing is saved."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lies and what it works on."""
+
+    recipe: Recipe
+    folder: Path
+    data_root: str | None = None
+    download: bool = False
+    device: str = "cpu"
+
+    def load_data(self) -> Dataset:
+        """The run's data set, on its device."""
+        recipe = self.recipe
+        return load_dataset(
+            recipe.dataset, self.data_root, download=self.download, validation=recipe.validation, device=self.device
+        )
+
+
+def open_run(run: Run, *, resume: bool) -> Run:
+    """Make the run's folder, or find the recipe of the run in it; returns the run with the recipe in force.
+
+    Raises:
+        ValueError: a new run in a folder that holds one, or nothing to resume.
+    """
+    config = run.folder / CONFIG
+    if resume:
+        return replace(run, recipe=read_config(run.folder))
+    if config.exists():
+        raise ValueError(
+            f"{run.folder}: expected a new or empty folder, got one that holds a run; go on with --resume, or choose "
+            "another --output"
+        )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    content = {"recipe": asdict(run.recipe), "environment": describe_environment()}
+    write_atomically(config, json.dumps(content, indent=2))
+    return run
+
+
+def read_config(folder: Path) -> Recipe:
+    """The recipe of the run in a folder.
+
+    Raises:
+        ValueError: the folder holds no run, or one of another version.
+    """
+    config = folder / CONFIG
+    if not config.is_file():
+        raise ValueError(f"{folder}: expected a run folder with {CONFIG}, found none")
+    try:
+        return recipe_from_dict(json.loads(config.read_text())["recipe"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{config}: expected the configuration of a run of this version, got {error!r}") from error
+
+
+def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
+    """Train a run to its end, and its control if the recipe asks for one; returns and writes the summary.
+
+    The summary (`summary.json`) has a row per network: "unpruned", "gated" and "compact", with test accuracy of the
+    last epoch, open ratio, MACs, parameters, latency and throughput, and the conditions they were measured under. The
+    compact network is `model.safetensors`. A plain recipe (gating "none") has the first row only.
+    """
+    run = open_run(run, resume=resume)
+    dataset = run.load_data()
+    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume)
+    trainer.fit()
+    test = trainer.batches(dataset.test)
+    if not trainer.gates:
+        save(trainer.model, run.folder / NETWORK, metadata=_network_metadata(run.recipe))
+        return _write_summary(run, dataset, {"unpruned": trainer.model}, {"unpruned": trainer}, None)
+
+    gated = evaluate(trainer.model, test, trainer.dtype)
+    decisions = _final_decisions(trainer, run.folder)
+    freeze(trainer.model, decisions)
+    small = compact(trainer.model)
+    difference = _check_equal(trainer, small)
+    save(small, run.folder / NETWORK, metadata=_network_metadata(run.recipe))
+
+    trainers = {"gated": trainer}
+    networks = {"gated": trainer.model, "compact": small}
+    if run.recipe.control == "unpruned":
+        control = train_control(run, dataset, resume=resume)
+        trainers["unpruned"] = control
+        networks = {"unpruned": control.model, **networks}
+    else:
+        plain = build_network(replace(run.recipe, gating="none"), dataset.image_size, dataset.num_classes)
+        networks = {"unpruned": plain.to(run.device, memory_format=torch.channels_last), **networks}
+    for gate in trainer.gates.values():
+        gate.unfreeze()  # the gated row is timed as it trained: with its heads
+    return _write_summary(run, dataset, networks, trainers, decisions, gated=gated, difference=difference)
+
+
+def train_control(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
+    """Train the same network without gates, with the same recipe and seed, in a folder inside the run's."""
+    recipe = replace(run.recipe, gating="none", control="none")
+    folder = run.folder / CONTROL
+    resume = resume and (folder / CONFIG).exists()
+    open_run(replace(run, recipe=recipe, folder=folder), resume=resume)
+    trainer = Trainer(recipe, dataset, folder, resume=resume)
+    trainer.fit()
+    return trainer
+
+
+def _final_decisions(trainer: Trainer, folder: Path) -> Decisions:
+    """The decisions of the settle epoch if there was one, else those of the trained gates over the training images."""
+    if all(gate.frozen for gate in trainer.gates.values()):
+        return Decisions.from_json(folder / DECISIONS)
+    decisions = trainer.decide()
+    decisions.to_json(folder / DECISIONS)
+    return decisions
+
+
+def _check_equal(trainer: Trainer, small: nn.Module) -> float:
+    x, _ = next(iter(trainer.batches(trainer.dataset.test)))
+    difference = compare(trainer.model, small, x)
+    with torch.no_grad():
+        scale = float(small.eval()(x).abs().max())
+    allowed = _TOLERANCE[trainer.recipe.gating] * max(scale, 1.0)
+    if not difference <= allowed:
+        raise NotEqual(
+            f"the compact network differs from the frozen one by {difference:.3g}, expected at most {allowed:.3g}; "
+            "this is a bug of fastgate, please report it with the run folder"
+        )
+    return difference
+
+
+def _network_metadata(recipe: Recipe) -> dict[str, str]:
+    return {"recipe": json.dumps(asdict(recipe)), "written": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _write_summary(
+    run: Run,
+    dataset: Dataset,
+    networks: dict[str, nn.Module],
+    trainers: dict[str, Trainer],
+    decisions: Decisions | None,
+    *,
+    gated: dict[str, float] | None = None,
+    difference: float | None = None,
+) -> dict[str, Any]:
+    any_trainer = next(iter(trainers.values()))
+    test = any_trainer.batches(dataset.test)
+    rows = measure_networks(networks, dataset, any_trainer.batches(dataset.test, _LATENCY_BATCH))
+    for name, row in rows.items():
+        if name == "gated":
+            row["accuracy"] = gated["accuracy"] if gated else None
+            row["open_ratio"] = trainers["gated"].history[-1]["open_ratio"]
+        elif name == "compact" or name in trainers:
+            row["accuracy"] = evaluate(networks[name], test, any_trainer.dtype)["accuracy"]
+        if name == "compact" and decisions is not None:
+            row["open_ratio"] = decisions.open_ratio
+        if name in trainers:
+            row["seconds_training"] = sum(line["seconds"]["train"] for line in trainers[name].history)
+    summary: dict[str, Any] = {
+        "rows": rows,
+        "recipe": asdict(run.recipe),
+        "image_size": list(dataset.image_size),
+        "device": run.device,
+        "precision": str(any_trainer.dtype).removeprefix("torch."),
+        "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {_LATENCY_BATCH}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": describe_environment(),
+    }
+    if decisions is not None:
+        summary["max_abs_difference"] = difference
+        summary["polarization"] = decisions.polarization
+        summary["lowest_unanimity"] = min(float(gate.unanimity.min()) for gate in decisions.values())
+    write_atomically(run.folder / SUMMARY, json.dumps(summary, indent=2))
+    return summary
+
+
+def measure_networks(networks: dict[str, nn.Module], dataset: Dataset, batches: Any) -> dict[str, dict[str, Any]]:
+    """MACs, parameters, latency of one image and images per second of each network, on one batch of real images."""
+    x, _ = next(iter(batches))
+    one = measure_latency(networks, x[:1])
+    many = measure_latency(networks, x, rounds=10)
+    return {
+        name: {
+            "accuracy": None,
+            "open_ratio": 1.0,
+            "macs": macs(model, dataset.image_size),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "latency_ms": one[name] * 1e3,
+            "images_per_second": x.shape[0] / many[name],
+        }
+        for name, model in networks.items()
+    }

@@ -1,0 +1,53 @@
+"""What a long run shows: a live bar in a terminal, one plain line per epoch elsewhere."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """Progress over the steps of one run; use as a context manager.
+
+    Args:
+        title: what is being trained.
+        total_steps: steps of the whole run.
+        done_steps: steps done before (a resumed run).
+        console: where to draw; default the standard error stream.
+    """
+
+    def __init__(self, title: str, total_steps: int, done_steps: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.title = title
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total_steps, completed=done_steps, note="")
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self) -> None:
+        """One training step is done."""
+        self._bar.advance(self._task)
+
+    def note(self, text: str) -> None:
+        """Say what happened: beside the bar, or as a line where there is no terminal."""
+        if self.console.is_terminal:
+            self._bar.update(self._task, note=text)
+        else:
+            self.console.print(f"{self.title}: {text}", highlight=False, soft_wrap=True)
