@@ -80,6 +80,7 @@ class ResNet(nn.Module):
 
 def resnet(
     depth: int,
+    /,
     num_classes: int = 10,
     *,
     in_channels: int = 3,
