@@ -36,7 +36,9 @@ def resolve_device(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+        raise ValueError(
+            f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
+        )
     return device
 
 
@@ -80,7 +82,9 @@ def train(
         summary = train_run(run, resume=resume)
     except Interrupted:
         data = f" --data-root {data_root}" if data_root else ""
-        typer.echo(f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True)
+        typer.echo(
+            f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True
+        )
         raise typer.Exit(130) from None
     print_summary(summary)
     typer.echo(f"run folder: {folder}")
@@ -129,7 +133,7 @@ def evaluate(
         raise ValueError(f"{path}: it does not say what it was trained on; pass --dataset")
     where = resolve_device(device)
     data = load_dataset(name, data_root, download=download, device=where)
-    model.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(where).to(memory_format=torch.channels_last)
     batches = Batches(data, data.test, 256, channels_last=True)
     result = {
         "path": path,

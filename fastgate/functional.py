@@ -114,9 +114,7 @@ def gate_head(
     )
 
 
-def gated_residual(
-    shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool = True, impl: str = "auto"
-) -> Tensor:
+def gated_residual(shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool = True, impl: str = "auto") -> Tensor:
     """Add a gated branch to its shortcut: y = relu(shortcut + gate * branch).
 
     Args:

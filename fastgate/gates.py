@@ -169,7 +169,7 @@ class Gate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # the last forward's tensors carry a graph, which can be neither copied nor pickled
-        return {**super().__getstate__(), "logits": None, "decisions": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "logits": None, "decisions": None}
 
     def extra_repr(self) -> str:
         """One line: sizes, estimator and state."""
@@ -193,7 +193,7 @@ class LayerGate(Gate):
         temperature: of the Gumbel estimator.
         impl: implementation of the head, `"auto"`, `"triton"` or `"torch"`.
 
-    `forward(x)` returns `[N, 1, 1, 1]` of 0./1. in x.dtype and keeps `.logits` and `.decisions`, both `[N]`, with graph.
+    `forward(x)` returns `[N, 1, 1, 1]` of 0./1. in x.dtype and keeps `.logits` and `.decisions`, `[N]`, with graph.
     """
 
     def __init__(
@@ -207,9 +207,7 @@ class LayerGate(Gate):
         temperature: float = 1.0,
         impl: str = "auto",
     ) -> None:
-        super().__init__(
-            in_channels, 1, hidden_features, 2, None, estimator, window, init_logit, temperature, impl
-        )
+        super().__init__(in_channels, 1, hidden_features, 2, None, estimator, window, init_logit, temperature, impl)
 
     def _per_sample(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else values.squeeze(1)

@@ -1,7 +1,7 @@
 """Losses on gate decisions: scalars with graph, computed from the decisions of the last forward.
 
-Each takes a model or an iterable of gates. The paper's objective is Eq. 10:
-task + lambda_polar * polarization + lambda_act * activation.
+Each takes a model, an iterable of gates, or the means that :func:`gate_means` gave for one of them (so that several
+losses share them). The paper's objective is Eq. 10: task + lambda_polar * polarization + lambda_act * activation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
 
-GateSource = nn.Module | Iterable[Gate]
+GateSource = nn.Module | Iterable[Gate] | Mapping[str, Tensor]
 
 
-def gate_means(gates: GateSource) -> dict[str, Tensor]:
+def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
     """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
 
     An iterable of gates is named by position: "0", "1", ...
@@ -22,10 +22,10 @@ def gate_means(gates: GateSource) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no gate, or one has not run yet.
     """
-    if isinstance(gates, nn.Module):
-        named = dict(named_gates(gates))
-    else:
-        named = {str(i): gate for i, gate in enumerate(gates)}
+    if isinstance(gates, Mapping):
+        return gates
+    in_order = named_gates(gates) if isinstance(gates, nn.Module) else ((str(i), g) for i, g in enumerate(gates))
+    named = dict(in_order)
     if not named:
         raise ValueError("expected a model with gates, got none; add them with fastgate.attach(model, 'layer')")
     means = {}
@@ -57,7 +57,7 @@ def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None 
     layers cost is not in it.
 
     Args:
-        gates: a model or an iterable of gates.
+        gates: a model, an iterable of gates, or their means.
         target: wanted fraction, 0 to 1.
         costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) alike.
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 _POINT = re.compile(r"\s*([0-9.eE+-]+)\s*:\s*([0-9.eE+-]+)\s*")
 
@@ -19,14 +20,14 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         epochs = [epoch for epoch, _ in self.points]
-        if not epochs or any(later <= earlier for earlier, later in zip(epochs, epochs[1:], strict=False)):
+        if not epochs or any(later <= earlier for earlier, later in pairwise(epochs)):
             raise ValueError(f"points: expected at least one, with increasing epochs, got {self.points}")
 
     def __call__(self, epoch: float) -> float:
         """The value at an epoch (a fraction of an epoch counts)."""
         if epoch <= self.points[0][0]:
             return self.points[0][1]
-        for (start, low), (end, high) in zip(self.points, self.points[1:], strict=False):
+        for (start, low), (end, high) in pairwise(self.points):
             if epoch < end:
                 return low + (high - low) * (epoch - start) / (end - start) if self.linear else low
         return self.points[-1][1]

@@ -26,9 +26,7 @@ class BlockLayout:
 
 # by qualified class name, so that nothing is imported to know them
 _LAYOUTS = {
-    "torchvision.models.resnet.BasicBlock": BlockLayout(
-        ("conv1", "bn1", "relu", "conv2", "bn2"), "downsample", "relu"
-    ),
+    "torchvision.models.resnet.BasicBlock": BlockLayout(("conv1", "bn1", "relu", "conv2", "bn2"), "downsample", "relu"),
     "torchvision.models.resnet.Bottleneck": BlockLayout(
         ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3"), "downsample", "relu"
     ),
@@ -168,7 +166,9 @@ def attach(
     if gating == "layer" and spatial_size is not None:
         raise ValueError("spatial_size: a layer gate always pools its input; leave it None with gating='layer'")
     if existing := [name for name, _ in named_gates(model)]:
-        raise ValueError(f"model: expected no gates, got {len(existing)} ({existing[0]}, ...); attach to a plain network")
+        raise ValueError(
+            f"model: expected no gates, got {len(existing)} ({existing[0]}, ...); attach to a plain network"
+        )
     blocks: dict[str, ResidualBlock] = {}
     for name, module in model.named_modules():
         layout = _LAYOUTS.get(_class_name(type(module)))

@@ -139,8 +139,6 @@ class EmptyConv2d(nn.Module):
         """[N, C, H, W] -> [1, out_channels, H', W']."""
         size = [x.shape[2], x.shape[3]]
         for kernel, stride, padding, dilation in self.geometry:
-            size = [
-                (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)
-            ]
+            size = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
         zeros = x.new_zeros(1, self.out_channels, size[0], size[1])
         return zeros if self.bias is None else zeros + self.bias.to(x.dtype)[:, None, None]

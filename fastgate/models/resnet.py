@@ -13,7 +13,7 @@ SHORTCUTS = ("conv", "pad")
 
 
 def basic_block(in_channels: int, out_channels: int, stride: int, shortcut: str) -> ResidualBlock:
-    """Two 3x3 convolutions with batch norm; a downsampling block has the asked-for shortcut, the others the identity."""
+    """Two 3x3 convolutions with batch norm; only downsampling blocks have a shortcut module."""
     modules: dict[str, nn.Module] = {
         "conv1": nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
         "bn1": nn.BatchNorm2d(out_channels),
@@ -28,9 +28,7 @@ def basic_block(in_channels: int, out_channels: int, stride: int, shortcut: str)
         )
     elif downsamples:
         modules["shortcut"] = PadShortcut(in_channels, out_channels, stride)
-    return ResidualBlock(
-        modules, BRANCH, "shortcut" if downsamples else None, "relu", input_nonnegative=True
-    )
+    return ResidualBlock(modules, BRANCH, "shortcut" if downsamples else None, "relu", input_nonnegative=True)
 
 
 class ResNet(nn.Module):

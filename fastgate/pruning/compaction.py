@@ -114,7 +114,8 @@ def _empty_channels(name: str, block: ResidualBlock) -> None:
     convs = [module for module in [*replaced, conv] if isinstance(module, nn.Conv2d)]
     geometry = [(c.kernel_size, c.stride, _padding(name, c), c.dilation) for c in convs]
     empty = EmptyConv2d(conv.out_channels, geometry, conv.bias is not None).to(conv.weight)
-    empty.bias = conv.bias
+    if conv.bias is not None:
+        empty.bias = cast(nn.Parameter, conv.bias)
     setattr(block, child, empty.train(block.training))
     block.branch = block.branch[:start] + block.branch[at:]
     _drop_unused(block)

@@ -4,6 +4,7 @@ One multiply-add is one MAC (and one of fvcore's FLOPs). Gate heads are not coun
 that is shipped, and the paper leaves them out too.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,7 +19,11 @@ _MAC_OPERATORS = ("conv", "linear", "addmm", "bmm", "matmul")
 
 def _count(model: nn.Module, input_size: Sequence[int]) -> dict[str, Counter[str]]:
     """fvcore's count for one sample in eval mode: module name -> operator -> FLOPs; "" is the whole model."""
-    from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings():
+        # fvcore's import uses torch.jit.script, which recent versions of PyTorch call deprecated
+        warnings.simplefilter("ignore", category=FutureWarning)
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        from fvcore.nn import FlopCountAnalysis
 
     if len(input_size) not in (3, 4) or any(int(n) < 1 for n in input_size):
         raise ValueError(f"input_size: expected (C, H, W) of one image, got {tuple(input_size)}")

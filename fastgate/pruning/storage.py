@@ -32,7 +32,7 @@ def _class_name(cls: type) -> str:
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """The architecture of a module tree as JSON values: classes, their plain attributes, parameters and buffers by shape.
+    """The architecture of a module tree as JSON values, without the values of its tensors.
 
     Modules of `torch.nn` without children are described by their constructor's arguments. All others by what makes
     their forward: class, attributes that are numbers, strings, None or lists of these, own parameters and buffers, and

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_COLUMNS = ("network", "test accuracy", "open ratio", "MACs", "parameters", "latency", "images/s")
-_NAMES = {"unpruned": "unpruned control", "gated": "gated network", "compact": "compact network"}
+# short enough for all of them to fit 80 columns
+_COLUMNS = ("network", "test acc.", "open", "MACs", "params", "latency", "images/s")
 
 
 def _count(value: int) -> str:
@@ -25,8 +25,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         table.add_column(column, justify="left" if column == "network" else "right")
     for name, row in summary["rows"].items():
         table.add_row(
-            _NAMES.get(name, name),
-            "not trained" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
+            name,
+            "untrained" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
             f"{row['open_ratio']:.1%}",
             _count(row["macs"]),
             _count(row["parameters"]),
@@ -35,7 +35,11 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         )
     console.print(table)
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
-    where = gpus if summary["device"].startswith("cuda") else f"{environment['cpu']}, {environment['torch_threads']} threads"
+    where = (
+        gpus
+        if summary["device"].startswith("cuda")
+        else f"{environment['cpu']}, {environment['torch_threads']} threads"
+    )
     lines = [f"latency: {summary['latency']}; {where}; torch {environment['versions']['torch']}; {summary['date']}"]
     if "max_abs_difference" in summary:
         lines.append(

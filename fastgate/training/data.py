@@ -91,7 +91,8 @@ def load_dataset(
     if name == "digits":
         train, test = _digits()
         scaled = train.images.double() / 255
-        mean, std = (float(scaled.mean()),), (float(scaled.std()),)
+        mean: tuple[float, ...] = (float(scaled.mean()),)
+        std: tuple[float, ...] = (float(scaled.std()),)
         classes, pad, flip = 10, 1, False
     else:
         train, test = _cifar(name, root, download)

@@ -15,7 +15,7 @@ from fastgate.pruning.compaction import compact, compare
 from fastgate.pruning.costs import macs
 from fastgate.pruning.decisions import Decisions, freeze
 from fastgate.pruning.latency import measure_latency
-from fastgate.pruning.storage import load, save
+from fastgate.pruning.storage import save
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.trainer import Trainer, build_network, evaluate
@@ -30,7 +30,7 @@ _TOLERANCE = {"layer": 0.0, "channel": 100 * torch.finfo(torch.float32).eps}
 _LATENCY_BATCH = 256
 
 
-class NotEqual(RuntimeError):  # noqa: N818
+class NotEqual(RuntimeError):
     """The compact network does not compute what the frozen network computes: nothing is saved."""
 
 
@@ -118,7 +118,7 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
         networks = {"unpruned": control.model, **networks}
     else:
         plain = build_network(replace(run.recipe, gating="none"), dataset.image_size, dataset.num_classes)
-        networks = {"unpruned": plain.to(run.device, memory_format=torch.channels_last), **networks}
+        networks = {"unpruned": plain.to(run.device).to(memory_format=torch.channels_last), **networks}
     for gate in trainer.gates.values():
         gate.unfreeze()  # the gated row is timed as it trained: with its heads
     return _write_summary(run, dataset, networks, trainers, decisions, gated=gated, difference=difference)

@@ -119,7 +119,9 @@ class Recipe:
         """Depth of the network, from its name."""
         number = self.network.removeprefix("resnet")
         if not self.network.startswith("resnet") or not number.isdigit() or int(number) < 8 or int(number) % 6 != 2:
-            raise ValueError(f"network: expected resnetN with N = 6n + 2 (resnet20, resnet56, ...), got {self.network!r}")
+            raise ValueError(
+                f"network: expected resnetN with N = 6n + 2 (resnet20, resnet56, ...), got {self.network!r}"
+            )
         return int(number)
 
     def target_at(self, epoch: float) -> float | None:

@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,11 +30,11 @@ _STEPS_BETWEEN_CHECKS = 50
 _SUMS = ("loss", "task", "polarization", "activation", "budget", "correct")
 
 
-class Interrupted(Exception):  # noqa: N818 (it is not an error)
+class Interrupted(Exception):
     """The user stopped the run; its state is saved."""
 
 
-class NonFiniteLoss(RuntimeError):  # noqa: N818
+class NonFiniteLoss(RuntimeError):
     """The loss became infinite or NaN; the last good checkpoint is kept."""
 
 
@@ -121,7 +121,7 @@ class Trainer:
         self.train_batches = self.batches(dataset.train, recipe.batch_size, augment=True)
         torch.manual_seed(recipe.seed)
         self.model = build_network(recipe, dataset.image_size, dataset.num_classes).to(self.device)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         self.gates = dict(named_gates(self.model))
         self.macs = macs(self.model, dataset.image_size)
         self.costs = gate_costs(self.model, dataset.image_size) if self.gates else {}
@@ -206,12 +206,13 @@ class Trainer:
                 group["lr"] = recipe.learning_rate_at(self.epoch + (self.step + 0.5) / steps)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                 scores = self.model(x)
-            parts = self._losses(scores.float(), y)
+            means = losses.gate_means(self.model) if self.gates else {}
+            parts = self._losses(scores.float(), y, means)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(parts["loss"]).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self._accumulate(parts, scores, y)
+            self._accumulate(parts, means, scores, y)
             self.step += 1
             progress.step()
             if self.device.type == "cpu" or self.step % _STEPS_BETWEEN_CHECKS == 0 or self.step == steps:
@@ -222,20 +223,20 @@ class Trainer:
                 raise Interrupted
         self.seconds += time.perf_counter() - start
 
-    def _losses(self, scores: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _losses(self, scores: Tensor, y: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         task = F.cross_entropy(scores, y)
         zero = torch.zeros((), device=self.device)
         parts = {"task": task, "polarization": zero, "activation": zero, "budget": zero}
         total = task
         if self.gates and not all(gate.frozen for gate in self.gates.values()):
-            recipe, gates = self.recipe, self.model
-            parts["polarization"] = losses.polarization(gates)
-            parts["activation"] = losses.activation(gates)
+            recipe = self.recipe
+            parts["polarization"] = losses.polarization(means)
+            parts["activation"] = losses.activation(means)
             target = recipe.target_at(self.epoch + self.step / len(self.train_batches))
             if target is not None:
                 ungated = self.macs - self.switchable
                 fraction = max((target * self.macs - ungated) / self.switchable, 0.0)
-                parts["budget"] = losses.budget(gates, fraction, self._device_costs)
+                parts["budget"] = losses.budget(means, fraction, self._device_costs)
             for name, weight in (
                 ("polarization", recipe.lambda_polar),
                 ("activation", recipe.lambda_activation),
@@ -244,12 +245,12 @@ class Trainer:
                 total = total + schedules.parse(weight)(self.epoch) * parts[name]
         return {"loss": total, **parts}
 
-    def _accumulate(self, parts: dict[str, Tensor], scores: Tensor, y: Tensor) -> None:
+    def _accumulate(self, parts: dict[str, Tensor], means: Mapping[str, Tensor], scores: Tensor, y: Tensor) -> None:
         with torch.no_grad():
             for name, value in parts.items():
                 self.sums[name] += value
             self.sums["correct"] += (scores.argmax(1) == y).sum()
-            for name, mean in losses.gate_means(self.model).items() if self.gates else ():
+            for name, mean in means.items():
                 self.sums[f"gate:{name}"] += mean
 
     def _check_finite(self, total: Tensor) -> None:
@@ -299,7 +300,7 @@ class Trainer:
     def _build_optimizer(self) -> torch.optim.SGD:
         recipe = self.recipe
         in_gates = {id(p) for gate in self.gates.values() for p in gate.parameters()}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in self.model.parameters() if id(p) not in in_gates]},
             {
                 "params": [p for p in self.model.parameters() if id(p) in in_gates],
