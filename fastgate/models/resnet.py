@@ -69,7 +69,10 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Class scores."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x: expected [N, {self.in_channels}, H, W], got {list(x.shape)}")
+            raise ValueError(
+                f"x: expected [N, {self.in_channels}, H, W], got {list(x.shape)}; for other images build the network "
+                "with in_channels"
+            )
         x = self.relu(self.bn1(self.conv1(x)))
         for stage in range(1, len(WIDTHS) + 1):
             x = getattr(self, f"layer{stage}")(x)

@@ -210,14 +210,13 @@ class Batches:
         if augment and batch_size > len(images):
             raise ValueError(f"batch_size: expected at most {len(images)} (the training images), got {batch_size}")
         device = images.labels.device
+        self.dataset = dataset
         self.images = images
         self.batch_size = batch_size
         self.augment = augment
         self.seed = seed
         self.epoch = 0
         self.first_step = 0
-        self._pad = dataset.pad
-        self._flip = dataset.flip
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._mean = torch.tensor(dataset.mean, device=device)[:, None, None] * 255
         self._scale = 1 / (torch.tensor(dataset.std, device=device)[:, None, None] * 255)
@@ -241,12 +240,12 @@ class Batches:
         # all of an epoch's random numbers at once: no host work per step
         generator = torch.Generator(device).manual_seed((self.seed << 20) + self.epoch)
         order = torch.randperm(n, generator=generator, device=device)
-        offsets = torch.randint(2 * self._pad + 1, (2, n), generator=generator, device=device)
-        flips = torch.rand(n, generator=generator, device=device) < (0.5 if self._flip else 0.0)
+        offsets = torch.randint(2 * self.dataset.pad + 1, (2, n), generator=generator, device=device)
+        flips = torch.rand(n, generator=generator, device=device) < (0.5 if self.dataset.flip else 0.0)
         for step in range(self.first_step, len(self)):
             part = slice(step * self.batch_size, (step + 1) * self.batch_size)
             index = order[part]
-            images = crop_and_flip(self.images.images[index], self._pad, offsets[:, part], flips[part])
+            images = crop_and_flip(self.images.images[index], self.dataset.pad, offsets[:, part], flips[part])
             yield self._normalise(images), self.images.labels[index]
 
     def _normalise(self, images: Tensor) -> Tensor:

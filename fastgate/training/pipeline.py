@@ -52,23 +52,31 @@ class Run:
         )
 
 
-def open_run(run: Run, *, resume: bool) -> Run:
-    """Make the run's folder, or find the recipe of the run in it; returns the run with the recipe in force.
+def start_trainer(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
+    """A trainer for the run; of a new run the folder is made, once everything else about it has proved possible."""
+    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume)
+    if not resume:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        content = {"recipe": asdict(run.recipe), "environment": describe_environment()}
+        write_atomically(run.folder / CONFIG, json.dumps(content, indent=2))
+    return trainer
+
+
+def check_folder(run: Run, *, resume: bool) -> Run:
+    """The run with the recipe in force: its own, or when resuming the one in its folder.
 
     Raises:
         ValueError: a new run in a folder that holds one, or nothing to resume.
     """
-    config = run.folder / CONFIG
     if resume:
+        for stale in run.folder.glob(".*.tmp"):  # what a kill in the middle of writing left behind
+            stale.unlink()
         return replace(run, recipe=read_config(run.folder))
-    if config.exists():
+    if (run.folder / CONFIG).exists():
         raise ValueError(
             f"{run.folder}: expected a new or empty folder, got one that holds a run; go on with --resume, or choose "
             "another --output"
         )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    content = {"recipe": asdict(run.recipe), "environment": describe_environment()}
-    write_atomically(config, json.dumps(content, indent=2))
     return run
 
 
@@ -94,9 +102,9 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
     last epoch, open ratio, MACs, parameters, latency and throughput, and the conditions they were measured under. The
     compact network is `model.safetensors`. A plain recipe (gating "none") has the first row only.
     """
-    run = open_run(run, resume=resume)
+    run = check_folder(run, resume=resume)
     dataset = run.load_data()
-    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume)
+    trainer = start_trainer(run, dataset, resume=resume)
     trainer.fit()
     test = trainer.batches(dataset.test)
     if not trainer.gates:
@@ -126,11 +134,9 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
 
 def train_control(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
     """Train the same network without gates, with the same recipe and seed, in a folder inside the run's."""
-    recipe = replace(run.recipe, gating="none", control="none")
-    folder = run.folder / CONTROL
-    resume = resume and (folder / CONFIG).exists()
-    open_run(replace(run, recipe=recipe, folder=folder), resume=resume)
-    trainer = Trainer(recipe, dataset, folder, resume=resume)
+    control = replace(run, recipe=replace(run.recipe, gating="none", control="none"), folder=run.folder / CONTROL)
+    resume = resume and (control.folder / CONFIG).exists()
+    trainer = start_trainer(check_folder(control, resume=resume), dataset, resume=resume)
     trainer.fit()
     return trainer
 

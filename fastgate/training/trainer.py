@@ -87,7 +87,11 @@ def load_network(checkpoint: Path) -> tuple[nn.Module, Recipe]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Accuracy and mean cross-entropy over the batches, in eval mode; the mode is restored."""
+    """Accuracy and mean cross-entropy over the batches, in eval mode; the mode is restored.
+
+    Raises:
+        ValueError: the network has another number of classes than the data set.
+    """
     was_training = model.training
     model.eval()
     device = batches.images.labels.device
@@ -95,6 +99,11 @@ def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.floa
     for x, y in batches:
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             scores = model(x)
+        if scores.shape[1] != batches.dataset.num_classes:
+            raise ValueError(
+                f"model: it has {scores.shape[1]} classes, but {batches.dataset.name} has "
+                f"{batches.dataset.num_classes}; use the data set it was trained on"
+            )
         sums[0] += (scores.argmax(1) == y).sum()
         sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
     model.train(was_training)

@@ -1,0 +1,135 @@
+"""The command line in processes of its own: results, and one clear line for every bad request."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastgate as fg
+from tests.training.runs import TINY_OPTIONS, run_cli
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    result = run_cli("train", *TINY_OPTIONS, "--output", folder)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"compact +│ +\d+\.\d\d% │ +\d+\.\d% │", result.stdout)
+    # no terminal here: one plain line per epoch
+    assert [f"epoch {i}/4" in line for i, line in enumerate(result.stderr.splitlines()[-4:], 1)] == [True] * 4
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose gates live to the end."""
+    folder = tmp_path_factory.mktemp("cli-live") / "run"
+    result = run_cli("train", *TINY_OPTIONS, "--epochs", "1", "--settle-at", "none", "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_evaluate(run: Path) -> None:
+    for source in (run, run / "model.safetensors"):
+        result = run_cli("evaluate", source, "--device", "cpu")
+        assert result.returncode == 0, result.stderr
+        accuracy = json.loads((run / "summary.json").read_text())["rows"]["compact"]["accuracy"]
+        assert f"{accuracy:.2%}" in result.stdout
+
+
+def test_compact_a_frozen_checkpoint(run: Path, tmp_path: Path) -> None:
+    result = run_cli("compact", run, "--output", tmp_path / "small.safetensors")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = load_file(tmp_path / "small.safetensors"), load_file(run / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_compact_live_gates_with_decisions(live: Path, tmp_path: Path) -> None:
+    refused = run_cli("compact", live / "checkpoint.pt", "--output", tmp_path / "x.safetensors")
+    assert refused.returncode == 2
+    assert "live gates layer1.0.gate, layer2.0.gate, layer3.0.gate" in refused.stderr
+    result = run_cli("compact", live, "--decisions", live / "decisions.json", "--output", tmp_path / "x.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert fg.load(tmp_path / "x.safetensors").fc.out_features == 10
+
+
+def test_env() -> None:
+    result = run_cli("env")
+    assert result.returncode == 0
+    described = json.loads(result.stdout)
+    assert described["versions"]["torch"] == torch.__version__.split("+")[0] or described["versions"]["torch"]
+    assert described["cpu_cores"] >= 1
+
+
+def foreign_network(folder: Path) -> Path:
+    save_file({"w": torch.zeros(2)}, folder / "foreign.safetensors")
+    return folder / "foreign.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["train"], "--preset: expected one of demo", id="no-preset"),
+        pytest.param(["train", "--preset", "imagenet"], "preset: expected one of demo", id="unknown-preset"),
+        pytest.param(["train", "--preset", "demo", "--estimator", "x"], "estimator: expected one of", id="estimator"),
+        pytest.param(["train", "--preset", "demo", "--epochs", "many"], "epochs: expected a value of type", id="int"),
+        pytest.param(["train", "--preset", "cifar10-layer"], "pass --data-root or set", id="no-data-root"),
+        pytest.param(
+            ["train", "--preset", "cifar10-layer", "--data-root", "/nonexistent"],
+            "expected cifar-10-batches-bin or cifar-10-batches-py under /nonexistent",
+            id="missing-data",
+        ),
+        pytest.param(["train", "--preset", "demo", "--device", "tpu"], "device: expected auto, cpu", id="device"),
+        pytest.param(["train", "--preset", "demo", "--device", "cuda:99"], "'cuda:99' is not there", id="cuda-99"),
+        pytest.param(["train", "--resume"], "--resume: expected the run folder in --output", id="resume-what"),
+        pytest.param(["evaluate", "nowhere.safetensors"], "expected a network file", id="no-network"),
+        pytest.param(["compact", "nowhere.pt"], "expected a checkpoint written by fastgate train", id="no-checkpoint"),
+    ],
+)
+def test_bad_requests_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_cli(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1, result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_bad_files_are_one_line_too(run: Path, live: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.pt"
+    half.write_bytes((run / "checkpoint.pt").read_bytes()[:5000])
+    (tmp_path / "cut.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:300])
+    other = tmp_path / "other.json"
+    fg.Decisions.from_json(live / "decisions.json").to_json(other)
+    other.write_text(other.read_text().replace("layer1.0", "layer1.7"))
+    color = fg.models.resnet(8)
+    fg.save(color, tmp_path / "color.safetensors")
+    fg.save(fg.models.resnet(8, 7, in_channels=1), tmp_path / "gray.safetensors")
+    for arguments, message in (
+        (["compact", half], "truncated or foreign file"),
+        (["evaluate", tmp_path / "cut.safetensors"], "damaged or other data"),
+        (["evaluate", foreign_network(tmp_path)], "expected format 'fastgate-network'"),
+        (["evaluate", tmp_path / "color.safetensors"], "pass --dataset"),
+        (["evaluate", tmp_path / "color.safetensors", "--dataset", "digits"], "x: expected [N, 3, H, W], got [1, 1"),
+        (["evaluate", tmp_path / "gray.safetensors", "--dataset", "digits"], "has 7 classes, but digits has 10"),
+        (["compact", live, "--decisions", other], "these are decisions of another network"),
+        (["train", "--resume", "--output", tmp_path], "expected a run folder with config.json"),
+        (["train", *TINY_OPTIONS, "--output", run], "got one that holds a run"),
+    ):
+        result = run_cli(*arguments)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert message in result.stderr
+
+
+def test_a_non_finite_loss_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    result = run_cli("train", *TINY_OPTIONS, "--learning-rate", "1e20", "--output", tmp_path / "run")
+    assert result.returncode == 1
+    assert "error: the loss is not finite in epoch" in result.stderr
+    assert "Lower learning_rate (1e+20)" in result.stderr
+    assert "Traceback" not in result.stderr

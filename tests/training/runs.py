@@ -1,0 +1,76 @@
+"""Short real runs on digits, in process or through the command line, for the tests of this folder and of the CLI."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastgate.training.presets import get_preset
+
+# ResNet-8 on digits, every phase of a run within 4 epochs: open, search, settled
+TINY = replace(
+    get_preset("demo"),
+    network="resnet8",
+    epochs=4,
+    batch_size=128,
+    warmup_epochs=1.0,
+    open_until=0.25,
+    anneal_until=0.5,
+    settle_at=0.75,
+    control="none",
+)
+
+# the same recipe as options of the command line
+TINY_OPTIONS = [
+    *("--preset", "demo", "--network", "resnet8", "--epochs", "4", "--batch-size", "128", "--warmup-epochs", "1"),
+    *("--open-until", "0.25", "--anneal-until", "0.5", "--settle-at", "0.75", "--control", "none", "--device", "cpu"),
+]
+
+# bit-identical runs need the same number of threads, since sums are split among them
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def start_cli(*arguments: str | Path, code: str = "") -> subprocess.Popen[str]:
+    """Start `fastgate ARGUMENTS` in a new process, after running `code` in it."""
+    program = f"{code}\nimport sys\nfrom fastgate.cli import main\nsys.argv[0] = 'fastgate'\nmain()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+
+
+def run_cli(*arguments: str | Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `fastgate ARGUMENTS` to its end."""
+    process = start_cli(*arguments, code=code)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def send_when_written(process: subprocess.Popen[str], file: Path, number: signal.Signals) -> None:
+    """Send a signal as soon as the process has written the file."""
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{file} was not written: {process.communicate()}")
+        time.sleep(0.01)
+    process.send_signal(number)
+
+
+def checkpoint_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's checkpoint that decides how it goes on: weights, buffers, momentum, random state."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    for index, entry in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items() if value is not None}
+    return tensors | {"rng": state["rng"], "epoch": torch.tensor(state["epoch"]), "step": torch.tensor(state["step"])}
+
+
+def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    """Names that are not in both, or whose tensors are not bit-equal."""
+    common = first.keys() & second.keys()
+    return sorted(first.keys() ^ second.keys()) + sorted(n for n in common if not torch.equal(first[n], second[n]))

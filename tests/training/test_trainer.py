@@ -1,0 +1,165 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastgate as fg
+from fastgate.training.data import Dataset, load_dataset
+from fastgate.training.presets import Recipe
+from fastgate.training.trainer import NonFiniteLoss, Trainer, build_network, evaluate, load_network, resolve_precision
+from tests.training.runs import TINY
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_gates_are_open_then_live_then_frozen(digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(TINY, digits, tmp_path)
+    states: list[set[bool]] = []
+    train_epoch = trainer._train_epoch
+
+    def watch(*arguments: Any) -> None:
+        states.append({gate.frozen for gate in trainer.gates.values()})
+        train_epoch(*arguments)
+
+    trainer._train_epoch = watch  # type: ignore[method-assign]
+    trainer.fit()
+    # 4 epochs: open until 0.25, settled from 0.75
+    assert states == [{True}, {False}, {False}, {True}]
+    lines = metrics(tmp_path)
+    assert lines[0]["open_ratio"] == 1.0 and lines[0]["macs"] == trainer.macs
+    decided = fg.Decisions.from_json(tmp_path / "decisions.json")
+    assert {name: gate.open.tolist() for name, gate in trainer.gates.items()} == {
+        name: gate.open.tolist() for name, gate in decided.items()
+    }
+    assert lines[3]["gates"] == {name: gate.open.float().tolist() for name, gate in decided.items()}
+    assert lines[3]["polarization"] == 0.0 and lines[3]["frozen"]
+
+
+def test_metrics_of_an_epoch(digits: Dataset, tmp_path: Path) -> None:
+    recipe = replace(TINY, epochs=2, open_until=0.0, anneal_until=0.5, settle_at=None, lambda_activation="0.5")
+    trainer = Trainer(recipe, digits, tmp_path)
+    trainer.fit()
+    for line in metrics(tmp_path):
+        train = line["train"]
+        # the parts are means over steps, and the weights are constant: so is their sum, up to fp32 sums over 11 steps
+        total = train["task"] + train["polarization"] + 0.5 * train["activation"] + 16 * train["budget"]
+        assert train["loss"] == pytest.approx(total, rel=1e-5)
+        means = torch.cat([torch.tensor(mean) for mean in line["gates"].values()])
+        assert line["open_ratio"] == pytest.approx(float(means.mean()), rel=1e-5)
+        assert train["activation"] == pytest.approx(line["open_ratio"], rel=1e-5)
+        closed = sum(float(trainer.costs[n][0]) * (1 - mean[0]) for n, mean in line["gates"].items())
+        assert line["macs"] == pytest.approx(trainer.macs - closed, abs=1)
+        assert line["eval"]["split"] == "test"
+        assert line["seconds"]["train"] > 0 and line["seconds"]["eval"] > 0
+
+
+def test_last_line_is_what_the_network_does(digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(replace(TINY, epochs=1, open_until=0, anneal_until=0, settle_at=None), digits, tmp_path)
+    trainer.fit()
+    model, _ = load_network(tmp_path / "checkpoint.pt")
+    model.eval()
+    batches = trainer.batches(digits.test)
+    with torch.no_grad():
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+    assert metrics(tmp_path)[0]["eval"]["accuracy"] == pytest.approx(correct / 360)
+
+
+def test_validation_images_take_the_place_of_the_test_set(tmp_path: Path) -> None:
+    data = load_dataset("digits", validation=100)
+    trainer = Trainer(replace(TINY, epochs=1, validation=100), data, tmp_path)
+    trainer.fit()
+    line = metrics(tmp_path)[0]
+    assert line["eval"]["split"] == "validation"
+    assert (line["eval"]["accuracy"] * 100) == pytest.approx(round(line["eval"]["accuracy"] * 100), abs=1e-9)
+
+
+def test_gates_have_their_own_optimizer_group(digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(TINY, digits, tmp_path)
+    network, gates = trainer.optimizer.param_groups
+    assert (network["weight_decay"], gates["weight_decay"]) == (5e-4, 0.0)
+    in_gates = {id(p) for gate in trainer.gates.values() for p in gate.parameters()}
+    assert {id(p) for p in gates["params"]} == in_gates
+    assert {id(p) for p in network["params"]} | in_gates == {id(p) for p in trainer.model.parameters()}
+
+
+def test_the_gates_follow_the_target(digits: Dataset, tmp_path: Path) -> None:
+    # a strong budget on live gates: half of the switchable MACs in real training, within one of three blocks
+    recipe = replace(TINY, epochs=12, anneal_until=0.5, settle_at=None, target_macs=0.55)
+    Trainer(recipe, digits, tmp_path).fit()
+    lines = metrics(tmp_path)
+    assert lines[0]["macs"] == lines[2]["macs"] > lines[-1]["macs"]
+    assert lines[-1]["train"]["budget"] < 0.05
+
+
+def test_an_unreachable_target_names_the_range(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target_macs: expected 0\.\d{4} to 1 .* got 0.01"):
+        Trainer(replace(TINY, target_macs=0.01), digits, tmp_path)
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(TINY, digits, tmp_path)
+    train_epoch = trainer._train_epoch
+
+    def poison_second(*arguments: Any) -> None:
+        if trainer.epoch == 1:
+            with torch.no_grad():
+                trainer.model.fc.weight.fill_(torch.inf)
+        train_epoch(*arguments)
+
+    trainer._train_epoch = poison_second  # type: ignore[method-assign]
+    with pytest.raises(
+        NonFiniteLoss, match=r"not finite in epoch 2 by step 1; the last good checkpoint is "
+    ):
+        trainer.fit()
+    model, _ = load_network(tmp_path / "checkpoint.pt")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1]
+
+
+def test_evaluate_counts_every_image_once(digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(TINY, digits, tmp_path)
+    whole = evaluate(trainer.model, trainer.batches(digits.test, 360))
+    parts = evaluate(trainer.model, trainer.batches(digits.test, 7))
+    assert whole["accuracy"] == parts["accuracy"]
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("gating", ["none", "layer", "channel"])
+def test_networks_of_recipes(gating: str) -> None:
+    recipe = Recipe(network="resnet20", gating=gating, gate_input="flatten", position="after", gate_depth=1)
+    model = build_network(recipe, (1, 8, 8), 7)
+    assert model.fc.out_features == 7 and model.conv1.in_channels == 1
+    gates = [gate for _, gate in fg.named_gates(model)]
+    assert len(gates) == (0 if gating == "none" else 9)
+    if gating == "channel":
+        assert [gate.spatial_size for gate in gates] == [(8, 8)] * 3 + [(4, 4)] * 3 + [(2, 2)] * 3
+        assert all(gate.depth == 1 for gate in gates)
+
+
+def test_bf16_on_a_cpu_and_fp16_refused(digits: Dataset, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu) == torch.float32
+    with pytest.raises(ValueError, match="fp16 training needs a GPU"):
+        resolve_precision("fp16", cpu)
+    Trainer(replace(TINY, precision="bf16"), digits, tmp_path).fit()
+    assert metrics(tmp_path)[-1]["eval"]["accuracy"] > 0.5  # ten classes: it learns
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_training_on_a_gpu(precision: str, tmp_path: Path) -> None:
+    data = load_dataset("digits", device="cuda")
+    trainer = Trainer(replace(TINY, precision=precision), data, tmp_path)
+    trainer.fit()
+    assert trainer.model.conv1.weight.is_cuda
+    assert metrics(tmp_path)[-1]["eval"]["accuracy"] > 0.5
