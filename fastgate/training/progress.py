@@ -1,4 +1,4 @@
-"""What a long run shows: a live bar in a terminal, one plain line per epoch elsewhere."""
+"""What a long run shows: one line per epoch, and in a terminal a live bar below them."""
 
 from types import TracebackType
 
@@ -25,12 +25,12 @@ class RunProgress:
             MofNCompleteColumn(),
             TextColumn("steps"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=total_steps, completed=done_steps, note="")
+        self._task = self._bar.add_task(title, total=total_steps, completed=done_steps)
 
     def __enter__(self) -> "RunProgress":
         self._bar.start()
@@ -46,8 +46,5 @@ class RunProgress:
         self._bar.advance(self._task)
 
     def note(self, text: str) -> None:
-        """Say what happened: beside the bar, or as a line where there is no terminal."""
-        if self.console.is_terminal:
-            self._bar.update(self._task, note=text)
-        else:
-            self.console.print(f"{self.title}: {text}", highlight=False, soft_wrap=True)
+        """Say what happened, in one line (above the bar)."""
+        self.console.print(f"{self.title}: {text}", highlight=False, soft_wrap=True)

@@ -1,0 +1,26 @@
+import pytest
+import torch
+from hypothesis import settings
+
+# one thread: the suite runs in several worker processes, and results do not depend on how sums are split
+torch.set_num_threads(1)
+
+# no deadline: the first call of an operation is much slower than the next;
+# derandomized: CI and a developer see the same examples
+settings.register_profile("fastgate", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("fastgate")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts from the same seed, and a developer's FASTGATE_IMPL does not reach it."""
+    torch.manual_seed(0)
+    monkeypatch.delenv("FASTGATE_IMPL", raising=False)

@@ -1,0 +1,166 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fastgate as fg
+from tests.helpers import (
+    GATINGS,
+    PlainBlock,
+    PreActivationBlock,
+    assert_same_state,
+    draw_masks,
+    freeze_at_random,
+    freeze_with,
+    gating_ids,
+    state_copy,
+)
+
+
+def closed_costs(costs: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]) -> int:
+    return sum(int(cost[~masks[name]].sum()) for name, cost in costs.items())
+
+
+@pytest.mark.parametrize("mode", ["random", "mixed", "none", "one", "all"])
+@pytest.mark.parametrize("shortcut", ["conv", "pad"])
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_the_compact_network_has_the_macs_that_the_costs_predict(
+    gating: tuple[str, str], shortcut: str, mode: str
+) -> None:
+    image = (3, 13, 10)  # odd maps: every stage rounds its size
+    model = fg.models.resnet(14, gating=gating[0], position=gating[1], shortcut=shortcut)
+    full, costs = fg.macs(model, image), fg.gate_costs(model, image)
+    assert list(costs) == [name for name, _ in fg.named_gates(model)]
+    masks = freeze_at_random(model, mode)
+    got, predicted = fg.macs(fg.compact(model), image), full - closed_costs(costs, masks)
+    if gating[1] == "after" and not all(mask.any() for mask in masks.values()):
+        # documented: where every channel of an "after" gate is closed, the whole branch goes
+        assert got < predicted
+    else:
+        assert got == predicted
+
+
+def test_costs_by_hand() -> None:
+    # 3x16x16, first block of stage 2: stride 2, 16 -> 32 channels, 8x8 maps
+    conv1, conv2 = 8 * 8 * 32 * 16 * 9, 8 * 8 * 32 * 32 * 9
+    layer = fg.gate_costs(fg.models.resnet(8, gating="layer"), (3, 16, 16))["layer2.0.gate"]
+    assert layer.dtype == torch.int64 and layer.tolist() == [conv1 + conv2]
+    for position, channels, total in (
+        ("middle", 32, conv1 + conv2),
+        ("before", 16, conv1),
+        ("after", 32, conv2),
+    ):
+        model = fg.models.resnet(8, gating="channel", position=position)
+        cost = fg.gate_costs(model, (3, 16, 16))["layer2.0.gate"]
+        assert cost.dtype == torch.int64 and cost.tolist() == [total // channels] * channels
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+@pytest.mark.parametrize("network", ["torchvision", "bottleneck", "own"])
+def test_other_networks_have_the_macs_that_their_costs_predict(network: str, gating: tuple[str, str]) -> None:
+    model = {
+        "torchvision": lambda: torchvision.models.resnet18(num_classes=10),
+        "bottleneck": lambda: torchvision.models.resnet50(num_classes=10),
+        "own": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), PlainBlock(8, 6), PreActivationBlock(8, 12)),
+    }[network]()
+    image = (3, 33, 40)
+    fg.attach(model, *gating)
+    full, costs = fg.macs(model, image), fg.gate_costs(model, image)
+    masks = draw_masks(model, "random")
+    for mask in masks.values():
+        mask[0] |= gating[0] == "channel"  # at least one channel of each gate
+    freeze_with(model, masks)
+    assert fg.macs(fg.compact(model), image) == full - closed_costs(costs, masks)
+
+
+def test_a_convolution_that_runs_twice_counts_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+
+    fg.register_block(Twice, branch=("conv", "act", "conv"), activation="act")
+    model = fg.attach(nn.Sequential(Twice()), "layer")
+    assert fg.gate_costs(model, (3, 8, 8))["0.gate"].tolist() == [2 * 64 * 81] == [fg.macs(model, (3, 8, 8))]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
+def test_gates_cost_nothing_and_count_as_open(frozen: bool) -> None:
+    plain = fg.models.resnet(8)
+    model = fg.models.resnet(8, gating="layer", hidden_features=64)
+    if frozen:
+        freeze_at_random(model, "none")
+    for count in (fg.macs, fg.flops):
+        assert count(model, (3, 32, 32)) == count(plain, (3, 32, 32))
+
+
+def test_macs_leave_out_what_flops_count() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 12, 2)
+    )
+    macs = 12 * 5 * 3 * 9 + 5 * 12 * 2
+    assert fg.macs(model, (3, 4, 3)) == macs
+    # batch norm in eval mode: two per element
+    assert fg.flops(model, (3, 4, 3)) == macs + 2 * 5 * 12
+
+
+@pytest.mark.parametrize("size", [(3, 1, 1), (3, 7, 5), (3, 64, 32)], ids=str)
+def test_images_of_any_size(size: tuple[int, int, int]) -> None:
+    height, width = size[1:]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1))
+    assert fg.macs(model, size) == ((height + 1) // 2) * ((width + 1) // 2) * 4 * 27
+    # a batch size in front is one of a shape, not a number of images
+    assert fg.macs(model, (8, *size)) == fg.macs(model, torch.Size(size)) == fg.macs(model, list(size))
+
+
+@pytest.mark.parametrize("size", [(3, 32), (32,), (1, 1, 3, 32, 32), (3, 0, 32), (3, -1, 32)], ids=str)
+def test_what_is_no_image_size_is_refused(size: tuple[int, ...]) -> None:
+    for count in (fg.macs, fg.flops, fg.gate_costs):
+        with pytest.raises(ValueError, match=r"input_size: expected \(C, H, W\) of one image, got"):
+            count(fg.models.resnet(8, gating="layer"), size)
+
+
+def test_wrong_channels_are_refused_by_the_network() -> None:
+    with pytest.raises(ValueError, match=r"x: expected \[N, 3, H, W\], got"):
+        fg.macs(fg.models.resnet(8), (1, 28, 28))
+
+
+def test_counting_disturbs_nothing() -> None:
+    model = fg.models.resnet(8, gating="layer")
+    model.layer2.eval()
+    model(torch.randn(4, 3, 8, 8))
+    loss = fg.polarization(model)
+    modes = [module.training for module in model.modules()]
+    state = state_copy(model)
+    last = [(gate.logits, gate.decisions) for _, gate in fg.named_gates(model)]
+    fg.macs(model, (3, 8, 8))
+    fg.gate_costs(model, (3, 8, 8))
+    assert [module.training for module in model.modules()] == modes
+    assert_same_state(model, state)
+    now = [(gate.logits, gate.decisions) for _, gate in fg.named_gates(model)]
+    assert all(a is c and b is d for (a, b), (c, d) in zip(last, now, strict=True))
+    assert torch.equal(fg.polarization(model), loss)
+
+
+def test_a_gate_outside_a_residual_block_is_named() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.my_gate = fg.LayerGate(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x + self.my_gate(x) * self.conv(x))
+
+    with pytest.raises(
+        ValueError, match=r"gate '0\.my_gate': expected it in a residual block .*got it in Own; .*register"
+    ):
+        fg.gate_costs(nn.Sequential(Own()), (3, 8, 8))
+
+
+@pytest.mark.gpu
+def test_counting_happens_where_the_model_is() -> None:
+    model = fg.models.resnet(8, gating="channel")
+    wanted = fg.macs(model, (3, 32, 32))
+    assert fg.macs(model.cuda(), (3, 32, 32)) == wanted
+    assert all(p.is_cuda for p in model.parameters())

@@ -1,0 +1,403 @@
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fastgate as fg
+from fastgate.pruning.storage import read_metadata
+from tests.helpers import (
+    GATINGS,
+    PlainBlock,
+    assert_same_state,
+    freeze_at_random,
+    gated_resnet,
+    gating_ids,
+    randomize_batch_norm,
+)
+
+
+def assert_loads_equal(model: nn.Module, path: Path, x: Tensor, **options: object) -> nn.Module:
+    """Save and load: same text, same tensors to the bit, same outputs to the bit, eval mode."""
+    fg.save(model, path)
+    loaded = fg.load(path, **options)
+    assert_same_state(loaded, model.state_dict())
+    assert [(n, p.dtype, p.shape) for n, p in loaded.named_parameters()] == [
+        (n, p.dtype, p.shape) for n, p in model.named_parameters()
+    ]
+    assert not any(module.training for module in loaded.modules())
+    mode = model.training
+    wanted = model.eval()(x)
+    model.train(mode)
+    assert torch.equal(loaded(x), wanted)
+    return loaded
+
+
+@pytest.mark.parametrize("shortcut", ["conv", "pad"])
+@pytest.mark.parametrize("mode", ["mixed", "none"])
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_compact_networks_come_back_bit_equal(
+    tmp_path: Path, gating: tuple[str, str], mode: str, shortcut: str
+) -> None:
+    model = gated_resnet(14, gating, shortcut)
+    freeze_at_random(model, mode)
+    compacted = fg.compact(model)
+    loaded = assert_loads_equal(compacted, tmp_path / "model.safetensors", torch.randn(2, 3, 12, 12))
+    assert repr(loaded) == repr(compacted)
+    # what was loaded can be trained on and saved again
+    loaded.train()(torch.randn(4, 3, 12, 12)).square().mean().backward()
+    fg.save(loaded, tmp_path / "again.safetensors")
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_gated_networks_come_back_frozen_or_live(tmp_path: Path, gating: tuple[str, str]) -> None:
+    model = gated_resnet(8, gating, init_logit=None, hidden_features=5, estimator="gumbel", temperature=0.5)
+    freeze_at_random(model)
+    list(fg.named_gates(model))[1][1].unfreeze()
+    model.train()
+    model(torch.randn(4, 3, 8, 8))  # decisions with a graph lie around: they are no part of the network
+    loaded = assert_loads_equal(model, tmp_path / "model.safetensors", torch.randn(4, 3, 8, 8))
+    assert model.training
+    gates = list(zip(fg.named_gates(model), fg.named_gates(loaded), strict=True))
+    for (name, gate), (loaded_name, twin) in gates:
+        assert name == loaded_name and gate.frozen == twin.frozen
+        assert (twin.estimator, twin.temperature, twin.hidden_features) == ("gumbel", 0.5, 5)
+        assert not gate.frozen or torch.equal(gate.open, twin.open)
+    # the life of a network goes on where it stopped
+    freeze_at_random(loaded)
+    assert fg.compare(loaded, fg.compact(loaded), torch.randn(2, 3, 8, 8)) < 1e-4
+
+
+@pytest.mark.parametrize("gating", [("layer", "middle"), ("channel", "after")], ids=gating_ids)
+def test_torchvision_networks_come_back(tmp_path: Path, gating: tuple[str, str]) -> None:
+    model = fg.attach(randomize_batch_norm(torchvision.models.resnet18(num_classes=4)).eval(), *gating)
+    freeze_at_random(model, "mixed")
+    compacted, path, x = fg.compact(model), tmp_path / "model.safetensors", torch.randn(1, 3, 32, 32)
+    fg.save(compacted, path)
+    loaded = fg.load(path)
+    assert_same_state(loaded, compacted.state_dict())
+    # a few ulp: see the fresh-process test for outputs to the bit
+    assert fg.compare(compacted, loaded, x) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = gated_resnet(8, ("channel", "middle")).to(dtype)
+    freeze_at_random(model, "mixed")
+    assert_loads_equal(fg.compact(model), tmp_path / "model.safetensors", torch.randn(2, 3, 8, 8).to(dtype))
+
+
+def test_special_values_come_back_to_the_bit(tmp_path: Path) -> None:
+    model = nn.Linear(4, 1)
+    bits = torch.tensor([[-0.0, float("inf"), 1e-45, float("nan")]])
+    with torch.no_grad():
+        model.weight.copy_(bits)
+    fg.save(model, tmp_path / "model.safetensors")
+    loaded = fg.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.weight.view(torch.int32), bits.view(torch.int32))
+
+
+LAYERS = [
+    nn.Conv2d(
+        2, 4, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, bias=False, padding_mode="reflect"
+    ),
+    nn.Conv2d(2, 4, 3, padding="same"),
+    nn.ConvTranspose2d(2, 3, 2, stride=2, output_padding=1),
+    nn.BatchNorm2d(2, eps=1e-3, momentum=None, affine=False),
+    nn.BatchNorm2d(2, track_running_stats=False),
+    nn.GroupNorm(1, 2, eps=1e-4),
+    nn.LayerNorm((2, 8, 8), elementwise_affine=False),
+    nn.MaxPool2d(2, 1, padding=1, ceil_mode=True),
+    nn.AvgPool2d((2, 3), count_include_pad=False),
+    nn.AdaptiveAvgPool2d((None, 3)),
+    nn.LeakyReLU(0.3),
+    nn.GELU("tanh"),
+    nn.ELU(0.5),
+    nn.PReLU(2),
+    nn.ReLU6(inplace=True),
+    nn.Softmax(dim=1),
+    nn.Dropout(0.25),
+    nn.Upsample(scale_factor=2, mode="nearest"),
+    nn.PixelShuffle(1),
+    nn.ZeroPad2d((1, 0, 2, 0)),
+    nn.Flatten(),
+    nn.Identity(),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_layers_of_torch_come_back_with_their_arguments(tmp_path: Path, layer: nn.Module) -> None:
+    x = torch.randn(3, 2, 8, 8)
+    model = nn.Sequential(layer)
+    loaded = assert_loads_equal(model, tmp_path / "model.safetensors", x)
+    # a wrong argument may show in training only
+    torch.manual_seed(1)
+    wanted = model.train()(x)
+    torch.manual_seed(1)
+    assert torch.equal(loaded.train()(x), wanted)
+    assert_same_state(loaded, model.state_dict())
+
+
+class Scaled(nn.Module):
+    """A class of the user's own: children, a parameter, a buffer, plain attributes and optional children."""
+
+    def __init__(self, channels: int, scale: float, names: list[str]) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([PlainBlock(channels) for _ in names])
+        self.bias = nn.Parameter(torch.randn(channels, 1, 1))
+        self.register_parameter("unused", None)
+        self.register_buffer("offset", torch.arange(channels)[:, None, None])
+        self.register_buffer("nothing", None)
+        self.head = None
+        self.scale, self.names, self.flag, self.label = scale, names, True, "kept"
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.body:
+            x = block(x)
+        return self.scale * x + self.bias + self.offset if self.flag and self.head is None else x
+
+
+def test_classes_of_the_user_are_passed_to_load(tmp_path: Path) -> None:
+    model, path, x = Scaled(3, 1.5, ["a", "b"]), tmp_path / "model.safetensors", torch.randn(2, 3, 5, 5)
+    loaded = assert_loads_equal(model, path, x, classes=[Scaled, PlainBlock])
+    assert isinstance(loaded, Scaled)
+    assert (loaded.scale, loaded.names, loaded.flag, loaded.label) == (1.5, ["a", "b"], True, "kept")
+    assert loaded.offset.dtype == torch.int64 and loaded.unused is None and loaded.nothing is None
+    for classes in ([], [Scaled]):
+        with pytest.raises(
+            ValueError, match=r"is not of fastgate, torch\.nn, torchvision, timm; pass load\(path, classes"
+        ):
+            fg.load(path, classes=classes)
+
+
+FRESH_PROCESS = """
+import builtins, pickle, sys
+import torch
+import fastgate
+from safetensors.torch import load_file
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("load used pickle")
+
+for name in ("load", "loads", "Unpickler", "_Unpickler"):
+    setattr(pickle, name, refuse)
+torch.load = torch.serialization.load = refuse
+folder = sys.argv[1]
+expected = load_file(f"{folder}/expected.safetensors")
+for name in sorted(key.partition(":")[0] for key in expected if key.endswith(":x")):
+    model = fastgate.load(f"{folder}/{name}.safetensors")
+    with torch.no_grad():
+        output = model(expected[f"{name}:x"])
+    print(name, torch.equal(output, expected[f"{name}:y"]), all(g.frozen for _, g in fastgate.named_gates(model)))
+"""
+
+
+def test_networks_come_back_bit_equal_in_a_fresh_process_without_pickle(tmp_path: Path) -> None:
+    expected = {}
+    for gating in GATINGS:
+        model = gated_resnet(14, gating)
+        freeze_at_random(model, "mixed")
+        x = torch.randn(3, 3, 10, 10)
+        for kind, network in (("gated", model), ("compact", fg.compact(model))):
+            name = f"{kind}-{gating_ids(gating)}"
+            fg.save(network, tmp_path / f"{name}.safetensors")
+            with torch.no_grad():
+                expected.update({f"{name}:x": x.clone(), f"{name}:y": network(x)})
+    save_file(expected, tmp_path / "expected.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path)],
+        cwd=tmp_path,
+        # the same number of threads as here: how a convolution splits its sums may depend on it
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(key.removesuffix(":x") for key in expected if key.endswith(":x"))
+    assert len(names) == 8 and done.stdout.splitlines() == [f"{name} True True" for name in names]
+
+
+def test_the_file_is_plain_safetensors_with_the_callers_metadata(tmp_path: Path) -> None:
+    model, path = fg.models.resnet(8), tmp_path / "model.safetensors"
+    fg.save(model, path, metadata={"dataset": "digits", "accuracy": "0.97"})
+    with safe_open(path, framework="pt") as file:
+        assert sorted(file.keys()) == sorted(model.state_dict())
+        metadata = file.metadata()
+    assert metadata["format"] == "fastgate-network" and json.loads(metadata["architecture"])["class"].endswith(
+        ":ResNet"
+    )
+    assert read_metadata(path) == {"dataset": "digits", "accuracy": "0.97"}
+    assert isinstance(fg.load(str(path)), fg.models.ResNet)
+    for key in ("format", "version", "architecture"):
+        with pytest.raises(ValueError, match=f"metadata: '{key}' is written by fastgate itself"):
+            fg.save(model, path, metadata={key: "mine"})
+
+
+# files that are no networks
+
+
+def valid_bytes(tmp_path: Path) -> bytes:
+    path = tmp_path / "valid.safetensors"
+    fg.save(nn.Linear(3, 2), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: data[:5], id="within-the-length"),
+        pytest.param(lambda data: data[:40], id="within-the-header"),
+        pytest.param(lambda data: data[:-1], id="one-byte-short"),
+        pytest.param(lambda data: data + b"\0", id="one-byte-long"),
+        pytest.param(lambda data: struct.pack("<Q", 2**60) + data[8:], id="absurd-length"),
+        pytest.param(lambda data: b"PK\x03\x04 a zip archive, as torch.save writes", id="foreign"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(damage(valid_bytes(tmp_path)))
+    with pytest.raises(
+        ValueError, match=r"damaged\.safetensors: expected a \.safetensors file, got damaged or other data"
+    ):
+        fg.load(path)
+
+
+def test_a_missing_file_and_a_folder_are_no_network_files(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("none.safetensors", "folder.safetensors"):
+        with pytest.raises(FileNotFoundError, match=rf"{name}: expected a network file written by fastgate\.save"):
+            fg.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "expected format 'fastgate-network' version 1, got None"),
+        ({"format": "pt"}, "expected format 'fastgate-network' version 1, got 'pt'"),
+        ({"format": "fastgate-network", "version": "2"}, "expected .* version 1, got 'fastgate-network' version '2'"),
+        ({"format": "fastgate-network", "version": "1"}, r"its architecture cannot be rebuilt here \('architecture'\)"),
+        (
+            {"format": "fastgate-network", "version": "1", "architecture": "[]"},
+            "its architecture cannot be rebuilt here",
+        ),
+    ],
+    ids=["no-metadata", "other-format", "newer-version", "no-architecture", "architecture-is-a-list"],
+)
+def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None, message: str) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, path, metadata)
+    with pytest.raises(ValueError, match=rf"foreign\.safetensors: {message}"):
+        fg.load(path)
+
+
+LINEAR = {"class": "torch.nn.modules.linear:Linear", "arguments": {"in_features": 3, "out_features": 2, "bias": True}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({**LINEAR, "arguments": {"in_features": 4, "out_features": 2, "bias": True}}, "size mismatch for weight"),
+        ({**LINEAR, "arguments": {"in_features": 3, "out_features": 2, "bias": False}}, 'Unexpected key.* "bias"'),
+        ({**LINEAR, "arguments": {"colour": 1}}, "colour"),
+        ({**LINEAR, "class": "torch.nn.modules.linear:Lineal"}, "Lineal"),
+        ({**LINEAR, "class": "torch.nn.nothing:Linear"}, r"torch\.nn\.nothing"),
+        # a file must not be able to call what is no module, however it is reached
+        ({"class": "os:system", "arguments": {"command": "true"}}, "its class os:system is not of fastgate"),
+        ({"class": "torch.nn.modules.module:warnings.warn", "arguments": {}}, "expected a class of modules"),
+        (
+            {"class": "fastgate.pruning.storage:os.system", "arguments": {"command": "true"}},
+            "expected a class of modules",
+        ),
+        ({"class": "timmy.models:Linear", "arguments": {}}, "its class timmy.models:Linear is not of fastgate"),
+    ],
+    ids=["size", "missing", "argument", "class", "module", "os", "function", "through-an-import", "prefix"],
+)
+def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path, architecture: dict, message: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    metadata = {"format": "fastgate-network", "version": "1", "architecture": json.dumps(architecture)}
+    save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, path, metadata)
+    with pytest.raises(ValueError, match=message):
+        fg.load(path)
+
+
+# networks that cannot be saved
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Unsaved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Tied, "model: expected every tensor once, got tensors that share memory"),
+        (Unsaved, "cannot describe Unsaved: its buffer 'mean' is not in state_dict"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "cannot describe MultiheadAttention: its argument"),
+    ],
+    ids=["shared-tensors", "unsaved-buffer", "unreadable-arguments"],
+)
+def test_what_cannot_be_saved_is_refused_and_leaves_no_file(
+    tmp_path: Path, build: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fg.save(build(), tmp_path / "model.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt", "model.safetensors.tmp", ".safetensors"])
+def test_the_name_says_what_the_file_is(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"path: expected a name ending in \.safetensors, got {name}"):
+        fg.save(nn.Linear(1, 1), tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = tmp_path / "model.safetensors"
+    old = fg.models.resnet(8)
+    fg.save(old, path)
+    data = path.read_bytes()
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail) if step == "fsync" else patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            fg.save(fg.models.resnet(8, 100), path)
+    assert path.read_bytes() == data and os.listdir(tmp_path) == ["model.safetensors"]
+    assert_same_state(fg.load(path), old.state_dict())
+
+
+@pytest.mark.gpu
+def test_a_network_on_a_device_comes_back_on_the_cpu(tmp_path: Path) -> None:
+    model = gated_resnet(8, ("channel", "before"))
+    freeze_at_random(model, "mixed")
+    compacted = fg.compact(model)
+    state = {name: tensor.clone() for name, tensor in compacted.state_dict().items()}
+    fg.save(compacted.cuda(), tmp_path / "model.safetensors")
+    assert_same_state(fg.load(tmp_path / "model.safetensors"), state)

@@ -1,0 +1,367 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastgate as fg
+from fastgate import estimators
+from tests.helpers import GATINGS, freeze_at_random, gating_ids
+
+KINDS = {
+    "layer": lambda **options: fg.LayerGate(6, **options),
+    "channel": lambda **options: fg.ChannelGate(6, 5, **options),
+    "channel-depth1": lambda **options: fg.ChannelGate(6, 5, depth=1, **options),
+    "channel-flat": lambda **options: fg.ChannelGate(6, 5, spatial_size=(4, 3), **options),
+}
+
+
+def x_for(n: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, 6, 4, 3).to(dtype)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_table_1_of_the_paper_is_the_heads_layers() -> None:
+    def sizes(gate: nn.Module) -> dict[str, tuple]:
+        return {name: tuple(p.shape) for name, p in gate.named_parameters()}
+
+    head = {"fc1.bias": (16,), "bn.weight": (16,), "bn.bias": (16,)}
+    assert sizes(fg.LayerGate(64)) == {**head, "fc1.weight": (16, 64), "fc2.weight": (1, 16), "fc2.bias": (1,)}
+    assert sizes(fg.ChannelGate(64)) == {**head, "fc1.weight": (16, 64), "fc2.weight": (64, 16), "fc2.bias": (64,)}
+    # the paper's flatten
+    flat = fg.ChannelGate(64, 32, spatial_size=(8, 8))
+    assert sizes(flat) == {**head, "fc1.weight": (16, 64 * 8 * 8), "fc2.weight": (32, 16), "fc2.bias": (32,)}
+    assert sizes(fg.ChannelGate(64, 32, depth=1)) == {"fc1.weight": (32, 64), "fc1.bias": (32,)}
+    assert sizes(fg.LayerGate(64, 7))["fc1.weight"] == (7, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_output_is_0_or_1_per_gate_in_the_inputs_dtype(kind: str, dtype: torch.dtype, training: bool) -> None:
+    gate = KINDS[kind](init_logit=None).train(training)
+    gates = 1 if kind == "layer" else 5
+    y = gate(x_for(dtype=dtype))
+    assert y.shape == (8, gates, 1, 1) and y.dtype == dtype
+    assert set(y.unique().tolist()) <= {0.0, 1.0}
+    per_sample = (8,) if kind == "layer" else (8, 5)
+    # the head works in its parameters' dtype whatever comes in
+    for values in (gate.logits, gate.decisions):
+        assert values.shape == per_sample and values.dtype == torch.float32 and values.requires_grad
+    assert torch.equal(gate.decisions, (gate.logits > 0).float())
+    assert torch.equal(y.float().reshape(per_sample), gate.decisions)
+
+
+def test_a_gate_in_half_precision_works_throughout(kind: str) -> None:
+    gate = KINDS[kind]().to(torch.bfloat16).eval()
+    assert gate(x_for(dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert gate.stored.dtype == torch.int8
+
+
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+def test_the_drop_in_line_trains(kind: str, estimator: str) -> None:
+    gate, f = (
+        KINDS[kind](estimator=estimator, window="identity"),
+        nn.Conv2d(6, 6 if kind == "layer" else 5, 3, padding=1),
+    )
+    shortcut = nn.Conv2d(6, f.out_channels, 1)
+    optimizer = torch.optim.SGD([*gate.parameters(), *f.parameters()], lr=0.1)
+    before = {name: p.detach().clone() for name, p in gate.named_parameters()}
+    x = x_for(16)
+    y = torch.relu(shortcut(x) + gate(x) * f(x))
+    y.square().mean().backward()
+    optimizer.step()
+    for name, parameter in gate.named_parameters():
+        assert torch.isfinite(parameter.grad).all()
+        if name == "fc1.bias" and gate.depth == 2:
+            continue  # a batch norm follows: shifting its input changes nothing, the gradient is 0
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_the_drop_in_line_gives_the_gates_gradient_by_hand() -> None:
+    # identity window: d loss / d logit of a sample is the sum of its branch's values where the ReLU passes;
+    # the last bias adds to every logit
+    gate = fg.LayerGate(6, window="identity", init_logit=None).double()
+    f = nn.Conv2d(6, 6, 3, padding=1).double()
+    x = x_for(16, torch.float64)
+    g, branch = gate(x), f(x)
+    assert 0 < g.mean() < 1  # open and closed samples
+    y = torch.relu(x + g * branch)
+    y.sum().backward()
+    wanted = (branch * (x + g * branch > 0)).sum()
+    # fp64 sums of 1152 terms
+    torch.testing.assert_close(gate.fc2.bias.grad, wanted[None], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None], ids=["0.1", "0.5", "cumulative"])
+def test_running_statistics_are_those_of_batch_norm(momentum: float | None) -> None:
+    gate, norm = fg.LayerGate(6).double(), nn.BatchNorm1d(16).double()
+    gate.bn.momentum = norm.momentum = momentum
+    for n in (8, 3, 5):  # a cumulative average does not weigh by batch size
+        x = x_for(n, torch.float64)
+        gate(x)
+        norm(gate.fc1(x.mean((2, 3))))
+    assert gate.bn.num_batches_tracked == norm.num_batches_tracked == 3
+    for name in ("running_mean", "running_var"):
+        # the same sums in fp64
+        torch.testing.assert_close(getattr(gate.bn, name), getattr(norm, name), rtol=1e-12, atol=1e-15)
+
+
+def test_evaluation_leaves_the_running_statistics() -> None:
+    gate = fg.LayerGate(6).double().eval()
+    before = copy.deepcopy(gate.bn.state_dict())
+    gate(x_for(4, torch.float64))
+    assert all(torch.equal(gate.bn.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("init_logit", [0.5, -0.5, 2.0])
+def test_init_logit_is_where_logits_start(kind: str, init_logit: float) -> None:
+    gate = KINDS[kind](init_logit=init_logit)
+    gate(x_for(256))
+    # weights of std 0.01 on at most 72 features of unit order: five standard deviations of the largest sum
+    assert (gate.logits - init_logit).abs().max() < 5 * 0.01 * math.sqrt(72)
+    assert gate.decisions.unique().tolist() == [1.0 if init_logit > 0 else 0.0]
+
+
+def test_without_init_logit_pytorchs_default_stays() -> None:
+    torch.manual_seed(7)
+    gate = fg.ChannelGate(6, init_logit=None)
+    torch.manual_seed(7)
+    fc1, fc2 = nn.Linear(6, 16), nn.Linear(16, 6)
+    assert torch.equal(gate.fc1.weight, fc1.weight) and torch.equal(gate.fc2.weight, fc2.weight)
+    assert torch.equal(gate.fc2.bias, fc2.bias)
+
+
+def test_autocast_keeps_the_head_in_its_own_dtype(kind: str) -> None:
+    gate = KINDS[kind](init_logit=None).eval()
+    x = x_for(dtype=torch.bfloat16)
+    gate(x)
+    plain = gate.logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gate(x).dtype == torch.bfloat16
+    assert gate.logits.dtype == torch.float32
+    assert torch.equal(gate.logits, plain)
+
+
+def test_channels_last_is_the_same(kind: str) -> None:
+    gate = KINDS[kind](init_logit=None).double().eval()
+    x = x_for(dtype=torch.float64)
+    gate(x)
+    plain = gate.logits
+    gate(x.to(memory_format=torch.channels_last))
+    # pooled in another order: a few ulp
+    torch.testing.assert_close(gate.logits, plain, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("estimator", ["gumbel", "bernoulli"])
+def test_sampling_estimators_sample_in_training_only(estimator: str) -> None:
+    gate, x = fg.LayerGate(6, estimator=estimator, init_logit=0.1), x_for(64)
+    assert 0 < gate(x).mean() < 1
+    gate.eval()
+    first = gate(x)
+    assert torch.equal(gate(x), first)
+    assert torch.equal(gate.decisions, (gate.logits > 0).float())
+
+
+def test_temperature_reaches_the_estimator() -> None:
+    gate, x = fg.LayerGate(6, estimator="gumbel", temperature=4.0, init_logit=1.0).eval(), x_for(4)
+    gate(x)
+    (gradient,) = torch.autograd.grad(gate.decisions.sum(), gate.fc2.bias)
+    soft = torch.sigmoid(gate.logits / 4)
+    torch.testing.assert_close(gradient, (soft * (1 - soft) / 4).sum()[None])
+
+
+# frozen gates
+
+
+def test_a_frozen_gate_returns_its_decision_and_runs_no_head(kind: str) -> None:
+    gate = KINDS[kind]()
+    calls = []
+    gate.fc1.register_forward_hook(lambda *_: calls.append("fc1"))
+    monitored = [p.register_hook(lambda _: calls.append("gradient")) for p in gate.parameters()]
+    pattern = torch.arange(gate.gates) % 2 == 0
+    assert not gate.frozen
+    gate.freeze(pattern)
+    assert gate.frozen and torch.equal(gate.open, pattern)
+    before = copy.deepcopy(gate.state_dict())
+    x = x_for().requires_grad_()
+    y = gate(x)
+    assert torch.equal(y.flatten(1), pattern.float().expand(8, -1))
+    assert gate.logits is None and not gate.decisions.requires_grad
+    assert gate.decisions.shape == ((8,) if kind == "layer" else (8, 5))
+    (x.mean((1, 2, 3))[:, None] * y.flatten(1)).sum().backward()
+    assert calls == [] and all(p.grad is None for p in gate.parameters())
+    # training mode, and yet no running statistic moves
+    assert all(torch.equal(gate.state_dict()[name], value) for name, value in before.items())
+    assert len(monitored) == len(list(gate.parameters()))
+    # one sample is enough for a gate without batch statistics
+    assert gate(x_for(1)).shape == (1, gate.gates, 1, 1)
+
+
+def test_unfreeze_lets_the_head_decide_again(kind: str) -> None:
+    gate, x = KINDS[kind](init_logit=0.5), x_for()
+    gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))
+    assert gate(x).sum() == 0
+    gate.unfreeze()
+    assert not gate.frozen and gate(x).sum() == 8 * gate.gates
+    assert gate.logits is not None
+    with pytest.raises(ValueError, match="the gate is live and has no stored decision"):
+        _ = gate.open
+
+
+def test_one_gate_takes_a_scalar() -> None:
+    gate = fg.LayerGate(6)
+    gate.freeze(torch.tensor(False))
+    assert gate.open.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("open", "error", "message"),
+    [
+        (torch.ones(5), TypeError, r"open: expected a bool tensor, got torch\.float32"),
+        (torch.ones(4, dtype=torch.bool), ValueError, r"open: expected \[5\], got \[4\]"),
+        (torch.ones(1, 5, dtype=torch.bool), ValueError, r"open: expected \[5\], got \[1, 5\]"),
+        (torch.tensor(True), ValueError, r"open: expected \[5\], got \[\]"),
+    ],
+)
+def test_freeze_refuses_what_is_no_decision(open: Tensor, error: type[Exception], message: str) -> None:
+    gate = fg.ChannelGate(6, 5)
+    with pytest.raises(error, match=message):
+        gate.freeze(open)
+    assert not gate.frozen and gate.stored.tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_a_strict_load_restores_frozen_and_live_gates(gating: tuple[str, str]) -> None:
+    def build() -> fg.models.ResNet:
+        return fg.models.resnet(8, gating=gating[0], position=gating[1])
+
+    model, x = build().eval(), torch.randn(3, 3, 8, 8)
+    masks = freeze_at_random(model)
+    next(iter(fg.named_gates(model)))[1].unfreeze()  # some frozen, one live
+    # a model whose gates are all frozen otherwise: live must come back too
+    other = build().eval()
+    freeze_at_random(other, "none")
+    for fresh in (build().eval(), other):
+        assert fresh.load_state_dict(model.state_dict(), strict=True)
+        assert [g.frozen for _, g in fg.named_gates(fresh)] == [False, True, True]
+        for name, gate in list(fg.named_gates(fresh))[1:]:
+            assert torch.equal(gate.open, masks[name])
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_state_dict_saves_and_loads_as_plain_weights(tmp_path: object, kind: str) -> None:
+    gate = KINDS[kind]()
+    gate(x_for())
+    gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
+    torch.save(gate.state_dict(), f"{tmp_path}/gate.pt")
+    fresh = KINDS[kind]()
+    fresh.load_state_dict(torch.load(f"{tmp_path}/gate.pt", weights_only=True))
+    assert fresh.frozen and bool(fresh.open.all())
+
+
+def test_a_gate_can_be_copied_after_a_forward_with_graph(kind: str) -> None:
+    gate, x = KINDS[kind](init_logit=None), x_for()
+    gate(x)
+    assert gate.logits.grad_fn is not None
+    twin = copy.deepcopy(gate)
+    assert twin.logits is None and twin.decisions is None
+    assert gate.logits is not None, "the original keeps its last forward"
+    assert torch.equal(twin.eval()(x), gate.eval()(x))
+    gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))
+    assert copy.deepcopy(gate).frozen and not twin.frozen
+
+
+# names and arguments
+
+
+def test_named_gates_are_in_forward_order() -> None:
+    model = fg.models.resnet(20, gating="layer")
+    names = [name for name, _ in fg.named_gates(model)]
+    assert names == [f"layer{stage}.{block}.gate" for stage in (1, 2, 3) for block in range(3)]
+    order = []
+    for name, gate in fg.named_gates(model):
+        gate.register_forward_hook(lambda *_, name=name: order.append(name))
+    model.eval()(torch.zeros(1, 3, 8, 8))
+    assert order == names
+    assert list(fg.named_gates(nn.Linear(2, 2))) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((0,), {}, "in_channels: expected a positive number, got 0"),
+        ((3, 0), {}, "gates: expected a positive number, got 0"),
+        ((3, 3, -1), {}, "hidden_features: expected a positive number, got -1"),
+        ((3,), {"depth": 3}, "depth: expected 1 or 2 dense layers, got 3"),
+        ((3,), {"estimator": "softmax"}, "estimator: expected one of straight_through, .*, got 'softmax'"),
+        ((3,), {"window": "hard"}, "window: expected one of clipped, restoring, identity, got 'hard'"),
+        ((3,), {"temperature": 0.0}, r"temperature: expected a positive number, got 0\.0"),
+        ((3,), {"impl": "cudnn"}, "impl: expected one of auto, triton, torch, got 'cudnn'"),
+    ],
+)
+def test_bad_arguments_say_expected_and_got(arguments: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fg.ChannelGate(*arguments, **options)
+
+
+@pytest.mark.parametrize("options", [{"depth": 1}, {"spatial_size": (2, 2)}, {"out_channels": 2}])
+def test_layer_gates_have_no_channel_options(options: dict) -> None:
+    with pytest.raises(TypeError, match=next(iter(options))):
+        fg.LayerGate(3, **options)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 4, 3), (8, 6, 4), (6,)])
+def test_input_of_another_shape_is_refused(kind: str, shape: tuple) -> None:
+    gate = KINDS[kind]()
+    with pytest.raises(ValueError, match=r"x: expected \[N, 6, H, W\], got \["):
+        gate(torch.zeros(shape))
+    gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"x: expected \[N, 6, H, W\], got \["):
+        gate(torch.zeros(shape))
+
+
+def test_a_flattening_gate_is_tied_to_its_size() -> None:
+    gate = fg.ChannelGate(6, spatial_size=(4, 3))
+    # (3, 4) has as many pixels: the order would be wrong without a word
+    for size in ((3, 4), (8, 6), (1, 1)):
+        with pytest.raises(
+            ValueError, match=rf"x: expected maps of \(4, 3\) .* got \({size[0]}, {size[1]}\); use spatial"
+        ):
+            gate(torch.zeros(8, 6, *size))
+    pooled = fg.ChannelGate(6)
+    assert all(pooled(torch.zeros(8, 6, *size)).shape == (8, 6, 1, 1) for size in ((3, 4), (8, 6), (1, 1)))
+
+
+def test_integer_images_and_single_samples_are_refused() -> None:
+    gate = fg.LayerGate(6)
+    with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch\.uint8"):
+        gate(torch.zeros(8, 6, 4, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="x: expected at least 2 samples in training"):
+        gate(x_for(1))
+    assert gate.eval()(x_for(1)).shape == (1, 1, 1, 1)
+    # one dense layer has no batch statistics
+    assert fg.ChannelGate(6, depth=1)(x_for(1)).shape == (1, 6, 1, 1)
+
+
+def test_repr_says_the_state() -> None:
+    gate = fg.ChannelGate(6, 5, estimator="gumbel")
+    assert "6 -> 5, depth=2, estimator=gumbel, live" in repr(gate)
+    gate.freeze(torch.ones(5, dtype=torch.bool))
+    assert "frozen" in repr(gate)
+
+
+@pytest.mark.gpu
+def test_on_a_device_a_frozen_gate_waits_for_nothing(kind: str) -> None:
+    gate, x = KINDS[kind]().cuda(), x_for().cuda()
+    gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = gate(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert y.device == x.device and bool((y == 1).all())

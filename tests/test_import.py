@@ -1,0 +1,130 @@
+"""`import fastgate` is light, and the public names of DESIGN.md exist with the documented parameters."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgate as fg
+
+HEAVY = ("fvcore", "torchvision", "timm", "matplotlib", "rich", "typer", "sklearn", "triton")
+OWN = ("fastgate.kernels", "fastgate.training", "fastgate.reports", "fastgate.cli")
+
+LEAN_IMPORT = f"""
+import sys
+# as where Triton is not installed: importing it raises, find_spec finds nothing (torch itself asks)
+sys.modules["triton"] = None
+import torch
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("import fastgate touched the GPU")
+
+torch.cuda._lazy_init = refuse
+torch._C._cuda_init = refuse
+# torch itself may have loaded some of these; what counts is what fastgate adds
+before = set(sys.modules)
+import fastgate
+added = {{name for name in set(sys.modules) - before}}
+heavy = sorted({{name.split(".")[0] for name in added}} & set({HEAVY!r}))
+own = sorted(added & set({OWN!r}))
+print(torch.cuda.is_initialized(), heavy, own, fastgate.LayerGate.__name__)
+"""
+
+
+def test_import_needs_no_gpu_and_no_triton_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    # another folder: only the installed package is found, not the checkout in the current directory
+    done = subprocess.run(
+        [sys.executable, "-c", LEAN_IMPORT], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == "False [] [] LayerGate"
+
+
+def find(name: str) -> object:
+    found: object = fg
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+REQUIRED = inspect.Parameter.empty
+GATE_OPTIONS = {"estimator": "straight_through", "window": "restoring", "init_logit": 0.5, "impl": "auto"}
+
+# name -> (positional parameters, keyword-only parameters), each with its documented default
+SIGNATURES = {
+    "LayerGate": ({"in_channels": REQUIRED, "hidden_features": 16}, GATE_OPTIONS),
+    "ChannelGate": (
+        {"in_channels": REQUIRED, "out_channels": None, "hidden_features": 16},
+        {"depth": 2, "spatial_size": None, **GATE_OPTIONS},
+    ),
+    "attach": ({"model": REQUIRED, "gating": "layer", "position": "middle"}, {}),
+    "named_gates": ({"model": REQUIRED}, {}),
+    "polarization": ({0: REQUIRED}, {}),
+    "activation": ({0: REQUIRED}, {}),
+    "budget": ({0: REQUIRED, "target": REQUIRED, "costs": None}, {}),
+    "macs": ({"model": REQUIRED, "input_size": REQUIRED}, {}),
+    "flops": ({"model": REQUIRED, "input_size": REQUIRED}, {}),
+    "gate_costs": ({"model": REQUIRED, "input_size": REQUIRED}, {}),
+    "decide": ({"model": REQUIRED, "loader": REQUIRED, "threshold": 0.5}, {}),
+    "freeze": ({"model": REQUIRED, "decisions": REQUIRED}, {}),
+    "compact": ({"model": REQUIRED}, {}),
+    "compare": ({"masked": REQUIRED, "compacted": REQUIRED, "inputs": REQUIRED}, {}),
+    "save": ({"model": REQUIRED, "path": REQUIRED}, {}),
+    "load": ({"path": REQUIRED}, {}),
+    "functional.gate_head": (
+        {
+            "x": REQUIRED,
+            "fc1_weight": REQUIRED,
+            "fc1_bias": REQUIRED,
+            "bn_weight": None,
+            "bn_bias": None,
+            "running_mean": None,
+            "running_var": None,
+            "fc2_weight": None,
+            "fc2_bias": None,
+        },
+        {"training": REQUIRED, "momentum": 0.1, "eps": 1e-5, "window": "clipped", "impl": "auto"},
+    ),
+    "functional.gated_residual": (
+        {"shortcut": REQUIRED, "branch": REQUIRED, "gate": REQUIRED},
+        {"relu": True, "impl": "auto"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_name_has_the_documented_parameters(name: str) -> None:
+    positional, keyword_only = SIGNATURES[name]
+    parameters = inspect.signature(find(name)).parameters
+    order = [p for p in parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    for i, (wanted, default) in enumerate(positional.items()):
+        assert order[i].default == default
+        # where DESIGN.md says "a model or an iterable of gates" the parameter's name is not part of the contract
+        assert wanted in (i, order[i].name)
+    for wanted, default in keyword_only.items():
+        assert parameters[wanted].kind == inspect.Parameter.KEYWORD_ONLY
+        assert parameters[wanted].default == default
+
+
+@pytest.mark.parametrize("name", ["Decisions", "Decisions.to_json", "Decisions.from_json", "Decisions.open_ratio"])
+def test_public_name_exists(name: str) -> None:
+    assert find(name) is not None
+
+
+def test_all_lists_exactly_what_is_there() -> None:
+    assert sorted(fg.__all__) == sorted(set(fg.__all__))
+    assert [name for name in fg.__all__ if not hasattr(fg, name)] == []
+    assert {name.partition(".")[0] for name in SIGNATURES} <= set(fg.__all__)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
+def test_networks_take_the_documented_arguments(name: str) -> None:
+    build = getattr(fg.models, name)
+    model = build(7, gating="channel", position="after", shortcut="pad", depth=1, estimator="bernoulli")
+    gate = next(iter(fg.named_gates(model)))[1]
+    assert model.fc.out_features == 7
+    assert (gate.depth, gate.estimator) == (1, "bernoulli")
+    with pytest.raises(TypeError, match="positional"):
+        build(7, "channel")

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastgate as fg
+
+
+def layer_gate(decisions: list[float], **options: object) -> fg.LayerGate:
+    """A layer gate in fp64 that has just made these decisions, its logits (+-0.5) the leaves of the graph."""
+    gate = fg.LayerGate(1, **options).double()
+    gate.logits = (torch.tensor(decisions, dtype=torch.float64) - 0.5).requires_grad_()
+    gate.decisions = fg.estimators.straight_through(gate.logits, "identity")
+    return gate
+
+
+def channel_gate(decisions: list[list[float]]) -> fg.ChannelGate:
+    """Likewise; decisions by sample, then channel."""
+    gate = fg.ChannelGate(len(decisions[0])).double()
+    gate.logits = (torch.tensor(decisions, dtype=torch.float64) - 0.5).requires_grad_()
+    gate.decisions = fg.estimators.straight_through(gate.logits, "identity")
+    return gate
+
+
+def gradients(loss: Tensor, gates: list) -> list[list]:
+    return [
+        gradient.tolist() for gradient in torch.autograd.grad(loss, [gate.logits for gate in gates], retain_graph=True)
+    ]
+
+
+def test_polarization_of_layer_gates() -> None:
+    # means 1/4, 1 and 1/2 of four samples; g (1 - g) = 3/16, 0, 1/4; over three gates 7/48
+    gates = [layer_gate([1, 0, 0, 0]), layer_gate([1, 1, 1, 1]), layer_gate([1, 1, 0, 0])]
+    loss = fg.polarization(gates)
+    assert loss.shape == () and loss.item() == pytest.approx(7 / 48, rel=1e-12)
+    # (1 - 2 g) / (L B) for every sample of a gate
+    wanted = [[(1 - 2 * g) / 12] * 4 for g in (1 / 4, 1, 1 / 2)]
+    assert gradients(loss, gates) == [pytest.approx(row, rel=1e-12) for row in wanted]
+
+
+def test_activation_of_layer_gates() -> None:
+    gates = [layer_gate([1, 0, 0, 0]), layer_gate([1, 1, 1, 1])]
+    loss = fg.activation(gates)
+    assert loss.item() == (1 / 4 + 1) / 2
+    assert gradients(loss, gates) == [[1 / 8] * 4] * 2
+
+
+def test_channels_are_averaged_within_their_gate_first() -> None:
+    # a gate of three channels with means 1, 1/2, 0 and one of a single channel with mean 1/2: both gates count alike
+    gates = [channel_gate([[1, 1, 0], [1, 0, 0]]), channel_gate([[1], [0]])]
+    polarization, activation = fg.polarization(gates), fg.activation(gates)
+    assert polarization.item() == pytest.approx((1 / 4 / 3 + 1 / 4) / 2, rel=1e-12)
+    assert activation.item() == 1 / 2
+    wide, narrow = gradients(activation, gates)
+    assert wide == [pytest.approx([1 / 12] * 3, rel=1e-12)] * 2
+    assert narrow == [[1 / 4]] * 2
+    wide, narrow = gradients(polarization, gates)
+    # (1 - 2 g) / (L B C)
+    assert wide == [pytest.approx([-1 / 12, 0, 1 / 12], rel=1e-12)] * 2
+    assert narrow == [[0]] * 2
+
+
+def test_budget_without_costs_weighs_every_channel_alike() -> None:
+    # a gate with 3 channels and one with 1: of 4 channels the means sum to 1 + 1/2 + 0 + 1/2
+    gates = [channel_gate([[1, 1, 0], [1, 0, 0]]), channel_gate([[1], [0]])]
+    loss = fg.budget(gates, 0.25)
+    assert loss.item() == pytest.approx((2 / 4 - 0.25) ** 2, rel=1e-12)
+    wide, narrow = gradients(loss, gates)
+    # 2 (fraction - target) / (channels B)
+    assert wide == [pytest.approx([2 * 0.25 / 8] * 3, rel=1e-12)] * 2
+    assert narrow == [pytest.approx([2 * 0.25 / 8], rel=1e-12)] * 2
+
+
+def test_budget_with_costs() -> None:
+    gates = [layer_gate([1, 0, 0, 0]), layer_gate([1, 1, 1, 0])]
+    costs = {"0": torch.tensor([300]), "1": torch.tensor([100])}
+    # (300 * 1/4 + 100 * 3/4) / 400 = 0.375
+    loss = fg.budget(gates, 0.5, costs)
+    assert loss.item() == pytest.approx(0.125**2, rel=1e-12)
+    first, second = gradients(loss, gates)
+    # 2 (fraction - target) * cost / (total B): below the target the gradient asks for more open gates
+    assert first == pytest.approx([-0.25 * 300 / 1600] * 4, rel=1e-12)
+    assert second == pytest.approx([-0.25 * 100 / 1600] * 4, rel=1e-12)
+
+
+def test_a_model_and_its_gates_give_the_same() -> None:
+    model = fg.models.resnet(8, gating="channel", window="identity")
+    model(torch.randn(6, 3, 8, 8))
+    gates = [gate for _, gate in fg.named_gates(model)]
+    costs = fg.gate_costs(model, (3, 8, 8))
+    numbered = {str(i): cost for i, cost in enumerate(costs.values())}
+    assert torch.equal(fg.polarization(model), fg.polarization(gates))
+    assert torch.equal(fg.activation(model), fg.activation(iter(gates)))
+    assert torch.equal(fg.budget(model, 0.5, costs), fg.budget(gates, 0.5, numbered))
+
+
+def test_the_losses_reach_every_parameter_of_every_head() -> None:
+    model = fg.models.resnet(8, gating="layer")
+    scores = model(torch.randn(6, 3, 8, 8))
+    (scores.mean() + fg.polarization(model) + fg.activation(model) + fg.budget(model, 0.3)).backward()
+    for name, gate in fg.named_gates(model):
+        # the last bias gets the plain sum of what passes the window; all start inside it
+        assert gate.fc2.bias.grad.abs().sum() > 0, name
+        assert all(p.grad is not None for p in gate.parameters())
+
+
+def test_frozen_gates_count_and_carry_no_gradient() -> None:
+    gates = nn.ModuleList([fg.LayerGate(3), fg.LayerGate(3)])
+    gates[0].freeze(torch.tensor([False]))
+    x = torch.randn(8, 3, 4, 4)
+    for gate in gates:
+        gate(x)
+    live = gates[1].decisions.mean()
+    assert fg.activation(gates).item() == pytest.approx(live.item() / 2)
+    assert fg.polarization(gates).item() == pytest.approx((live * (1 - live)).item() / 2)
+    fg.activation(gates).backward()
+    assert gates[0].fc2.bias.grad is None
+
+
+def test_no_gates_is_an_error() -> None:
+    for loss in (fg.polarization, fg.activation, lambda gates: fg.budget(gates, 0.5)):
+        with pytest.raises(ValueError, match=r"expected a model with gates, got none; .*attach"):
+            loss(fg.models.resnet(8))
+        with pytest.raises(ValueError, match="got none"):
+            loss([])
+
+
+def test_a_gate_that_has_not_run_is_named() -> None:
+    with pytest.raises(ValueError, match=r"gate 'layer1\.0\.gate' has no decisions yet; run the model's forward"):
+        fg.polarization(fg.models.resnet(8, gating="layer"))
+
+
+@pytest.mark.parametrize("target", [-0.01, 1.01, float("nan")])
+def test_a_target_is_a_fraction(target: float) -> None:
+    with pytest.raises(ValueError, match="target: expected a fraction between 0 and 1, got"):
+        fg.budget([layer_gate([1])], target)
+
+
+def test_costs_of_other_gates_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate; .*gate_costs"):
+        fg.budget([layer_gate([1])], 0.5, {"layer1.0.gate": torch.tensor([1])})
+
+
+masks = st.integers(1, 6).flatmap(
+    lambda n: st.lists(
+        st.integers(1, 5).flatmap(
+            lambda c: st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=c, max_size=c), min_size=n, max_size=n)
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+
+
+@given(masks, st.floats(0, 1), st.data())
+def test_all_losses_of_any_decisions(decisions: list, target: float, data: st.DataObject) -> None:
+    """decisions: by gate, sample, channel."""
+    gates = [channel_gate(rows) for rows in decisions]
+    means = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in decisions]
+    costs = [data.draw(st.integers(1, 10**9)) for _ in gates]
+    polar = [sum(g * (1 - g) for g in gate) / len(gate) for gate in means]
+    active = [sum(gate) / len(gate) for gate in means]
+    used = sum(cost * sum(gate) for cost, gate in zip(costs, means, strict=True))
+    total = sum(cost * len(gate) for cost, gate in zip(costs, means, strict=True))
+    by_name = {str(i): torch.full((len(means[i]),), cost) for i, cost in enumerate(costs)}
+    # fp64 sums of a few dozen terms of unit order
+    assert fg.polarization(gates).item() == pytest.approx(sum(polar) / len(polar), rel=1e-12, abs=1e-15)
+    assert fg.activation(gates).item() == pytest.approx(sum(active) / len(active), rel=1e-12)
+    assert fg.budget(gates, target, by_name).item() == pytest.approx((used / total - target) ** 2, rel=1e-9, abs=1e-12)
+    assert 0 <= fg.polarization(gates).item() <= 0.25
