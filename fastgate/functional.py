@@ -60,9 +60,9 @@ def gate_head(
         decisions and logits, both `[N, out]` in the dtype of `fc1_weight`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown window or implementation, one sample in training (its batch
-            variance is undefined).
-        TypeError: `x` is not a floating-point tensor.
+        ValueError: shapes or devices that do not fit, an unknown window or implementation, one sample in training (its
+            batch variance is undefined).
+        TypeError: `x` is not a floating-point tensor, or the parameters are not of one dtype.
     """
     check_window(window)
     resolve_impl(impl, "gate_head")
@@ -76,6 +76,21 @@ def gate_head(
             f"fc1_weight: expected [hidden, {channels}] (pooled) or [hidden, {channels * pixels}] (flattened) for x of "
             f"{list(x.shape)}, got {list(fc1_weight.shape)}"
         )
+    for name, tensor in (
+        ("fc1_bias", fc1_bias),
+        ("bn_weight", bn_weight),
+        ("bn_bias", bn_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("fc2_weight", fc2_weight),
+        ("fc2_bias", fc2_bias),
+    ):
+        if tensor is not None and tensor.dtype != fc1_weight.dtype:
+            raise TypeError(f"{name}: expected the dtype of fc1_weight, {fc1_weight.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != fc1_weight.device:
+            raise ValueError(f"{name}: expected the device of fc1_weight, {fc1_weight.device}, got {tensor.device}")
+    if x.device != fc1_weight.device:
+        raise ValueError(f"x: expected the device of fc1_weight, {fc1_weight.device}, got {x.device}")
     hidden = fc1_weight.shape[0]
     if fc2_weight is not None:
         if fc2_weight.dim() != 2 or fc2_weight.shape[1] != hidden:
@@ -84,7 +99,8 @@ def gate_head(
             raise ValueError("running_mean, running_var: expected tensors when training=False, got None")
         if training and x.shape[0] < 2:
             raise ValueError(
-                "x: expected at least 2 samples in training (batch statistics), got 1; drop the last short batch"
+                f"x: expected at least 2 samples in training (batch statistics), got {x.shape[0]}; drop the last short "
+                "batch"
             )
     for name, vector, size in (
         ("fc1_bias", fc1_bias, hidden),
@@ -128,12 +144,16 @@ def gated_residual(shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool
         y `[N, C, H, W]`.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes or devices that do not fit, or an unknown implementation.
     """
     resolve_impl(impl, "gated_residual")
     if shortcut.dim() != 4 or branch.shape != shortcut.shape:
         raise ValueError(
             f"shortcut, branch: expected the same [N, C, H, W], got {list(shortcut.shape)} and {list(branch.shape)}"
+        )
+    if not shortcut.device == branch.device == gate.device:
+        raise ValueError(
+            f"shortcut, branch, gate: expected one device, got {shortcut.device}, {branch.device}, {gate.device}"
         )
     n, c = shortcut.shape[:2]
     if gate.shape not in ((n,), (n, 1), (n, c), (n, 1, 1, 1), (n, c, 1, 1)):

@@ -100,7 +100,7 @@ class Gate(nn.Module):
         return decisions.to(x.dtype)[:, :, None, None]
 
     def _decide(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        head: dict[str, Any] = {}
+        head: dict[str, Any] = {"training": self.training}
         if self.depth == 2:
             bn = self.bn
             momentum = bn.momentum
@@ -109,17 +109,18 @@ class Gate(nn.Module):
                 if momentum is None:  # cumulative average, as nn.BatchNorm1d does
                     momentum = 1.0 / float(bn.num_batches_tracked)
             head = {
+                "training": bn.training,
                 "bn_weight": bn.weight,
                 "bn_bias": bn.bias,
                 "running_mean": bn.running_mean,
                 "running_var": bn.running_var,
                 "fc2_weight": self.fc2.weight,
                 "fc2_bias": self.fc2.bias,
-                "momentum": momentum,
+                "momentum": 0.0 if momentum is None else momentum,  # None in eval, where it is not used
                 "eps": bn.eps,
             }
         decisions, logits = functional.gate_head(
-            x, self.fc1.weight, self.fc1.bias, training=self.training, window=self.window, impl=self.impl, **head
+            x, self.fc1.weight, self.fc1.bias, window=self.window, impl=self.impl, **head
         )
         if self.estimator != "straight_through":
             decisions = estimate(

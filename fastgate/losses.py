@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
 
-GateSource = nn.Module | Iterable[Gate] | Mapping[str, Tensor]
+GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[str, Tensor]
 
 
 def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
     """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
 
-    An iterable of gates is named by position: "0", "1", ...
+    An iterable holds gates, then named by position ("0", "1", ...), or the pairs of `named_gates`.
 
     Raises:
         ValueError: there is no gate, or one has not run yet.
     """
     if isinstance(gates, Mapping):
         return gates
-    in_order = named_gates(gates) if isinstance(gates, nn.Module) else ((str(i), g) for i, g in enumerate(gates))
-    named = dict(in_order)
+    items = named_gates(gates) if isinstance(gates, nn.Module) else gates
+    named: dict[str, Gate] = dict(item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(items))
     if not named:
         raise ValueError("expected a model with gates, got none; add them with fastgate.attach(model, 'layer')")
     means = {}

@@ -1,5 +1,6 @@
 """Values over training: numbers that step or ramp at given epochs, written as short strings."""
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ class Piecewise:
 
     def __post_init__(self) -> None:
         epochs = [epoch for epoch, _ in self.points]
+        if not all(math.isfinite(number) for point in self.points for number in point):
+            raise ValueError(f"points: expected finite numbers, got {self.points}")
         if not epochs or any(later <= earlier for earlier, later in pairwise(epochs)):
             raise ValueError(f"points: expected at least one, with increasing epochs, got {self.points}")
 

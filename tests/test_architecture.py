@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # a module uses modules of its own floor and of those below
 FLOORS = {
     "files": 0,
+    "modes": 0,
     "env": 0,
     "kernels": 1,
     "ops": 2,

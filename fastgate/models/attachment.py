@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastgate.gates import ChannelGate, Gate, LayerGate, named_gates
 from fastgate.models.block import POSITIONS, ResidualBlock
+from fastgate.modes import eval_mode
 
 GATINGS = ("layer", "channel")
 Network = TypeVar("Network", bound=nn.Module)
@@ -65,14 +66,23 @@ def register_block(
 
 def _to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
     """The same children under the same names, so that state_dict keys stay as they were."""
-    children = dict(block.named_children())
-    shortcut = layout.shortcut if layout.shortcut in children else None
-    activation = layout.activation if layout.activation in children else None
+    # not named_children(): it leaves out a module that is registered under a second name
+    children = {name: child for name, child in block._modules.items() if child is not None}
+    named = [*layout.branch, *(name for name in (layout.shortcut, layout.activation) if name is not None)]
+    remedy = "correct its register_block()"
+    if missing := [name for name in named if not hasattr(block, name)]:
+        raise ValueError(f"{type(block).__name__}: no child named {', '.join(missing)}; {remedy}")
+    unused = [name for name in children if name not in named and not isinstance(children[name], nn.Identity)]
+    if unused := unused + list(block._parameters) + list(block._buffers):
+        raise ValueError(f"{type(block).__name__}: its layout leaves out {', '.join(unused)}; {remedy}")
     branch = [name for name in layout.branch if name in children]
-    if missing := [name for name in layout.branch if not hasattr(block, name)]:
-        raise ValueError(f"{type(block).__name__}: no child named {', '.join(missing)}; correct its register_block()")
-    result = ResidualBlock(children, branch, shortcut, activation)
-    result.train(block.training)
+    result = ResidualBlock(
+        children,
+        branch,
+        layout.shortcut if layout.shortcut in children else None,
+        layout.activation if layout.activation in children else None,
+    )
+    result.training = block.training
     return result
 
 
@@ -91,6 +101,8 @@ class _Cut:
 
 def _find_cut(name: str, block: ResidualBlock, position: str) -> _Cut:
     convs = block.branch_convs()
+    if len({child for _, child, _ in convs}) < len(convs):
+        raise ValueError(f"block {name!r}: a convolution that runs twice cannot be cut; use gating='layer'")
     (first_at, _, first), (last_at, _, last) = convs[0], convs[-1]
     if position == "after":
         cut, sliced = _Cut(last, len(block.branch), True), [last]
@@ -105,6 +117,14 @@ def _find_cut(name: str, block: ResidualBlock, position: str) -> _Cut:
             f"block {name!r}: channel gates at position {position!r} would cut a grouped convolution, which is not "
             "supported; use another position or gating='layer'"
         )
+    # the place is tried out on the block now, so that no network trains with gates that compact() would refuse
+    previous, block.gate_at = block.gate_at, cut.gate_at
+    try:
+        block.cut_with_gate()
+    except ValueError as error:
+        raise ValueError(f"block {name!r}: {error}") from error
+    finally:
+        block.gate_at = previous
     return cut
 
 
@@ -121,13 +141,10 @@ def _map_sizes(model: nn.Module, cuts: dict[str, _Cut], image: tuple[int, int]) 
 
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     handles = [hook_for(name, cut) for name, cut in cuts.items()]
-    was_training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             model(stem.weight.new_zeros(1, stem.in_channels, *image))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return sizes
@@ -169,9 +186,19 @@ def attach(
         raise ValueError(
             f"model: expected no gates, got {len(existing)} ({existing[0]}, ...); attach to a plain network"
         )
+    if "out_channels" in gate_options:
+        raise TypeError("attach() got an unexpected gate option 'out_channels': it is that of the gated features")
     blocks: dict[str, ResidualBlock] = {}
-    for name, module in model.named_modules():
+    seen: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         layout = _LAYOUTS.get(_class_name(type(module)))
+        if layout is not None or isinstance(module, ResidualBlock):
+            if module in seen:
+                raise ValueError(
+                    f"block {name!r}: it is the same module as {seen[module]!r}; a gate decides for one place, so give "
+                    "each place a block of its own"
+                )
+            seen[module] = name
         if isinstance(module, ResidualBlock):
             blocks[name] = module
         elif layout is not None:

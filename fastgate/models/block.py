@@ -11,6 +11,9 @@ from fastgate.gates import Gate, LayerGate
 
 POSITIONS = ("middle", "before", "after")
 
+# modules that act on each channel (and pixel) by itself and have no weights to cut
+ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d)
+
 
 class ResidualBlock(nn.Module):
     """y = activation(shortcut(x) + gate * branch(x)), the branch a chain of named child modules.
@@ -57,8 +60,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block for x `[N, C, H, W]`."""
+        # the decision comes first: a branch that begins with an in-place ReLU changes x
+        decision = self.gate(x) if isinstance(self.gate, LayerGate) else None
         shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
-        gate_last = self.gate is not None and (isinstance(self.gate, LayerGate) or self.gate_at == len(self.branch))
+        gate_last = self.gate is not None and (decision is not None or self.gate_at == len(self.branch))
         y = x
         for i, name in enumerate(self.branch):
             if i == self.gate_at and self.gate is not None and not gate_last:
@@ -68,7 +73,7 @@ class ResidualBlock(nn.Module):
             y = getattr(self, name)(y)
         relu = self.activation_name is not None and type(getattr(self, self.activation_name)) is nn.ReLU
         if self.gate is not None and gate_last:
-            decision = self.gate(x if isinstance(self.gate, LayerGate) else y)
+            decision = self.gate(y) if decision is None else decision
             y = functional.gated_residual(shortcut, y, decision, relu=relu, impl=self.gate.impl)
         elif self.out_index is not None:
             y = shortcut.index_add(1, self.out_index, y.to(shortcut.dtype))
@@ -97,6 +102,25 @@ class ResidualBlock(nn.Module):
         behind = [(name, conv, 1) for at, name, conv in self.branch_convs() if at >= self.gate_at]
         return before[-1:] + behind[:1]
 
+    def cut_with_gate(self) -> list[str]:
+        """The branch's modules between the convolution whose outputs the gate cuts and the gate itself.
+
+        Raises:
+            ValueError: one of them can be cut neither as a batch norm nor as an elementwise operation.
+        """
+        cut = self.cut_convs()
+        if not cut or cut[0][2] != 0:
+            return []
+        names = self.branch[self.branch.index(cut[0][0]) + 1 : self.gate_at]
+        for name in names:
+            module = getattr(self, name)
+            if not isinstance(module, (nn.BatchNorm2d, *ELEMENTWISE)):
+                raise ValueError(
+                    f"cannot cut the channels of {type(module).__name__} {name!r} between a convolution and its gate; "
+                    "use another position or gating='layer'"
+                )
+        return names
+
     def extra_repr(self) -> str:
         """One line: the chain."""
         return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
@@ -121,8 +145,6 @@ class PadShortcut(nn.Module):
 class EmptyConv2d(nn.Module):
     """What is left of a chain of convolutions when the last one has no input channels: its bias, without any product.
 
-    The result does not depend on the sample, so it has batch size 1 and broadcasts.
-
     Args:
         out_channels: channels of the result.
         geometry: (kernel_size, stride, padding, dilation) pairs of each convolution replaced, for the map's size.
@@ -136,9 +158,10 @@ class EmptyConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [1, out_channels, H', W']."""
+        """[N, C, H, W] -> [N, out_channels, H', W'], the same for all samples and stored once."""
         size = [x.shape[2], x.shape[3]]
         for kernel, stride, padding, dilation in self.geometry:
             size = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
         zeros = x.new_zeros(1, self.out_channels, size[0], size[1])
-        return zeros if self.bias is None else zeros + self.bias.to(x.dtype)[:, None, None]
+        y = zeros if self.bias is None else zeros + self.bias.to(x.dtype)[:, None, None]
+        return y.expand(x.shape[0], -1, -1, -1)

@@ -70,8 +70,9 @@ class ResNet(nn.Module):
         """Class scores."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"x: expected [N, {self.in_channels}, H, W], got {list(x.shape)}; for other images build the network "
-                "with in_channels"
+                # int(): under tracing (fvcore) the sizes are tensors
+                f"x: expected [N, {self.in_channels}, H, W], got {[int(n) for n in x.shape]}; for others build "
+                "the network with in_channels"
             )
         x = self.relu(self.bn1(self.conv1(x)))
         for stage in range(1, len(WIDTHS) + 1):

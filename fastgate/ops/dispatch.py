@@ -15,7 +15,7 @@ def resolve_impl(impl: str, operation: str) -> str:
         ValueError: an unknown name, or `"triton"` for an operation that has no Triton kernel in this version.
     """
     source = "impl"
-    if impl == "auto" and "FASTGATE_IMPL" in os.environ:
+    if impl == "auto" and os.environ.get("FASTGATE_IMPL"):
         impl, source = os.environ["FASTGATE_IMPL"], "the environment variable FASTGATE_IMPL"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{source}: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")

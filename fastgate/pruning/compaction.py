@@ -2,17 +2,15 @@
 
 import copy
 from collections import OrderedDict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
-from fastgate.models.block import EmptyConv2d, ResidualBlock
+from fastgate.models.block import ELEMENTWISE, EmptyConv2d, ResidualBlock
+from fastgate.modes import eval_mode
 from fastgate.pruning.costs import gated_blocks
-
-# modules that act on each channel (and pixel) by itself and have no weights to cut
-_ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -21,8 +19,9 @@ def compact(model: nn.Module) -> nn.Module:
     In eval mode it computes what the frozen network computes: bit-equal in fp32 for layer gates (the same operations on
     the same tensors), up to the rounding of shorter sums for channel gates.
 
-    * Closed layer gate: the branch goes. An identity block goes altogether where its input is known to be >= 0, so that
-      its ReLU changes nothing; elsewhere the ReLU stays. A downsampling block keeps its shortcut.
+    * Closed layer gate: the branch goes. What is left of an identity block is `nn.Identity` where its input is known to
+      be >= 0, so that its ReLU changes nothing; elsewhere the ReLU stays. A downsampling block keeps its shortcut. All
+      other blocks keep their names.
     * Closed channels: rows and columns of the convolutions beside the gate go. Where no channel is left, the
       convolution behind the gate becomes its constant (:class:`~fastgate.models.block.EmptyConv2d`); at position
       "after" the whole branch goes.
@@ -47,7 +46,7 @@ def compact(model: nn.Module) -> nn.Module:
         closed = not bool(gate.open.any())
         if not isinstance(gate, LayerGate) and not bool(gate.open.all()):
             if not closed:
-                _keep_channels(name, block, gate.open.nonzero().flatten())
+                _keep_channels(block, gate.open.nonzero().flatten())
             elif block.gate_at < len(block.branch):
                 _empty_channels(name, block)
                 continue
@@ -55,24 +54,18 @@ def compact(model: nn.Module) -> nn.Module:
             rest = _without_branch(block, parents.get(block))
             if block is result:
                 return rest
-            _replace(parents[block], block, rest)
+            key = next(key for key, module in parents[block].named_children() if module is block)
+            setattr(parents[block], key, rest)
     return result
 
 
-def _keep_channels(name: str, block: ResidualBlock, kept: Tensor) -> None:
+def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
     """Cut the convolutions and norms around the gate down to the kept channels."""
     cut = block.cut_convs()
-    names = [child for child, _, _ in cut]
-    start = block.branch.index(names[0]) + 1 if cut[0][2] == 0 else block.gate_at
-    for child in block.branch[start : block.gate_at]:
+    for child in block.cut_with_gate():
         module = getattr(block, child)
         if isinstance(module, nn.BatchNorm2d):
             _cut_norm(module, kept)
-        elif not isinstance(module, _ELEMENTWISE):
-            raise ValueError(
-                f"gate {name!r}: cannot cut {type(module).__name__} {child!r} between its convolution and the gate; "
-                "use another position or gating='layer'"
-            )
     for _, conv, dim in cut:
         conv.weight = nn.Parameter(conv.weight.detach().index_select(dim, kept), conv.weight.requires_grad)
         if dim == 0:
@@ -106,7 +99,7 @@ def _empty_channels(name: str, block: ResidualBlock) -> None:
     start = 0 if len(block.cut_convs()) == 2 else block.gate_at
     replaced = [getattr(block, other) for other in block.branch[start:at]]
     for module in replaced:
-        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, *_ELEMENTWISE)):
+        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, *ELEMENTWISE)):
             raise ValueError(
                 f"gate {name!r}: every channel is closed and {type(module).__name__} before {child!r} may change the "
                 "map's size; keep a channel open, or use gating='layer'"
@@ -116,7 +109,7 @@ def _empty_channels(name: str, block: ResidualBlock) -> None:
     empty = EmptyConv2d(conv.out_channels, geometry, conv.bias is not None).to(conv.weight)
     if conv.bias is not None:
         empty.bias = cast(nn.Parameter, conv.bias)
-    setattr(block, child, empty.train(block.training))
+    setattr(block, child, empty)
     block.branch = block.branch[:start] + block.branch[at:]
     _drop_unused(block)
 
@@ -133,37 +126,31 @@ def _drop_unused(block: ResidualBlock) -> None:
         delattr(block, child)
 
 
-def _without_branch(block: ResidualBlock, parent: nn.Module | None) -> nn.Sequential:
+def _without_branch(block: ResidualBlock, parent: nn.Module | None) -> nn.Module:
     """What the block computes without its branch, activation(shortcut(x)), as the fewest modules that do so."""
     kept: OrderedDict[str, nn.Module] = OrderedDict()
+    first = getattr(block, block.branch[0])
     if block.shortcut_name is not None:
         kept["shortcut"] = getattr(block, block.shortcut_name)
+    elif getattr(first, "inplace", False):
+        kept["first"] = first  # an in-place module at the start of the branch changes what the shortcut passes on
     if block.activation_name is not None and (kept or not _relu_is_identity(block, parent)):
-        activation = getattr(block, block.activation_name)
-        if hasattr(activation, "inplace"):
-            activation.inplace = False  # its input is no longer a fresh sum but another module's output
-        kept["activation"] = activation
-    return nn.Sequential(kept).train(block.training)
-
-
-def _replace(parent: nn.Module, block: ResidualBlock, rest: nn.Sequential) -> None:
-    # by identity: names in a Sequential that has lost blocks are numbered anew
-    key = next(name for name, module in parent.named_children() if module is block)
-    if len(rest):
-        setattr(parent, key, rest)
-    elif isinstance(parent, nn.Sequential):
-        del parent[list(parent).index(block)]
-    else:
-        setattr(parent, key, nn.Identity())
+        kept["activation"] = getattr(block, block.activation_name)
+    for module in kept.values():
+        if isinstance(module, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Dropout | nn.Dropout2d):
+            module.inplace = False  # its input is no longer a fresh sum but another module's output
+    rest = nn.Sequential(kept) if kept else nn.Identity()
+    rest.training = block.training
+    return rest
 
 
 def _relu_is_identity(block: ResidualBlock, parent: nn.Module | None) -> bool:
     """Whether relu(x) = x is certain for the block's input x: it comes out of a ReLU."""
     if not isinstance(getattr(block, cast(str, block.activation_name)), nn.ReLU):
         return False
-    siblings = list(parent) if isinstance(parent, nn.Sequential) else [block]
-    at = siblings.index(block)
-    return block.input_nonnegative or (at > 0 and _ends_in_relu(siblings[at - 1]))
+    siblings = list(parent) if type(parent) is nn.Sequential else [block]
+    before = [module for module in siblings[: siblings.index(block)] if type(module) is not nn.Identity]
+    return block.input_nonnegative or (len(before) > 0 and _ends_in_relu(before[-1]))
 
 
 def _ends_in_relu(module: nn.Module) -> bool:
@@ -182,17 +169,16 @@ def compare(masked: nn.Module, compacted: nn.Module, inputs: Tensor) -> float:
     Raises:
         ValueError: outputs of different shapes.
     """
-    modes = {module: module.training for network in (masked, compacted) for module in network.modules()}
-    matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    precisions = [backend.fp32_precision for backend in backends]
     try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            expected = masked.eval()(inputs)
-            got = compacted.eval()(inputs)
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), eval_mode(masked, compacted):
+            expected, got = masked(inputs), compacted(inputs)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
-        for module, training in modes.items():
-            module.training = training
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
     if expected.shape != got.shape:
         raise ValueError(f"outputs: expected the same shape, got {list(expected.shape)} and {list(got.shape)}")
     return float((expected.double() - got.double()).abs().max())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
 from fastgate.models.block import ResidualBlock
+from fastgate.modes import eval_mode
 
 _MAC_OPERATORS = ("conv", "linear", "addmm", "bmm", "matmul")
 
@@ -28,19 +29,15 @@ def _count(model: nn.Module, input_size: Sequence[int]) -> dict[str, Counter[str
     if len(input_size) not in (3, 4) or any(int(n) < 1 for n in input_size):
         raise ValueError(f"input_size: expected (C, H, W) of one image, got {tuple(input_size)}")
     image = tuple(int(n) for n in input_size[-3:])
-    parameter = next(model.parameters())
-    was_training = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), torch.zeros(()))
     # the count must not disturb a training step: the gates' last decisions stay where they are
     last = {gate: (gate.logits, gate.decisions) for _, gate in named_gates(model)}
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             analysis = FlopCountAnalysis(model, parameter.new_zeros(1, *image))
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
             return {name: Counter(count) for name, count in analysis.by_module_and_operator().items()}
     finally:
-        for module, training in was_training.items():
-            module.training = training
         for gate, (logits, decisions) in last.items():
             gate.logits, gate.decisions = logits, decisions
 
@@ -93,8 +90,8 @@ def gate_costs(model: nn.Module, input_size: Sequence[int]) -> dict[str, Tensor]
     A closed layer gate removes its block's branch. A closed channel removes, at "middle", a row of the convolution
     before the gate and a column of the one behind it; at "before" a column of the first convolution; at "after" a row
     of the last one. The compact network has `macs(model)` minus the costs of everything closed, with one exception:
-    where *all* channels of an "after" gate are closed the whole branch goes, which is more than its channels switch
-    one by one.
+    where *all* channels of a gate are closed, convolutions that now feed nothing go as well, which is more than the
+    channels switch one by one (at "after" the whole branch; at "middle" of a bottleneck its first convolution).
     """
     counts = _count(model, input_size)
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fastgate.files import write_atomically
 from fastgate.gates import named_gates
+from fastgate.modes import eval_mode
 
 FORMAT = "fastgate-decisions"
 VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GateDecision:
     """The decision of one gate; every tensor is `[gates]` on the CPU: one entry for a layer gate, else one per channel.
 
@@ -28,6 +29,15 @@ class GateDecision:
 
     mean: Tensor
     open: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, GateDecision)
+            and torch.equal(self.mean, other.mean)
+            and torch.equal(self.open, other.open)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def unanimity(self) -> Tensor:
@@ -93,11 +103,15 @@ class Decisions(Mapping[str, GateDecision]):
         """Read what :meth:`to_json` wrote, from its text or from a file.
 
         Raises:
+            FileNotFoundError: a path where no file is.
             ValueError: the text is not such a document.
         """
-        is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text, where = (str(source), "text") if is_text else (Path(source).read_text(), str(source))
+        is_text = isinstance(source, str) and source.lstrip()[:1] in ("", "{", "[")
+        where = "a text" if is_text else str(source)
+        if not is_text and not Path(source).is_file():
+            raise FileNotFoundError(f"{where}: expected a file written by Decisions.to_json, found none")
         try:
+            text = str(source) if is_text else Path(source).read_text()
             data: Any = json.loads(text)
             if data.get("format") != FORMAT or data.get("version") != VERSION:
                 raise ValueError(f"format {data.get('format')!r} version {data.get('version')!r}")
@@ -105,6 +119,8 @@ class Decisions(Mapping[str, GateDecision]):
                 name: GateDecision(torch.tensor(g["mean"], dtype=torch.float64), torch.tensor(g["open"]).bool())
                 for name, g in data["gates"].items()
             }
+            if odd := [name for name, g in gates.items() if g.mean.dim() != 1 or g.mean.shape != g.open.shape]:
+                raise ValueError(f"means and decisions of different lengths at {odd[0]!r}")
             return cls(gates, float(data["threshold"]), int(data["samples"]))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -132,22 +148,18 @@ def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> D
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {name: torch.zeros(g.gates, dtype=torch.float64) for name, g in gates.items()}
     samples = 0
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in loader:
-                inputs = batch[0] if isinstance(batch, tuple | list) else batch
-                model(inputs.to(device))
-                samples += inputs.shape[0]
-                for name, gate in gates.items():
-                    if gate.decisions is None:
-                        raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
-                    opened = gate.decisions.reshape(-1, gate.gates).sum(0, dtype=torch.float64)
-                    sums[name] = sums[name].to(device) + opened
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with torch.no_grad(), eval_mode(model):
+        for batch in loader:
+            inputs = batch[0] if isinstance(batch, tuple | list) else batch
+            for gate in gates.values():
+                gate.decisions = None  # so that one left from an earlier forward is not counted
+            model(inputs.to(device))
+            samples += inputs.shape[0]
+            for name, gate in gates.items():
+                if gate.decisions is None:
+                    raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
+                opened = gate.decisions.reshape(-1, gate.gates).sum(0, dtype=torch.float64)
+                sums[name] = sums[name].to(device) + opened
     if samples == 0:
         raise ValueError("loader: expected at least one batch, got none")
     decided = {}

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastgate.modes import eval_mode
+
 
 def measure_latency(
     models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 30, warmup: int = 3
@@ -20,22 +22,16 @@ def measure_latency(
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    modes = {module: module.training for model in models.values() for module in model.modules()}
     times: dict[str, list[float]] = {name: [] for name in models}
-    try:
-        with torch.inference_mode():
-            for turn in range(warmup + rounds):
-                for name, model in models.items():
-                    model.eval()
-                    _synchronize(inputs)
-                    start = time.perf_counter()
-                    model(inputs)
-                    _synchronize(inputs)
-                    if turn >= warmup:
-                        times[name].append(time.perf_counter() - start)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.inference_mode(), eval_mode(*models.values()):
+        for turn in range(warmup + rounds):
+            for name, model in models.items():
+                _synchronize(inputs)
+                start = time.perf_counter()
+                model(inputs)
+                _synchronize(inputs)
+                if turn >= warmup:
+                    times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

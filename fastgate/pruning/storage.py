@@ -21,25 +21,45 @@ VERSION = 1
 _PACKAGES = ("fastgate", "torch.nn", "torchvision", "timm")
 
 
-def _is_json(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_json(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
+# attributes that every module has; all others belong to its class
+_BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _encode(value: Any) -> Any:
+    """A plain value as JSON, tuples kept apart from lists; raises TypeError for anything else."""
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(_decode(item) for item in value["tuple"])
+    return [_decode(item) for item in value] if isinstance(value, list) else value
 
 
 def _class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def _is_known(module_name: str) -> bool:
+    return any(module_name == package or module_name.startswith(f"{package}.") for package in _PACKAGES)
+
+
 def describe(module: nn.Module) -> dict[str, Any]:
     """The architecture of a module tree as JSON values, without the values of its tensors.
 
     Modules of `torch.nn` without children are described by their constructor's arguments. All others by what makes
-    their forward: class, attributes that are numbers, strings, None or lists of these, own parameters and buffers, and
-    children in order.
+    their forward: class, attributes that are numbers, strings, None, or lists and tuples of these, own parameters and
+    buffers, and children in order.
 
     Raises:
-        ValueError: a `torch.nn` module whose constructor arguments cannot be read back, or a buffer outside state_dict.
+        ValueError: a `torch.nn` module whose constructor arguments cannot be read back, a buffer outside state_dict, or
+            an attribute of a class of your own that is not a plain value.
     """
     cls = type(module)
     if cls.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential | nn.ModuleList):
@@ -48,15 +68,29 @@ def describe(module: nn.Module) -> dict[str, Any]:
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if name in ("self", "device", "dtype") or variadic:
                 continue
-            value = getattr(module, name, None) is not None if name == "bias" else getattr(module, name, inspect)
-            if not _is_json(value):
-                raise ValueError(f"cannot describe {cls.__name__}: its argument {name!r} is not a plain value")
-            arguments[name] = value
+            try:
+                value = getattr(module, name)
+                arguments[name] = value is not None if name == "bias" else _encode(value)
+            except (AttributeError, TypeError) as error:
+                raise ValueError(f"cannot describe {cls.__name__}: its argument {name!r}: {error}") from error
         return {"class": _class_name(cls), "arguments": arguments}
     # safetensors holds what state_dict holds; anything else would be lost without a word
     unsaved = [n for n in module._buffers if n in module._non_persistent_buffers_set and module._buffers[n] is not None]
     if unsaved:
         raise ValueError(f"cannot describe {cls.__name__}: its buffer {unsaved[0]!r} is not in state_dict")
+    attributes = {}
+    for name, value in vars(module).items():
+        if name in _BASE_ATTRIBUTES:
+            continue
+        try:
+            attributes[name] = _encode(value)
+        except TypeError as error:
+            # torchvision and timm keep constructors and the like, which their forward does not use
+            if not _is_known(cls.__module__):
+                raise ValueError(
+                    f"cannot describe {cls.__name__}: its attribute {name!r}: {error}; make it a module, a buffer or a "
+                    "plain value"
+                ) from error
 
     def shapes(tensors: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -66,11 +100,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
     return {
         "class": _class_name(cls),
-        "attributes": {
-            name: value
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name != "training" and _is_json(value)
-        },
+        "attributes": attributes,
         "parameters": shapes(module._parameters),
         "buffers": shapes(module._buffers),
         "children": {name: None if m is None else describe(m) for name, m in module._modules.items()},
@@ -79,13 +109,17 @@ def describe(module: nn.Module) -> dict[str, Any]:
 
 def build(description: dict[str, Any], classes: Iterable[type[nn.Module]] = ()) -> nn.Module:
     """The module tree that :func:`describe` described, with tensors of the right shapes and unset values."""
-    cls = _find_class(description["class"], {_class_name(c): c for c in classes})
+    return _build(description, {_class_name(c): c for c in classes})
+
+
+def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.Module:
+    cls = _find_class(description["class"], own)
     if "arguments" in description:
-        return cls(**description["arguments"])
+        return cls(**{name: _decode(value) for name, value in description["arguments"].items()})
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for name, value in description["attributes"].items():
-        setattr(module, name, value)
+        setattr(module, name, _decode(value))
 
     def empty(spec: dict[str, Any] | None) -> torch.Tensor | None:
         return None if spec is None else torch.zeros(spec["shape"], dtype=getattr(torch, spec["dtype"]))
@@ -96,7 +130,7 @@ def build(description: dict[str, Any], classes: Iterable[type[nn.Module]] = ()) 
     for name, spec in description["buffers"].items():
         module.register_buffer(name, empty(spec))
     for name, child in description["children"].items():
-        module.add_module(name, None if child is None else build(child, classes))
+        module.add_module(name, None if child is None else _build(child, own))
     return module
 
 
@@ -104,7 +138,7 @@ def _find_class(name: str, own: dict[str, type[nn.Module]]) -> type[nn.Module]:
     if name in own:
         return own[name]
     module_name, _, qualname = name.partition(":")
-    if not any(module_name == p or module_name.startswith(f"{p}.") for p in _PACKAGES):
+    if not _is_known(module_name):
         raise ValueError(f"network: its class {name} is not of {', '.join(_PACKAGES)}; pass load(path, classes=[...])")
     found: Any = importlib.import_module(module_name)
     for part in qualname.split("."):
@@ -128,13 +162,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
         raise ValueError(f"path: expected a name ending in .safetensors, got {path.name}")
     if missing := [key for key in (metadata or {}) if key in ("format", "version", "architecture")]:
         raise ValueError(f"metadata: {missing[0]!r} is written by fastgate itself; use another key")
-    architecture = describe(model)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if len({t.data_ptr() for t in tensors.values() if t.numel()}) < sum(1 for t in tensors.values() if t.numel()):
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    architecture = {"network": describe(model), "frozen": frozen}
+    state = model.state_dict()
+    places = [tensor.untyped_storage().data_ptr() for tensor in state.values() if tensor.numel()]
+    if len(set(places)) < len(places):
         raise ValueError("model: expected every tensor once, got tensors that share memory; clone the shared ones")
-    # found out now, while the network is still at hand, and not when it is loaded
-    own = {type(m) for m in model.modules()}
-    _load_tensors(build(architecture, own), tensors)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    try:
+        # found out now, while the network is still at hand, and not when it is loaded
+        _rebuild(architecture, tensors, {type(module) for module in model.modules()})
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"model: its description does not give it back ({error}); it cannot be saved") from error
     header = {
         **(metadata or {}),
         "format": FORMAT,
@@ -160,11 +199,9 @@ def load(path: str | os.PathLike[str], *, classes: Iterable[type[nn.Module]] = (
     """
     metadata, tensors = _read(Path(path))
     try:
-        module = build(json.loads(metadata["architecture"]), classes)
-        _load_tensors(module, tensors)
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        return _rebuild(json.loads(metadata["architecture"]), tensors, classes).eval()
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: its architecture cannot be rebuilt here ({error})") from error
-    return module.eval()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -179,7 +216,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # cloned: get_tensor gives views of the mapped file, which would change (or end the process) with it
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a .safetensors file, got damaged or other data ({error})") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
@@ -190,9 +228,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
-def _load_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _rebuild(
+    architecture: dict[str, Any], tensors: dict[str, torch.Tensor], classes: Iterable[type[nn.Module]]
+) -> nn.Module:
+    module = build(architecture["network"], classes)
     # assign: dtypes and values are those of the file, and no tensor is copied twice
-    requires_grad = {name: p.requires_grad for name, p in module.named_parameters()}
     module.load_state_dict(tensors, strict=True, assign=True)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(requires_grad[name])
+        parameter.requires_grad_(name not in architecture["frozen"])
+    return module

@@ -18,6 +18,7 @@ from fastgate import losses, schedules
 from fastgate.files import write_atomically
 from fastgate.gates import named_gates
 from fastgate.models.resnet import resnet
+from fastgate.modes import eval_mode
 from fastgate.pruning.costs import gate_costs, macs
 from fastgate.pruning.decisions import Decisions, decide, freeze
 from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
@@ -92,21 +93,19 @@ def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.floa
     Raises:
         ValueError: the network has another number of classes than the data set.
     """
-    was_training = model.training
-    model.eval()
     device = batches.images.labels.device
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for x, y in batches:
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            scores = model(x)
-        if scores.shape[1] != batches.dataset.num_classes:
-            raise ValueError(
-                f"model: it has {scores.shape[1]} classes, but {batches.dataset.name} has "
-                f"{batches.dataset.num_classes}; use the data set it was trained on"
-            )
-        sums[0] += (scores.argmax(1) == y).sum()
-        sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
-    model.train(was_training)
+    with eval_mode(model):
+        for x, y in batches:
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                scores = model(x)
+            if scores.shape[1] != batches.dataset.num_classes:
+                raise ValueError(
+                    f"model: it has {scores.shape[1]} classes, but {batches.dataset.name} has "
+                    f"{batches.dataset.num_classes}; use the data set it was trained on"
+                )
+            sums[0] += (scores.argmax(1) == y).sum()
+            sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
     correct, loss = (sums / len(batches.images)).tolist()
     return {"accuracy": correct, "loss": loss}
 

@@ -117,9 +117,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(digits: Dataset, tmp_p
         train_epoch(*arguments)
 
     trainer._train_epoch = poison_second  # type: ignore[method-assign]
-    with pytest.raises(
-        NonFiniteLoss, match=r"not finite in epoch 2 by step 1; the last good checkpoint is "
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"not finite in epoch 2 by step 1; the last good checkpoint is "):
         trainer.fit()
     model, _ = load_network(tmp_path / "checkpoint.pt")
     assert all(torch.isfinite(p).all() for p in model.parameters())

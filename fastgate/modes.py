@@ -1,0 +1,22 @@
+"""Evaluation mode for a while, with every module's own mode restored afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put the models into eval mode; on leaving, each module gets its own mode back (a batch norm held in eval stays).
+
+    `model.train(was_training)` would overwrite the modes of the children.
+    """
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
