@@ -169,7 +169,8 @@ def compare(masked: nn.Module, compacted: nn.Module, inputs: Tensor) -> float:
     Raises:
         ValueError: outputs of different shapes.
     """
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    torch_backends: Any = torch.backends  # its stubs lack cudnn.conv
+    backends = (torch_backends.cuda.matmul, torch_backends.cudnn.conv)
     precisions = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
