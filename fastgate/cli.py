@@ -80,7 +80,7 @@ def train(
     run = Run(recipe, folder, data_root, download, resolve_device(device))
     try:
         summary = train_run(run, resume=resume)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):  # the second comes from deciding or measuring, after a checkpoint
         data = f" --data-root {data_root}" if data_root else ""
         typer.echo(
             f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True

@@ -118,6 +118,34 @@ def test_evaluation_leaves_the_running_statistics() -> None:
     assert all(torch.equal(gate.bn.state_dict()[name], value) for name, value in before.items())
 
 
+def test_a_batch_norm_held_in_eval_mode_uses_its_running_statistics() -> None:
+    gate = fg.LayerGate(6, init_logit=None).double().train()
+    gate.bn.eval()
+    with torch.no_grad():
+        gate.bn.running_mean.normal_()
+        gate.bn.running_var.uniform_(0.5, 1.5)
+    before = copy.deepcopy(gate.bn.state_dict())
+    x = x_for(8, torch.float64)
+    gate(x)
+    wanted = gate.fc2(torch.relu(gate.bn(gate.fc1(x.mean((2, 3))))))
+    # fp64, the same sums
+    torch.testing.assert_close(gate.logits, wanted.squeeze(1), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(gate.bn.state_dict()[name], value) for name, value in before.items())
+    # no batch statistics, so one sample is enough
+    assert gate(x[:1]).shape == (1, 1, 1, 1)
+
+
+def test_a_gate_with_cumulative_averages_runs_in_evaluation() -> None:
+    gate = fg.LayerGate(6, init_logit=None).double()
+    gate.bn.momentum = None
+    gate(x_for(8, torch.float64))
+    gate.eval()
+    x = x_for(8, torch.float64)
+    gate(x)
+    wanted = gate.fc2(torch.relu(gate.bn(gate.fc1(x.mean((2, 3))))))
+    torch.testing.assert_close(gate.logits, wanted.squeeze(1), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("init_logit", [0.5, -0.5, 2.0])
 def test_init_logit_is_where_logits_start(kind: str, init_logit: float) -> None:
     gate = KINDS[kind](init_logit=init_logit)

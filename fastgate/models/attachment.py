@@ -1,6 +1,6 @@
 """Gates on the residual blocks of any network: ours, torchvision's, timm's, or a registered class of your own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -40,6 +40,17 @@ _LAYOUTS = {
         "act3",
     ),
 }
+
+
+# networks whose blocks follow the stem's activation (by these names) and each other, with pooling at most in between
+_RELU_NETWORKS = {"torchvision.models.resnet.ResNet": "relu", "timm.models.resnet.ResNet": "act1"}
+
+
+def _all_relu(model: nn.Module, blocks: Iterable[ResidualBlock]) -> bool:
+    """Whether the stem and every block of a network of `_RELU_NETWORKS` end in a ReLU, so that all inputs are >= 0."""
+    ends = [getattr(model, _RELU_NETWORKS[_class_name(type(model))], None)]
+    ends += [getattr(block, block.activation_name or "", None) for block in blocks]
+    return all(type(end) is nn.ReLU for end in ends)
 
 
 def _class_name(cls: type) -> str:
@@ -121,6 +132,8 @@ def _find_cut(name: str, block: ResidualBlock, position: str) -> _Cut:
     previous, block.gate_at = block.gate_at, cut.gate_at
     try:
         block.cut_with_gate()
+        if position != "after":
+            block.gone_when_empty()
     except ValueError as error:
         raise ValueError(f"block {name!r}: {error}") from error
     finally:
@@ -208,6 +221,11 @@ def attach(
             f"model: found no residual block in {type(model).__name__}; known are fastgate's own and "
             f"{', '.join(_LAYOUTS)}; declare others with fastgate.register_block()"
         )
+    if compacted := [name for name, b in blocks.items() if b.in_index is not None or b.out_index is not None]:
+        raise ValueError(
+            f"block {compacted[0]!r}: expected a block with all its channels, got one that compact() has cut; attach "
+            "gates to the network before it is compacted"
+        )
     if empty := [name for name, block in blocks.items() if not block.branch_convs()]:
         raise ValueError(f"block {empty[0]!r}: expected a convolution in its branch, got none")
     cuts: dict[str, _Cut] = {}
@@ -222,7 +240,9 @@ def attach(
             name: ChannelGate(cut.channels, spatial_size=sizes.get(name), **gate_options) for name, cut in cuts.items()
         }
     # nothing raises from here on: a model that was refused above is as it was
+    in_relu_network = _class_name(type(model)) in _RELU_NETWORKS and _all_relu(model, blocks.values())
     for name, block in blocks.items():
+        block.input_nonnegative = block.input_nonnegative or in_relu_network
         block.gate = gates[name].to(block.branch_convs()[0][2].weight).train(block.training)
         block.gate_at = cuts[name].gate_at if name in cuts else 0
         if name == "":

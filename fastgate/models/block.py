@@ -121,6 +121,25 @@ class ResidualBlock(nn.Module):
                 )
         return names
 
+    def gone_when_empty(self) -> list[str]:
+        """The branch's modules that only feed the convolution behind the gate where the gate has no channel left.
+
+        Raises:
+            ValueError: one of them, or that convolution, may change the map's size in a way that is not known here.
+        """
+        behind = next(name for name, _, dim in self.cut_convs() if dim == 1)
+        start = 0 if len(self.cut_convs()) == 2 else self.gate_at
+        names = self.branch[start : self.branch.index(behind)]
+        for name in (*names, behind):
+            module = getattr(self, name)
+            is_conv = isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+            if not is_conv and not isinstance(module, (nn.BatchNorm2d, *ELEMENTWISE)):
+                raise ValueError(
+                    f"cannot do without the channels that {type(module).__name__} {name!r} hands on; use another "
+                    "position, numeric padding, or gating='layer'"
+                )
+        return names
+
     def extra_repr(self) -> str:
         """One line: the chain."""
         return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
@@ -158,10 +177,9 @@ class EmptyConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, out_channels, H', W'], the same for all samples and stored once."""
+        """[N, C, H, W] -> [N, out_channels, H', W']."""
         size = [x.shape[2], x.shape[3]]
         for kernel, stride, padding, dilation in self.geometry:
             size = [(size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in range(2)]
-        zeros = x.new_zeros(1, self.out_channels, size[0], size[1])
-        y = zeros if self.bias is None else zeros + self.bias.to(x.dtype)[:, None, None]
-        return y.expand(x.shape[0], -1, -1, -1)
+        y = x.new_zeros(x.shape[0], self.out_channels, size[0], size[1])
+        return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
-from fastgate.models.block import ELEMENTWISE, EmptyConv2d, ResidualBlock
+from fastgate.models.block import EmptyConv2d, ResidualBlock
 from fastgate.modes import eval_mode
 from fastgate.pruning.costs import gated_blocks
 
@@ -40,7 +40,7 @@ def compact(model: nn.Module) -> nn.Module:
         )
     result = copy.deepcopy(model)
     parents = {child: parent for parent in result.modules() for child in parent.children()}
-    for name, block in gated_blocks(result).items():
+    for block in gated_blocks(result).values():
         gate = cast(Gate, block.gate)
         block.gate = None
         closed = not bool(gate.open.any())
@@ -48,10 +48,10 @@ def compact(model: nn.Module) -> nn.Module:
             if not closed:
                 _keep_channels(block, gate.open.nonzero().flatten())
             elif block.gate_at < len(block.branch):
-                _empty_channels(name, block)
+                _empty_channels(block)
                 continue
         if closed:
-            rest = _without_branch(block, parents.get(block))
+            rest = _without_branch(block)
             if block is result:
                 return rest
             key = next(key for key, module in parents[block].named_children() if module is block)
@@ -92,32 +92,25 @@ def _cut_norm(norm: nn.BatchNorm2d, kept: Tensor) -> None:
             setattr(norm, buffer, old[kept])
 
 
-def _empty_channels(name: str, block: ResidualBlock) -> None:
+def _empty_channels(block: ResidualBlock) -> None:
     """No channel is left at the gate: the convolution behind it adds up nothing, what feeds it goes."""
+    gone = block.gone_when_empty()
     child, conv, _ = next(cut for cut in block.cut_convs() if cut[2] == 1)
-    at = block.branch.index(child)
-    start = 0 if len(block.cut_convs()) == 2 else block.gate_at
-    replaced = [getattr(block, other) for other in block.branch[start:at]]
-    for module in replaced:
-        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, *ELEMENTWISE)):
-            raise ValueError(
-                f"gate {name!r}: every channel is closed and {type(module).__name__} before {child!r} may change the "
-                "map's size; keep a channel open, or use gating='layer'"
-            )
-    convs = [module for module in [*replaced, conv] if isinstance(module, nn.Conv2d)]
-    geometry = [(c.kernel_size, c.stride, _padding(name, c), c.dilation) for c in convs]
+    convs = [module for module in (*(getattr(block, name) for name in gone), conv) if isinstance(module, nn.Conv2d)]
+    geometry = [(c.kernel_size, c.stride, c.padding, c.dilation) for c in convs]
     empty = EmptyConv2d(conv.out_channels, geometry, conv.bias is not None).to(conv.weight)
     if conv.bias is not None:
         empty.bias = cast(nn.Parameter, conv.bias)
     setattr(block, child, empty)
-    block.branch = block.branch[:start] + block.branch[at:]
+    at = block.branch.index(child)
+    # an in-place module at the start of the branch changes what the shortcut passes on
+    kept = block.branch[:1] if len(gone) == at and _starts_in_place(block) else block.branch[: at - len(gone)]
+    block.branch = kept + block.branch[at:]
     _drop_unused(block)
 
 
-def _padding(name: str, conv: nn.Conv2d) -> tuple[int, ...]:
-    if isinstance(conv.padding, str):
-        raise ValueError(f"gate {name!r}: expected a convolution with numeric padding, got {conv.padding!r}")
-    return conv.padding
+def _starts_in_place(block: ResidualBlock) -> bool:
+    return block.shortcut_name is None and bool(getattr(getattr(block, block.branch[0]), "inplace", False))
 
 
 def _drop_unused(block: ResidualBlock) -> None:
@@ -126,39 +119,23 @@ def _drop_unused(block: ResidualBlock) -> None:
         delattr(block, child)
 
 
-def _without_branch(block: ResidualBlock, parent: nn.Module | None) -> nn.Module:
+def _without_branch(block: ResidualBlock) -> nn.Module:
     """What the block computes without its branch, activation(shortcut(x)), as the fewest modules that do so."""
     kept: OrderedDict[str, nn.Module] = OrderedDict()
-    first = getattr(block, block.branch[0])
     if block.shortcut_name is not None:
-        kept["shortcut"] = getattr(block, block.shortcut_name)
-    elif getattr(first, "inplace", False):
-        kept["first"] = first  # an in-place module at the start of the branch changes what the shortcut passes on
-    if block.activation_name is not None and (kept or not _relu_is_identity(block, parent)):
-        kept["activation"] = getattr(block, block.activation_name)
+        kept[block.shortcut_name] = getattr(block, block.shortcut_name)
+    elif _starts_in_place(block):
+        kept[block.branch[0]] = getattr(block, block.branch[0])
+    if block.activation_name is not None:
+        activation = getattr(block, block.activation_name)
+        if kept or not (block.input_nonnegative and type(activation) is nn.ReLU):
+            kept[block.activation_name] = activation
     for module in kept.values():
         if isinstance(module, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Dropout | nn.Dropout2d):
             module.inplace = False  # its input is no longer a fresh sum but another module's output
     rest = nn.Sequential(kept) if kept else nn.Identity()
     rest.training = block.training
     return rest
-
-
-def _relu_is_identity(block: ResidualBlock, parent: nn.Module | None) -> bool:
-    """Whether relu(x) = x is certain for the block's input x: it comes out of a ReLU."""
-    if not isinstance(getattr(block, cast(str, block.activation_name)), nn.ReLU):
-        return False
-    siblings = list(parent) if type(parent) is nn.Sequential else [block]
-    before = [module for module in siblings[: siblings.index(block)] if type(module) is not nn.Identity]
-    return block.input_nonnegative or (len(before) > 0 and _ends_in_relu(before[-1]))
-
-
-def _ends_in_relu(module: nn.Module) -> bool:
-    if isinstance(module, ResidualBlock):
-        return module.activation_name is not None and isinstance(getattr(module, module.activation_name), nn.ReLU)
-    if isinstance(module, nn.Sequential) and len(module):
-        return _ends_in_relu(module[-1])
-    return isinstance(module, nn.ReLU)
 
 
 def compare(masked: nn.Module, compacted: nn.Module, inputs: Tensor) -> float:

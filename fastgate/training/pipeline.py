@@ -143,7 +143,8 @@ def train_control(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
 
 def _final_decisions(trainer: Trainer, folder: Path) -> Decisions:
     """The decisions of the settle epoch if there was one, else those of the trained gates over the training images."""
-    if all(gate.frozen for gate in trainer.gates.values()):
+    settled = all(gate.frozen for gate in trainer.gates.values())
+    if settled and (folder / DECISIONS).exists():
         return Decisions.from_json(folder / DECISIONS)
     decisions = trainer.decide()
     decisions.to_json(folder / DECISIONS)

@@ -122,6 +122,49 @@ def test_gate_options_reach_every_gate() -> None:
         assert (gate.hidden_features, gate.estimator, gate.temperature) == (5, "gumbel", 0.3)
 
 
+class SharedActivation(nn.Module):
+    """One activation under three names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act1 = self.act2 = self.act3 = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act3(x + self.act2(self.conv2(self.act1(self.conv1(x)))))
+
+
+fg.register_block(SharedActivation, branch=("conv1", "act1", "conv2", "act2"), activation="act3")
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_one_module_under_several_names_runs_under_each(gating: tuple[str, str]) -> None:
+    block, x = SharedActivation(), torch.randn(2, 4, 5, 5)
+    wanted = block(x)
+    model = fg.attach(nn.Sequential(block), *gating).eval()
+    freeze_at_random(model, "all")
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"spatial_size": (32, 32)}], ids=["pooled", "flattened"])
+@pytest.mark.parametrize(
+    ("build", "refused"),
+    [(torchvision.models.resnet18, False), (torchvision.models.resnext50_32x4d, True)],
+    ids=["attached", "refused"],
+)
+def test_modules_held_in_eval_mode_stay_there(build: Callable[[], nn.Module], refused: bool, options: dict) -> None:
+    model = build().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    if refused:
+        with pytest.raises(ValueError, match="grouped convolution"):
+            fg.attach(model, "channel", **options)
+    else:
+        fg.attach(model, "channel", **options)
+    assert [name for name, m in model.named_modules() if m.training == isinstance(m, nn.BatchNorm2d)] == []
+
+
 @pytest.mark.parametrize(
     ("network", "position", "sizes"),
     [
@@ -173,13 +216,49 @@ class ConvlessBlock(nn.Module):
         self.norm = nn.BatchNorm2d(4)
 
 
-class MisnamedBlock(OneConvBlock):
+class MisnamedBranch(OneConvBlock):
     pass
 
 
+class MisnamedShortcut(OneConvBlock):
+    pass
+
+
+class MisnamedActivation(OneConvBlock):
+    pass
+
+
+class ForgottenChild(PlainBlock):
+    pass
+
+
+class LearnedScale(PlainBlock):
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class GroupNormBlock(PlainBlock):
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.bn1 = nn.GroupNorm(2, 4)
+
+
+PLAIN_BRANCH = ("conv1", "bn1", "act1", "conv2", "bn2")
 fg.register_block(OneConvBlock, branch=("conv",))
 fg.register_block(ConvlessBlock, branch=("norm",))
-fg.register_block(MisnamedBlock, branch=("conv", "bn"))
+fg.register_block(MisnamedBranch, branch=("conv", "bn"))
+fg.register_block(MisnamedShortcut, branch=("conv",), shortcut="shrot")
+fg.register_block(MisnamedActivation, branch=("conv",), activation="atc")
+fg.register_block(ForgottenChild, branch=PLAIN_BRANCH)
+fg.register_block(LearnedScale, branch=PLAIN_BRANCH, activation="act2")
+fg.register_block(GroupNormBlock, branch=PLAIN_BRANCH, activation="act2")
+
+
+def one_block_twice() -> nn.Module:
+    block = fg.models.resnet(8).layer1[0]
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), block, nn.Sequential(block))
+
 
 REFUSED = named(
     [
@@ -211,17 +290,79 @@ REFUSED = named(
             ),
         ),
         (
-            "misnamed-child",
+            "misnamed-branch",
             (
-                lambda: nn.Sequential(PlainBlock(4), MisnamedBlock()),
+                lambda: nn.Sequential(PlainBlock(4), MisnamedBranch()),
                 {},
                 ValueError,
-                r"MisnamedBlock: no child named bn; correct its register_block\(\)",
+                r"MisnamedBranch: no child named bn; correct its register_block\(\)",
+            ),
+        ),
+        (
+            "misnamed-shortcut",
+            (
+                lambda: nn.Sequential(PlainBlock(4), MisnamedShortcut()),
+                {},
+                ValueError,
+                "MisnamedShortcut: no child named shrot; correct its",
+            ),
+        ),
+        (
+            "misnamed-activation",
+            (
+                lambda: nn.Sequential(PlainBlock(4), MisnamedActivation()),
+                {},
+                ValueError,
+                "MisnamedActivation: no child named atc; correct its",
+            ),
+        ),
+        (
+            "forgotten-child",
+            (
+                lambda: nn.Sequential(PlainBlock(4), ForgottenChild(4)),
+                {},
+                ValueError,
+                r"ForgottenChild: its layout leaves out act2; correct its register_block\(\)",
+            ),
+        ),
+        (
+            "own-parameter",
+            (
+                lambda: nn.Sequential(PlainBlock(4), LearnedScale()),
+                {},
+                ValueError,
+                "LearnedScale: its layout leaves out scale; correct its",
+            ),
+        ),
+        (
+            "used-twice",
+            (one_block_twice, {}, ValueError, r"block '3\.0': it is the same module as '2'; .* a block of its own"),
+        ),
+        (
+            "cannot-be-cut",
+            (
+                lambda: nn.Sequential(PlainBlock(4), GroupNormBlock()),
+                {"gating": "channel"},
+                ValueError,
+                "block '1': cannot cut the channels of GroupNorm 'bn1' between a convolution and its gate; use another",
+            ),
+        ),
+        (
+            "squeeze-excitation-after",
+            (
+                lambda: timm.create_model("resnet18", block_args={"attn_layer": "se"}),
+                {"gating": "channel", "position": "after"},
+                ValueError,
+                r"block 'layer1\.0': cannot cut the channels of .* 'se' between",
             ),
         ),
         (
             "unknown-option",
             (torchvision.models.resnet18, {"gating": "layer", "depth": 2}, TypeError, "depth"),
+        ),
+        (
+            "out-channels",
+            (torchvision.models.resnet18, {"gating": "channel", "out_channels": 1}, TypeError, "'out_channels'"),
         ),
         (
             "unknown-estimator",
@@ -299,3 +440,34 @@ def test_grouped_convolutions_may_stay_whole() -> None:
 def test_a_registered_branch_needs_names() -> None:
     with pytest.raises(ValueError, match="branch: expected the names of child modules of PlainBlock, got none"):
         fg.register_block(PlainBlock, branch=())
+
+
+class SamePadding(PlainBlock):
+    """Its second convolution computes its padding itself, so an emptied one would not know its map's size."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding="same")
+
+
+fg.register_block(SamePadding, branch=("conv1", "bn1", "act1", "conv2", "bn2"), activation="act2")
+
+
+@pytest.mark.parametrize("position", ["middle", "after"])
+def test_what_compact_could_not_empty_is_refused_before_training(position: str) -> None:
+    model = nn.Sequential(SamePadding())
+    if position == "after":
+        fg.attach(model, "channel", position)
+        freeze_at_random(model, "none")
+        assert fg.compare(model, fg.compact(model), torch.randn(2, 4, 5, 5)) == 0.0
+        return
+    with pytest.raises(ValueError, match=r"block '0': cannot do without the channels .* numeric padding"):
+        fg.attach(model, "channel", position)
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_compacted_network_that_gathers_or_scatters_takes_no_second_gates(position: str) -> None:
+    model = fg.models.resnet(8, gating="channel", position=position).eval()
+    freeze_at_random(model, "random")
+    with pytest.raises(ValueError, match=r"got one that compact\(\) has cut"):
+        fg.attach(fg.compact(model), "layer")

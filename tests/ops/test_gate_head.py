@@ -297,6 +297,26 @@ def test_the_good_arguments_are_good() -> None:
         ({"fc2_weight": None}, ValueError, r"fc2_bias: expected None without fc2_weight, got \[2\]"),
         ({"training": False, "running_var": None}, ValueError, r"running_var: expected tensors .* got None"),
         ({"x": torch.zeros(1, 3, 5, 7)}, ValueError, r"x: expected at least 2 samples in training .* got 1"),
+        (
+            {"fc2_bias": torch.zeros(2, dtype=torch.float64)},
+            TypeError,
+            r"fc2_bias: expected the dtype of fc1_weight, torch\.float32, got torch\.float64",
+        ),
+        (
+            {"running_mean": torch.zeros(6, dtype=torch.bfloat16)},
+            TypeError,
+            r"running_mean: expected the dtype of fc1_weight, torch\.float32, got torch\.bfloat16",
+        ),
+        (
+            {"bn_weight": torch.ones(6, device="meta")},
+            ValueError,
+            "bn_weight: expected the device of fc1_weight, cpu, got meta",
+        ),
+        (
+            {"x": torch.zeros(4, 3, 5, 7, device="meta")},
+            ValueError,
+            "x: expected the device of fc1_weight, cpu, got meta",
+        ),
         ({"window": "soft"}, ValueError, r"window: expected one of clipped, restoring, identity, got 'soft'"),
         ({"impl": "cuda"}, ValueError, r"impl: expected one of auto, triton, torch, got 'cuda'"),
     ],
@@ -319,6 +339,9 @@ def test_the_environment_overrides_auto_and_nothing_else(monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="FASTGATE_IMPL"):
         fg.LayerGate(3)(torch.zeros(4, 3, 5, 7))
     monkeypatch.setenv("FASTGATE_IMPL", "torch")
+    gate_head(**GOOD)
+    # empty is unset, as a shell's `FASTGATE_IMPL= command` means it
+    monkeypatch.setenv("FASTGATE_IMPL", "")
     gate_head(**GOOD)
     monkeypatch.setenv("FASTGATE_IMPL", "fast")
     with pytest.raises(ValueError, match="FASTGATE_IMPL: expected one of auto, triton, torch, got 'fast'"):

@@ -134,6 +134,15 @@ def test_bad_shapes_say_expected_and_got(shapes: tuple, message: str) -> None:
         gated_residual(*(torch.zeros(shape) for shape in shapes))
 
 
+@pytest.mark.parametrize("on_meta", [0, 1, 2], ids=["shortcut", "branch", "gate"])
+def test_mixed_devices_are_refused(on_meta: int) -> None:
+    tensors = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), torch.zeros(2)]
+    tensors[on_meta] = tensors[on_meta].to("meta")
+    devices = ", ".join(str(tensor.device) for tensor in tensors)
+    with pytest.raises(ValueError, match=f"shortcut, branch, gate: expected one device, got {devices}"):
+        gated_residual(*tensors)
+
+
 def test_an_explicit_triton_request_that_cannot_be_honoured_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor, gate = torch.zeros(2, 3, 4, 4), torch.zeros(2)
     with pytest.raises(ValueError, match=r"gated_residual: impl asks for 'triton'.*use 'auto' or 'torch'"):

@@ -73,6 +73,19 @@ def test_other_networks_have_the_macs_that_their_costs_predict(network: str, gat
     assert fg.macs(fg.compact(model), image) == full - closed_costs(costs, masks)
 
 
+def test_a_bottleneck_without_middle_channels_loses_its_first_convolution_too() -> None:
+    model = fg.attach(torchvision.models.resnet50(num_classes=4), "channel", "middle")
+    image = (3, 32, 32)
+    full, costs = fg.macs(model, image), fg.gate_costs(model, image)
+    masks = draw_masks(model, "all")
+    masks["layer1.1.gate"][:] = False
+    freeze_with(model, masks)
+    # the gate sits between conv2 and conv3; conv1 now feeds nothing. The stem quarters the image: 8x8 maps
+    first = 8 * 8 * model.layer1[1].conv1.weight.numel()
+    assert first == 8 * 8 * 256 * 64
+    assert fg.macs(fg.compact(model), image) == full - closed_costs(costs, masks) - first
+
+
 def test_a_convolution_that_runs_twice_counts_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -104,6 +117,11 @@ def test_macs_leave_out_what_flops_count() -> None:
     assert fg.flops(model, (3, 4, 3)) == macs + 2 * 5 * 12
 
 
+def test_a_network_without_parameters_costs_nothing() -> None:
+    for count in (fg.macs, fg.flops):
+        assert count(nn.Sequential(nn.ReLU()), (3, 4, 4)) == 0
+
+
 @pytest.mark.parametrize("size", [(3, 1, 1), (3, 7, 5), (3, 64, 32)], ids=str)
 def test_images_of_any_size(size: tuple[int, int, int]) -> None:
     height, width = size[1:]
@@ -121,7 +139,8 @@ def test_what_is_no_image_size_is_refused(size: tuple[int, ...]) -> None:
 
 
 def test_wrong_channels_are_refused_by_the_network() -> None:
-    with pytest.raises(ValueError, match=r"x: expected \[N, 3, H, W\], got"):
+    # numbers, though the tracer turns sizes into tensors
+    with pytest.raises(ValueError, match=r"x: expected \[N, 3, H, W\], got \[1, 1, 28, 28\];"):
         fg.macs(fg.models.resnet(8), (1, 28, 28))
 
 

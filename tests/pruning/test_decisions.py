@@ -153,6 +153,30 @@ def test_decide_refuses_what_it_cannot_ask() -> None:
         fg.decide(Unused(), [images(SIGNS)])
 
 
+def test_decisions_of_an_earlier_forward_do_not_count() -> None:
+    class Skipping(Signs):
+        whole = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.whole else x * self.channels(x)
+
+    model = Skipping()
+    model(images(SIGNS))
+    assert model.layer.decisions is not None
+    model.whole = False
+    with pytest.raises(ValueError, match="gate 'layer' did not run in the model's forward"):
+        fg.decide(model, [images(SIGNS)])
+
+
+def test_decisions_are_equal_where_their_tensors_are() -> None:
+    first, same = (fg.decide(Signs(), [images(SIGNS)]) for _ in range(2))
+    assert first == same
+    others = [fg.decide(Signs(), [images(SIGNS[:5])]), fg.decide(Signs(), [images(SIGNS)], 0.7)]
+    smaller = fg.Decisions({**first, "channels": GateDecision(torch.zeros(2).double(), torch.zeros(2).bool())})
+    for other in (*others, smaller, fg.Decisions({"layer": first["layer"]})):
+        assert first != other
+
+
 # JSON
 
 
@@ -197,13 +221,17 @@ def good() -> dict:
         {"gates": None},
         {"gates": {"layer": {"mean": [0.5]}}},
         {"gates": {"layer": {"mean": ["high"], "open": [True]}}},
+        {"gates": {"layer": {"mean": [0.1, 0.2], "open": [True]}}},
+        {"gates": {"layer": {"mean": 0.1, "open": True}}},
         {"threshold": "high"},
     ],
     ids=str,
 )
 def test_foreign_json_is_refused(change: dict, tmp_path: Path) -> None:
     text = json.dumps({**good(), **change})
-    with pytest.raises(ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 1, got text"):
+    with pytest.raises(
+        ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 1, got a text"
+    ):
         fg.Decisions.from_json(text)
     path = tmp_path / "foreign.json"
     path.write_text(text)
@@ -211,17 +239,25 @@ def test_foreign_json_is_refused(change: dict, tmp_path: Path) -> None:
         fg.Decisions.from_json(path)
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[]", "", "3"])
-def test_files_that_are_no_such_document_are_refused(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"{", b'{"a": 1}', b"[]", b"", b"3", b"\xff\xfe\x00"])
+def test_files_that_are_no_such_document_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "decisions.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match="decisions: expected JSON of format 'fastgate-decisions'"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"decisions: expected JSON of .*'fastgate-decisions' .*decisions\.json with"):
         fg.Decisions.from_json(path)
 
 
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[]", "", "\n "])
+def test_texts_that_are_no_such_document_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 1, got a te"):
+        fg.Decisions.from_json(text)
+
+
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        fg.Decisions.from_json(tmp_path / "none.json")
+    # what does not begin like JSON is the name of a file
+    for source in (tmp_path / "none.json", str(tmp_path / "none.json"), tmp_path, "hello"):
+        with pytest.raises(FileNotFoundError, match=r"expected a file written by Decisions\.to_json, found none"):
+            fg.Decisions.from_json(source)
 
 
 # freeze

@@ -23,6 +23,7 @@ from tests.helpers import (
     gated_resnet,
     gating_ids,
     randomize_batch_norm,
+    state_copy,
 )
 
 
@@ -77,16 +78,37 @@ def test_gated_networks_come_back_frozen_or_live(tmp_path: Path, gating: tuple[s
     assert fg.compare(loaded, fg.compact(loaded), torch.randn(2, 3, 8, 8)) < 1e-4
 
 
-@pytest.mark.parametrize("gating", [("layer", "middle"), ("channel", "after")], ids=gating_ids)
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
 def test_torchvision_networks_come_back(tmp_path: Path, gating: tuple[str, str]) -> None:
     model = fg.attach(randomize_batch_norm(torchvision.models.resnet18(num_classes=4)).eval(), *gating)
     freeze_at_random(model, "mixed")
-    compacted, path, x = fg.compact(model), tmp_path / "model.safetensors", torch.randn(1, 3, 32, 32)
-    fg.save(compacted, path)
+    assert_loads_equal(fg.compact(model), tmp_path / "model.safetensors", torch.randn(1, 3, 32, 32))
+
+
+def test_flattening_gates_come_back(tmp_path: Path) -> None:
+    model = fg.models.resnet(8, gating="channel", spatial_size=(8, 8)).eval()
+    loaded = assert_loads_equal(model, tmp_path / "model.safetensors", torch.randn(2, 3, 8, 8))
+    assert [gate.spatial_size for _, gate in fg.named_gates(loaded)] == [(8, 8), (4, 4), (2, 2)]
+
+
+def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
+    model = fg.models.resnet(8)
+    model.layer2.requires_grad_(False)
+    loaded = assert_loads_equal(model, tmp_path / "model.safetensors", torch.randn(2, 3, 8, 8))
+    wanted = {name: not name.startswith("layer2.") for name, _ in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.named_parameters()} == wanted
+
+
+def test_a_loaded_network_does_not_depend_on_its_file_any_more(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    fg.save(fg.models.resnet(8), path)
     loaded = fg.load(path)
-    assert_same_state(loaded, compacted.state_dict())
-    # a few ulp: see the fresh-process test for outputs to the bit
-    assert fg.compare(compacted, loaded, x) < 1e-6
+    state = state_copy(loaded)
+    fg.save(fg.models.resnet(8), other)
+    # in place, as cp and rsync --inplace write
+    with path.open("r+b") as file:
+        file.write(other.read_bytes())
+    assert_same_state(loaded, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -148,7 +170,7 @@ def test_layers_of_torch_come_back_with_their_arguments(tmp_path: Path, layer: n
 
 
 class Scaled(nn.Module):
-    """A class of the user's own: children, a parameter, a buffer, plain attributes and optional children."""
+    """A class of the user's own: children, a parameter, a buffer, plain and private attributes, optional children."""
 
     def __init__(self, channels: int, scale: float, names: list[str]) -> None:
         super().__init__()
@@ -159,11 +181,12 @@ class Scaled(nn.Module):
         self.register_buffer("nothing", None)
         self.head = None
         self.scale, self.names, self.flag, self.label = scale, names, True, "kept"
+        self.size, self._shift = (5, [5, (None,)]), 0.25
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.body:
             x = block(x)
-        return self.scale * x + self.bias + self.offset if self.flag and self.head is None else x
+        return self.scale * x + self.bias + self.offset + self._shift if self.flag and self.head is None else x
 
 
 def test_classes_of_the_user_are_passed_to_load(tmp_path: Path) -> None:
@@ -171,12 +194,21 @@ def test_classes_of_the_user_are_passed_to_load(tmp_path: Path) -> None:
     loaded = assert_loads_equal(model, path, x, classes=[Scaled, PlainBlock])
     assert isinstance(loaded, Scaled)
     assert (loaded.scale, loaded.names, loaded.flag, loaded.label) == (1.5, ["a", "b"], True, "kept")
+    # tuples and lists are told apart, also within each other
+    assert loaded.size == (5, [5, (None,)]) and loaded._shift == 0.25
     assert loaded.offset.dtype == torch.int64 and loaded.unused is None and loaded.nothing is None
     for classes in ([], [Scaled]):
         with pytest.raises(
             ValueError, match=r"is not of fastgate, torch\.nn, torchvision, timm; pass load\(path, classes"
         ):
             fg.load(path, classes=classes)
+
+
+def test_classes_may_be_any_iterable(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    fg.save(nn.Sequential(PlainBlock(3), PlainBlock(3)), path)
+    loaded = fg.load(path, classes=iter([PlainBlock]))
+    assert [type(block) for block in loaded] == [PlainBlock, PlainBlock]
 
 
 FRESH_PROCESS = """
@@ -234,9 +266,9 @@ def test_the_file_is_plain_safetensors_with_the_callers_metadata(tmp_path: Path)
     with safe_open(path, framework="pt") as file:
         assert sorted(file.keys()) == sorted(model.state_dict())
         metadata = file.metadata()
-    assert metadata["format"] == "fastgate-network" and json.loads(metadata["architecture"])["class"].endswith(
-        ":ResNet"
-    )
+    architecture = json.loads(metadata["architecture"])
+    assert metadata["format"] == "fastgate-network" and architecture["network"]["class"].endswith(":ResNet")
+    assert architecture["frozen"] == []
     assert read_metadata(path) == {"dataset": "digits", "accuracy": "0.97"}
     assert isinstance(fg.load(str(path)), fg.models.ResNet)
     for key in ("format", "version", "architecture"):
@@ -292,8 +324,19 @@ def test_a_missing_file_and_a_folder_are_no_network_files(tmp_path: Path) -> Non
             {"format": "fastgate-network", "version": "1", "architecture": "[]"},
             "its architecture cannot be rebuilt here",
         ),
+        (
+            {"format": "fastgate-network", "version": "1", "architecture": "{"},
+            "its architecture cannot be rebuilt here",
+        ),
     ],
-    ids=["no-metadata", "other-format", "newer-version", "no-architecture", "architecture-is-a-list"],
+    ids=[
+        "no-metadata",
+        "other-format",
+        "newer-version",
+        "no-architecture",
+        "architecture-is-a-list",
+        "architecture-is-no-json",
+    ],
 )
 def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None, message: str) -> None:
     path = tmp_path / "foreign.safetensors"
@@ -326,7 +369,8 @@ LINEAR = {"class": "torch.nn.modules.linear:Linear", "arguments": {"in_features"
 )
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path, architecture: dict, message: str) -> None:
     path = tmp_path / "odd.safetensors"
-    metadata = {"format": "fastgate-network", "version": "1", "architecture": json.dumps(architecture)}
+    described = json.dumps({"network": architecture, "frozen": []})
+    metadata = {"format": "fastgate-network", "version": "1", "architecture": described}
     save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, path, metadata)
     with pytest.raises(ValueError, match=message):
         fg.load(path)
@@ -338,7 +382,7 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path, architectu
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.first, self.second = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
         self.second.weight = self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -351,14 +395,23 @@ class Unsaved(nn.Module):
         self.register_buffer("mean", torch.zeros(3), persistent=False)
 
 
+class Unplain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self._mean = nn.Conv2d(3, 3, 1), torch.zeros(3)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (Tied, "model: expected every tensor once, got tensors that share memory"),
+        # .contiguous() of each makes two copies
+        (lambda: Tied().to(memory_format=torch.channels_last), "tensors that share memory; clone the"),
         (Unsaved, "cannot describe Unsaved: its buffer 'mean' is not in state_dict"),
+        (Unplain, "cannot describe Unplain: its attribute '_mean': a Tensor is not a plain value; make it a module"),
         (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "cannot describe MultiheadAttention: its argument"),
     ],
-    ids=["shared-tensors", "unsaved-buffer", "unreadable-arguments"],
+    ids=["shared-tensors", "shared-channels-last", "unsaved-buffer", "unplain-attribute", "unreadable-arguments"],
 )
 def test_what_cannot_be_saved_is_refused_and_leaves_no_file(
     tmp_path: Path, build: Callable[[], nn.Module], message: str
@@ -391,6 +444,13 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: 
             fg.save(fg.models.resnet(8, 100), path)
     assert path.read_bytes() == data and os.listdir(tmp_path) == ["model.safetensors"]
     assert_same_state(fg.load(path), old.state_dict())
+
+
+@pytest.mark.gpu
+def test_shared_tensors_are_seen_on_a_device(tmp_path: Path) -> None:
+    # .cpu() of each makes two copies
+    with pytest.raises(ValueError, match="tensors that share memory"):
+        fg.save(Tied().cuda(), tmp_path / "model.safetensors")
 
 
 @pytest.mark.gpu
