@@ -3,11 +3,14 @@
 Each checks its arguments, chooses an implementation (`impl`, or `FASTGATE_IMPL` where `impl="auto"`) and calls it.
 """
 
+from typing import Literal, overload
+
+import torch
 from torch import Tensor
 
 from fastgate.ops.dispatch import resolve_impl
-from fastgate.ops.gate_head import check_window, gate_head_torch
-from fastgate.ops.gated_residual import gated_residual_torch
+from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
+from fastgate.ops.gated_residual import GatedResidual, gated_residual_obstacle, gated_residual_torch
 
 __all__ = ["gate_head", "gated_residual"]
 
@@ -27,6 +30,7 @@ def gate_head(
     momentum: float = 0.1,
     eps: float = 1e-5,
     window: str = "clipped",
+    pooled: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Decide which of `out` gates are open for each sample (Table 1 of the paper, with Eq. 4 and 5).
@@ -54,6 +58,8 @@ def gate_head(
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
         window: where the gradient of a decision passes: `"clipped"` (Eq. 5), `"restoring"` or `"identity"`.
+        pooled: means of x over H and W, `[N, C]` in the dtype of `fc1_weight`, where its producer has them (see
+            `return_pooled` of :func:`gated_residual`): x is then not read, and its gradient flows through them.
         impl: `"auto"`, `"triton"` or `"torch"`.
 
     Returns:
@@ -65,7 +71,6 @@ def gate_head(
         TypeError: `x` is not a floating-point tensor, or the parameters are not of one dtype.
     """
     check_window(window)
-    resolve_impl(impl, "gate_head")
     if x.dim() != 4:
         raise ValueError(f"x: expected [N, C, H, W], got {list(x.shape)}")
     if not x.is_floating_point():
@@ -113,24 +118,50 @@ def gate_head(
         if vector is not None and (size is None or vector.shape != (size,)):
             expected = "None without fc2_weight" if size is None else f"[{size}]"
             raise ValueError(f"{name}: expected {expected}, got {list(vector.shape)}")
-    return gate_head_torch(
-        x,
-        fc1_weight,
-        fc1_bias,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        fc2_weight,
-        fc2_bias,
-        training,
-        momentum,
-        eps,
-        window,
-    )
+    if pooled is not None and (pooled.shape != x.shape[:2] or fc1_weight.shape[1] != channels):
+        raise ValueError(
+            f"pooled: expected {list(x.shape[:2])} and a pooled head, got {list(pooled.shape)} and fc1_weight of "
+            f"{list(fc1_weight.shape)}"
+        )
+    source = x if pooled is None else pooled
+    parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
+    options = (training, momentum, eps, window)
+    if (
+        resolve_impl(impl, "gate_head", lambda: gate_head_obstacle(source, *parameters, deep=fc2_weight is not None))
+        == "triton"
+    ):
+        decisions, logits = GateHead.apply(source, *parameters, *options)
+        return decisions, logits
+    return gate_head_torch(source, *parameters, *options)
 
 
-def gated_residual(shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool = True, impl: str = "auto") -> Tensor:
+@overload
+def gated_residual(
+    shortcut: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    *,
+    relu: bool = ...,
+    return_pooled: Literal[False] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def gated_residual(
+    shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool = ..., return_pooled: Literal[True], impl: str = ...
+) -> tuple[Tensor, Tensor]: ...
+
+
+def gated_residual(
+    shortcut: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    *,
+    relu: bool = True,
+    return_pooled: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Add a gated branch to its shortcut: y = relu(shortcut + gate * branch).
 
     Args:
@@ -138,15 +169,15 @@ def gated_residual(shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool
         branch: `[N, C, H, W]`, the same shape and device.
         gate: 0 or 1 per sample (`[N]` or `[N, 1, 1, 1]`) or per channel (`[N, C]` or `[N, C, 1, 1]`).
         relu: apply the ReLU; without it y = shortcut + gate * branch.
-        impl: `"auto"`, `"triton"` or `"torch"`.
+        return_pooled: also return the means of y over H and W, float32 or wider, for the next gate head.
+        impl: `"auto"`, `"triton"` (a closed branch is not read, so its NaN and infinities stay there) or `"torch"`.
 
     Returns:
-        y `[N, C, H, W]`.
+        y `[N, C, H, W]`, or (y, means `[N, C]`).
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown implementation.
     """
-    resolve_impl(impl, "gated_residual")
     if shortcut.dim() != 4 or branch.shape != shortcut.shape:
         raise ValueError(
             f"shortcut, branch: expected the same [N, C, H, W], got {list(shortcut.shape)} and {list(branch.shape)}"
@@ -160,4 +191,9 @@ def gated_residual(shortcut: Tensor, branch: Tensor, gate: Tensor, *, relu: bool
         raise ValueError(
             f"gate: expected [{n}], [{n}, 1, 1, 1], [{n}, {c}] or [{n}, {c}, 1, 1], got {list(gate.shape)}"
         )
-    return gated_residual_torch(shortcut, branch, gate.reshape(n, -1, 1, 1), relu)
+    if resolve_impl(impl, "gated_residual", lambda: gated_residual_obstacle(shortcut, branch, gate)) == "triton":
+        flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
+        y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, return_pooled)
+        return (y, pooled) if return_pooled else y
+    y = gated_residual_torch(shortcut, branch, gate.reshape(n, -1, 1, 1), relu)
+    return (y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))) if return_pooled else y

@@ -1,27 +1,68 @@
 """Which implementation of an operation runs: `impl="auto" | "triton" | "torch"`."""
 
+import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
+_library = torch.library.Library("fastgate", "FRAGMENT")
 
-def resolve_impl(impl: str, operation: str) -> str:
-    """Return the implementation that serves this call.
 
-    `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises; only `auto` falls
-    back.
+def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) -> str:
+    """Return the implementation that serves this call, "triton" or "torch".
+
+    `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises. `auto` is "torch":
+    no kernel has been measured on a GPU yet, and the choice is to be measured, not believed.
+
+    Args:
+        impl: what was asked for.
+        operation: name for messages.
+        obstacle: says why the operation's kernel cannot serve this call, or None.
 
     Raises:
-        ValueError: an unknown name, or `"triton"` for an operation that has no Triton kernel in this version.
+        ValueError: an unknown name, or `"triton"` where it cannot be honoured.
     """
     source = "impl"
     if impl == "auto" and os.environ.get("FASTGATE_IMPL"):
         impl, source = os.environ["FASTGATE_IMPL"], "the environment variable FASTGATE_IMPL"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{source}: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl == "triton":
-        raise ValueError(
-            f"{operation}: {source} asks for 'triton', but this version of fastgate has no Triton kernel for it; "
-            "use 'auto' or 'torch'"
-        )
-    return "torch"
+    if impl != "triton":
+        return "torch"
+    reason = obstacle()
+    if reason is not None:
+        raise ValueError(f"{operation}: {source} asks for 'triton', but {reason}; use 'auto' or 'torch'")
+    return "triton"
+
+
+def tensor_obstacle(*tensors: Tensor | None) -> str | None:
+    """Why Triton kernels cannot read these tensors, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not (tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")):
+            return f"its kernels run on CUDA (or under TRITON_INTERPRET=1 on a CPU), and a tensor is on {tensor.device}"
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"its kernels take float16, bfloat16 and float32, and a tensor is {tensor.dtype}"
+        if tensor.dim() == 4 and not (
+            tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return f"its kernels read dense NCHW or channels_last maps, and one has strides {tensor.stride()}"
+    return None
+
+
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register a dispatcher operation `fastgate::name`, for CUDA and for Triton's interpreter on the CPU, once."""
+    if hasattr(torch.ops.fastgate, name):
+        return  # a reloaded module: the first registration stays
+    _library.define(name + schema)
+    _library.impl(name, kernel, "CUDA")
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"fastgate::{name}", fake, lib=_library)

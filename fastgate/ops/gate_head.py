@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgate.ops.dispatch import register, tensor_obstacle
+
 WINDOWS = ("clipped", "restoring", "identity")
 
 
@@ -64,10 +66,15 @@ def gate_head_torch(
     eps: float,
     window: str,
 ) -> tuple[Tensor, Tensor]:
-    """The plain-PyTorch meaning of :func:`fastgate.functional.gate_head`; in fp64 the oracle of every kernel."""
+    """The plain-PyTorch meaning of :func:`fastgate.functional.gate_head`; in fp64 the oracle of every kernel.
+
+    x is [N, C, H, W], or already pooled [N, C].
+    """
     # the head is tiny and its threshold sensitive: it computes in its parameters' dtype, also under autocast
     with torch.autocast(device_type=x.device.type, enabled=False):
-        if fc1_weight.shape[1] == x.shape[1]:
+        if x.dim() == 2:
+            features = x
+        elif fc1_weight.shape[1] == x.shape[1]:
             features = x.mean((2, 3), dtype=fc1_weight.dtype)
         else:
             features = x.flatten(1).to(fc1_weight.dtype)
@@ -77,3 +84,167 @@ def gate_head_torch(
             logits = F.linear(F.relu(hidden), fc2_weight, fc2_bias)
         decisions: Tensor = StraightThrough.apply(logits, window)
     return decisions, logits
+
+
+def _fwd(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    fc2_weight: Tensor | None,
+    fc2_bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    from fastgate.kernels.gate_head import gate_head_fwd
+
+    return gate_head_fwd(
+        x, fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias, training,
+        momentum, eps,
+    )  # fmt: skip
+
+
+def _fwd_fake(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, fc2_weight: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    n, hidden = x.shape[0], fc1_weight.shape[0]
+    out = hidden if fc2_weight is None else fc2_weight.shape[0]
+    pooled = x.dim() == 4 and fc1_weight.shape[1] == x.shape[1]
+    shapes: list[tuple[Any, ...]] = [(n, out), (n, out), (n, x.shape[1]) if pooled else (0,)]
+    shapes += [(0,)] * 3 if fc2_weight is None else [(n, hidden), (hidden,), (hidden,)]
+    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _bwd(
+    grad_decisions: Tensor | None,
+    grad_logits: Tensor | None,
+    logits: Tensor,
+    features: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    fc2_weight: Tensor | None,
+    training: bool,
+    window: str,
+) -> tuple[Tensor, ...]:
+    from fastgate.kernels.gate_head import gate_head_bwd
+
+    return gate_head_bwd(
+        grad_decisions, grad_logits, logits, features, hidden, mean, rstd, x, fc1_weight, bn_weight, bn_bias,
+        fc2_weight, training, window,
+    )  # fmt: skip
+
+
+def _bwd_fake(
+    grad_decisions: Tensor | None, grad_logits: Tensor | None, logits: Tensor, features: Tensor, hidden: Tensor,
+    mean: Tensor, rstd: Tensor, x: Tensor, fc1_weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    fc2_weight: Tensor | None, training: bool, window: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    width = fc1_weight.shape[0]
+    dx = torch.empty_like(features if features.numel() else x)
+    fc1 = (torch.empty_like(fc1_weight), logits.new_empty(width))
+    if fc2_weight is None:
+        return (dx, *fc1, *(logits.new_empty(0) for _ in range(4)))
+    fc2 = (torch.empty_like(fc2_weight), logits.new_empty(fc2_weight.shape[0]))
+    return (dx, *fc1, logits.new_empty(width), logits.new_empty(width), *fc2)
+
+
+_TENSORS = ", ".join(["Tensor"] * 6)
+register(
+    "gate_head_fwd",
+    "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? fc2_weight, Tensor? fc2_bias, bool training, float momentum, float eps) "
+    f"-> ({_TENSORS})",
+    _fwd,
+    _fwd_fake,
+)
+register(
+    "gate_head_bwd",
+    "(Tensor? grad_decisions, Tensor? grad_logits, Tensor logits, Tensor features, Tensor hidden, Tensor mean, "
+    "Tensor rstd, Tensor x, Tensor fc1_weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? fc2_weight, bool training, "
+    f"str window) -> ({_TENSORS}, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def gate_head_obstacle(x: Tensor, fc1_weight: Tensor, *others: Tensor | None, deep: bool) -> str | None:
+    """Why the kernel cannot serve these arguments, or None; `deep` is a head of two layers."""
+    if fc1_weight.dtype != torch.float32:
+        return f"its kernel takes float32 parameters, and they are {fc1_weight.dtype}"
+    for tensor in (fc1_weight, *others):
+        if tensor is not None and not tensor.is_contiguous():
+            return f"its kernel takes contiguous parameters, and one has strides {tensor.stride()}"
+    reason = tensor_obstacle(x, fc1_weight, *others)
+    if reason is None and deep:
+        from fastgate.kernels.gate_head import MAX_HIDDEN
+
+        if fc1_weight.shape[0] > MAX_HIDDEN:
+            return f"its kernel takes up to {MAX_HIDDEN} hidden features, and there are {fc1_weight.shape[0]}"
+    return reason
+
+
+class GateHead(torch.autograd.Function):
+    """The fused kernel with its gradients: (decisions, logits)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        fc2_weight: Tensor | None,
+        fc2_bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        window: str,
+    ) -> tuple[Tensor, Tensor]:
+        """x is [N, C, H, W], or already pooled [N, C]."""
+        decisions, logits, *saved = torch.ops.fastgate.gate_head_fwd(
+            x, fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias, training,
+            momentum, eps,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, *saved, x, fc1_weight, bn_weight, bn_bias, fc2_weight)
+        ctx.options = (training, window)
+        ctx.biases = (fc1_bias is not None, fc2_bias is not None)
+        return decisions, logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the parameters; that of a pooled x is one value per channel, expanded."""
+        if all(grad is None for grad in grads):
+            return (None,) * 13
+        contiguous = [None if grad is None else grad.contiguous() for grad in grads]
+        dx, dw1, db1, dgamma, dbeta, dw2, db2 = torch.ops.fastgate.gate_head_bwd(
+            *contiguous, *ctx.saved_tensors, *ctx.options
+        )
+        x, bn_weight, bn_bias, fc2_weight = (ctx.saved_tensors[i] for i in (5, 7, 8, 9))
+        if dx.dim() != x.dim():
+            dx = dx[:, :, None, None].expand(x.shape)
+        return (
+            dx.to(x.dtype),
+            dw1,
+            db1 if ctx.biases[0] else None,
+            dgamma if bn_weight is not None else None,
+            dbeta if bn_bias is not None else None,
+            None,
+            None,
+            dw2 if fc2_weight is not None else None,
+            db2 if ctx.biases[1] else None,
+            *(None,) * 4,
+        )

@@ -1,10 +1,102 @@
 """The gated residual: y = relu(shortcut + gate * branch)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastgate.ops.dispatch import register, tensor_obstacle
 
 
 def gated_residual_torch(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:
     """The plain-PyTorch meaning of :func:`fastgate.functional.gated_residual`, `gate` already [N, 1 or C, 1, 1]."""
     y = shortcut + gate * branch
     return torch.relu(y) if relu else y
+
+
+def _fwd(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
+    from fastgate.kernels.gated_residual import gated_residual_fwd
+
+    return gated_residual_fwd(shortcut, branch, gate, relu, pool)
+
+
+def _fwd_fake(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(shortcut, dtype=torch.promote_types(shortcut.dtype, branch.dtype))
+    return y, shortcut.new_empty(shortcut.shape[:2] if pool else (0,), dtype=torch.float32)
+
+
+def _bwd(
+    dy: Tensor | None,
+    dpooled: Tensor | None,
+    y: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    relu: bool,
+    needs_dgate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastgate.kernels.gated_residual import gated_residual_bwd
+
+    return gated_residual_bwd(dy, dpooled, y, branch, gate, relu, needs_dgate)
+
+
+def _bwd_fake(
+    dy: Tensor | None,
+    dpooled: Tensor | None,
+    y: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    relu: bool,
+    needs_dgate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(y), torch.empty_like(branch), torch.empty_like(gate) if needs_dgate else gate.new_empty(0)
+
+
+register(
+    "gated_residual_fwd", "(Tensor shortcut, Tensor branch, Tensor gate, bool relu, bool pool) -> (Tensor, Tensor)",
+    _fwd, _fwd_fake,
+)  # fmt: skip
+register(
+    "gated_residual_bwd",
+    "(Tensor? dy, Tensor? dpooled, Tensor y, Tensor branch, Tensor gate, bool relu, bool needs_dgate) "
+    "-> (Tensor, Tensor, Tensor)",
+    _bwd, _bwd_fake,
+)  # fmt: skip
+
+
+def gated_residual_obstacle(shortcut: Tensor, branch: Tensor, gate: Tensor) -> str | None:
+    """Why the kernel cannot serve these arguments, or None."""
+    # the gate is made contiguous by its caller, its layout does not matter
+    return tensor_obstacle(shortcut, branch, gate.flatten())
+
+
+class GatedResidual(torch.autograd.Function):
+    """The fused kernel with its gradient: (y, means of y over H and W).
+
+    Saved for backward: y (its sign is the ReLU's; the next block keeps it alive anyway), the gate, and the branch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`gate` is [N] or [N, C]."""
+        y, pooled = torch.ops.fastgate.gated_residual_fwd(shortcut, branch, gate, relu, pool)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, branch, gate)
+        ctx.relu = relu
+        ctx.dtype = shortcut.dtype
+        return y, pooled
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of shortcut, branch and gate."""
+        y, branch, gate = ctx.saved_tensors
+        dy, dpooled = grads
+        if dy is None and dpooled is None:
+            return (None,) * 5
+        if dy is not None and tensor_obstacle(dy) is not None:
+            dy = dy.contiguous()  # an expanded gradient, such as that of a sum
+        dshortcut, dbranch, dgate = torch.ops.fastgate.gated_residual_bwd(
+            dy, dpooled, y, branch, gate, ctx.relu, ctx.needs_input_grad[2]
+        )
+        return dshortcut.to(ctx.dtype), dbranch, dgate if ctx.needs_input_grad[2] else None, None, None

@@ -1,0 +1,227 @@
+"""Compile every launch of the kernels' launchers for GPUs that are not here, and print what each costs as JSON.
+
+Run in a process of its own without TRITON_INTERPRET (interpreted kernels have no binary):
+
+    python -m tests.kernels.budget 75
+
+The launchers run on meta tensors of real shapes with Triton's launch replaced by a recorder, so what is compiled has
+the very tile sizes, warps and flags of a real call. Compiling needs the Triton wheel only, which carries ptxas and
+cuobjdump.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+_LOW_PRECISION_ATOMIC = re.compile(
+    r"\b(?:atom|red)\.\S*\.(?:f16|bf16)|\b(?:ATOMG?|REDG?)\.\S*(?:F16|BF16)|ATOMG?\.\S*CAS"
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: a kernel, its arguments by name and its options."""
+
+    name: str
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled launch needs on one architecture."""
+
+    name: str
+    capability: int
+    registers: int
+    stack: int  # bytes per thread: spills
+    shared: int  # bytes per block
+    local: int  # local-memory instructions: spills
+    low_precision_atomics: list[str]
+    counters_without_barrier: int
+
+
+@contextmanager
+def recorded(launches: list[Launch], name: str) -> Iterator[None]:
+    """Append every launch to the list instead of making it."""
+    original = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        options = {key: arguments.pop(key) for key in list(arguments) if key not in self.arg_names}
+        launches.append(Launch(f"{name} {self.fn.__name__}", self, arguments, options))
+
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel, with the specialisation that real tensors (aligned to 16 bytes) would get."""
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    return triton.compile(
+        ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": True, "num_stages": 1 if capability < 80 else 3, **launch.options},
+    )
+
+
+def counters_without_barrier(ptx: str) -> int:
+    """How many counter atomics (acq_rel adds) are not preceded by a block barrier after the last store or label.
+
+    Without one a thread may announce the block's results before the other threads have stored theirs.
+    """
+    bad, since_barrier = 0, True
+    for line in ptx.splitlines():
+        if re.search(r"\bbar(?:rier)?(?:\.cta)?\.sync", line):
+            since_barrier = False
+        elif "st.global" in line:
+            since_barrier = True
+        elif re.search(r"atom\S*\.acq_rel\S*\.add", line) and since_barrier:
+            bad += 1
+    return bad
+
+
+def low_precision_atomics(assembly: str) -> list[str]:
+    """Atomics on fp16 or bf16, or the compare-and-swap loops that stand in for them."""
+    return sorted(set(_LOW_PRECISION_ATOMIC.findall(assembly)))
+
+
+def inspect(name: str, compiled: Any, capability: int) -> Usage:
+    """Read a compiled kernel's registers, stack, shared memory, spills and atomics."""
+    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource line: {usage.stdout}{usage.stderr}")
+    operations = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", sass, re.M))
+    return Usage(
+        name=name,
+        capability=capability,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=compiled.metadata.shared,
+        local=operations["STL"] + operations["LDL"],
+        low_precision_atomics=low_precision_atomics(sass) + low_precision_atomics(compiled.asm["ptx"]),
+        counters_without_barrier=counters_without_barrier(compiled.asm["ptx"]),
+    )
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return tensor.to(memory_format=torch.channels_last) if channels_last else tensor
+
+
+# (samples, channels, height, width): the ends of ResNet-110 at batch 256, and stages 1 and 4 of ImageNet ResNet-50
+SHAPES = {
+    "stage1": (256, 16, 32, 32),
+    "stage3": (256, 64, 8, 8),
+    "resnet50-1": (64, 256, 56, 56),
+    "resnet50-4": (64, 2048, 7, 7),
+}
+
+
+def gate_head_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from fastgate.kernels.gate_head import gate_head_bwd, gate_head_fwd
+
+    for stage, (n, c, h, w) in SHAPES.items():
+        for kind in ("layer", "channel", "channel1", "flat"):
+            if kind == "flat" and stage.startswith("resnet50"):
+                continue  # the flattened head is the paper's, for CIFAR
+            out = 1 if kind == "layer" else c
+            hidden = out if kind == "channel1" else 16
+            deep = kind != "channel1"
+            x = meta(n, c, h, w, dtype=dtype, channels_last=channels_last)
+            w1 = meta(hidden, c * h * w if kind == "flat" else c)
+            w2 = meta(out, hidden) if deep else None
+            vector = meta(hidden) if deep else None
+            b2 = meta(out) if deep else None
+
+            def call(
+                x: torch.Tensor = x, w1: torch.Tensor = w1, w2: Any = w2, vector: Any = vector, b2: Any = b2
+            ) -> None:
+                bias = meta(w1.shape[0])
+                outs = gate_head_fwd(x, w1, bias, vector, vector, vector, vector, w2, b2, True, 0.1, 1e-5)
+                decisions, logits, features, hidden_rows, mean, rstd = outs
+                gate_head_bwd(
+                    decisions, logits, logits, features, hidden_rows, mean, rstd, x, w1, vector, vector, w2, True,
+                    "restoring",
+                )  # fmt: skip
+
+            yield f"{stage} {kind}", call
+
+
+def gated_residual_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from fastgate.kernels.gated_residual import gated_residual_bwd, gated_residual_fwd
+
+    for stage, (n, c, h, w) in SHAPES.items():
+        for kind, shape in (("layer", (n,)), ("channel", (n, c))):
+            x, gate = meta(n, c, h, w, dtype=dtype, channels_last=channels_last), meta(*shape, dtype=dtype)
+
+            def call(x: torch.Tensor = x, gate: torch.Tensor = gate) -> None:
+                y, pooled = gated_residual_fwd(x, x, gate, True, True)
+                gated_residual_bwd(y, pooled, y, x, gate, True, True)
+
+            yield f"{stage} {kind}", call
+
+
+def launches_for(capability: int) -> list[Launch]:
+    """Every launch of every operation: fp16 NCHW on sm_75, bf16 channels_last from sm_80 on."""
+    launches: list[Launch] = []
+    dtype, channels_last = (torch.float16, False) if capability < 80 else (torch.bfloat16, True)
+    for calls in (gate_head_calls, gated_residual_calls):
+        for name, call in calls(dtype, channels_last):
+            with recorded(launches, f"{name} {_TYPES[dtype]}"):
+                call()
+    return launches
+
+
+def main(capability: int) -> None:
+    """Print the usage of every launch on one architecture as JSON."""
+    usages = [
+        inspect(launch.name, compile_launch(launch, capability), capability) for launch in launches_for(capability)
+    ]
+    print(json.dumps([asdict(usage) for usage in usages]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
