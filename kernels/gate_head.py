@@ -198,8 +198,8 @@ def gate_head_bwd(
         "WINDOW": WINDOWS[window],
         "HAS_GRAD_DECISIONS": grad_decisions is not None,
         "HAS_GRAD_LOGITS": grad_logits is not None,
-        # 32 samples by 64 gates spill on sm_90 (16 bytes)
-        "BLOCK_N": min(head.block_n, 16) if head.block_o == 64 else head.block_n,
+        # 32 samples spill on sm_90 with 64 gates (16 bytes) or 64 flattened features (32 bytes, Triton 3.6)
+        "BLOCK_N": min(head.block_n, 16) if head.flat or head.block_o == 64 else head.block_n,
         "BLOCK_K": block_k,
         "BLOCK_O": head.block_o,
         "num_warps": 4,
