@@ -130,6 +130,7 @@ def gate_head(
         resolve_impl(impl, "gate_head", lambda: gate_head_obstacle(source, *parameters, deep=fc2_weight is not None))
         == "triton"
     ):
+        source = source if pooled is None else pooled.contiguous()
         decisions, logits = GateHead.apply(source, *parameters, *options)
         return decisions, logits
     return gate_head_torch(source, *parameters, *options)

@@ -92,11 +92,6 @@ def test_nesting_restores_level_by_level() -> None:
     assert modes(model) == before
 
 
-def test_without_models_nothing_happens() -> None:
-    with eval_mode():
-        pass
-
-
 IMAGES = torch.zeros(2, 3, 8, 8)
 
 

@@ -95,7 +95,9 @@ class GatedResidual(torch.autograd.Function):
         if dy is None and dpooled is None:
             return (None,) * 5
         if dy is not None and tensor_obstacle(dy) is not None:
-            dy = dy.contiguous()  # an expanded gradient, such as that of a sum
+            dy = torch.empty_like(y, dtype=dy.dtype).copy_(dy)  # an expanded gradient, such as that of a sum
+        if dpooled is not None:
+            dpooled = dpooled.contiguous()
         dshortcut, dbranch, dgate = torch.ops.fastgate.gated_residual_bwd(
             dy, dpooled, y, branch, gate, ctx.relu, ctx.needs_input_grad[2]
         )

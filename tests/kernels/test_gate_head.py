@@ -119,6 +119,15 @@ def test_only_one_of_the_outputs_is_used() -> None:
             torch.testing.assert_close(leaf.grad.double(), expected[f"d{name}"], atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_pooled_means_in_another_order() -> None:
+    leaves, running, _ = make(Case((4, 5, 3, 3), 5), torch.float32)
+    pooled = leaves["x"].mean((2, 3)).t().contiguous().t()
+    logits = [
+        gate_head(**leaves, **running, training=False, pooled=pooled, impl=impl)[1] for impl in ("triton", "torch")
+    ]
+    torch.testing.assert_close(*logits)
+
+
 def test_twice_gives_the_same_bits() -> None:
     case = Case((9, 33, 5, 5), 33)
     parts = make(case, torch.float32)

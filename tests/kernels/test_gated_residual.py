@@ -78,6 +78,22 @@ def test_a_closed_branch_is_not_read(per_channel: bool) -> None:
     assert torch.equal(gated_residual(shortcut, branch, gate, impl="triton"), expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_expanded_gradients(layout: torch.memory_format) -> None:
+    # a sum's gradient has stride 0 everywhere, which the kernel does not address
+    gradients = {}
+    tensors = [torch.randn(2, 5, 3, 4, device=DEVICE).contiguous(memory_format=layout) for _ in range(2)]
+    for impl in ("triton", "torch"):
+        shortcut, branch = (tensor.clone().requires_grad_() for tensor in tensors)
+        y, pooled = gated_residual(
+            shortcut, branch, torch.tensor([1.0, 0.0], device=DEVICE), return_pooled=True, impl=impl
+        )
+        (y.sum() + 3 * pooled.sum()).backward()
+        gradients[impl] = (shortcut.grad, branch.grad)
+    for got, expected in zip(gradients["triton"], gradients["torch"], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_integers_are_exact() -> None:
     shape = (3, 20, 4, 4)
     shortcut, branch = (torch.randint(-8, 8, shape, device=DEVICE).half() for _ in range(2))
