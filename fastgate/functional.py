@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgate.ops.dispatch import resolve_impl
 from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
-from fastgate.ops.gated_residual import GatedResidual, gated_residual_obstacle, gated_residual_torch
+from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
 
 __all__ = ["gate_head", "gated_residual"]
 
@@ -196,5 +196,9 @@ def gated_residual(
         flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
         y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, return_pooled)
         return (y, pooled) if return_pooled else y
-    y = gated_residual_torch(shortcut, branch, gate.reshape(n, -1, 1, 1), relu)
+    gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
+    if shortcut.dtype == branch.dtype == gate.dtype:
+        y: Tensor = PlainGatedResidual.apply(shortcut, branch, gate, relu)
+    else:
+        y = gated_residual_torch(shortcut, branch, gate, relu)
     return (y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))) if return_pooled else y

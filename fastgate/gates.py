@@ -97,7 +97,7 @@ class Gate(nn.Module):
         else:
             logits, decisions = self._decide(x)
         self.logits, self.decisions = self._per_sample(logits), self._per_sample(decisions)
-        return decisions.to(x.dtype)[:, :, None, None]
+        return decisions.to(x.dtype).reshape(-1, self.gates, 1, 1)
 
     def _decide(self, x: Tensor) -> tuple[Tensor, Tensor]:
         head: dict[str, Any] = {"training": self.training}

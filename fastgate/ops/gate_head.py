@@ -30,7 +30,7 @@ def window_gradient(logits: Tensor, grad: Tensor, window: str) -> Tensor:
         return grad
     passes = logits.abs() <= 1
     if window == "restoring":
-        passes = passes | ((logits.abs() > 1) & (logits * grad > 0))
+        passes = passes | (logits * grad > 0)
     return torch.where(passes, grad, 0)
 
 
@@ -75,7 +75,9 @@ def gate_head_torch(
         if x.dim() == 2:
             features = x
         elif fc1_weight.shape[1] == x.shape[1]:
-            features = x.mean((2, 3), dtype=fc1_weight.dtype)
+            # not x.mean: its backward writes a map of pixel gradients, that of a sum expands a row (5 ms of a 230 ms
+            # ResNet-20 step on two EPYC cores)
+            features = x.sum((2, 3), dtype=fc1_weight.dtype) * (1 / (x.shape[2] * x.shape[3]))
         else:
             features = x.flatten(1).to(fc1_weight.dtype)
         logits = F.linear(features, fc1_weight, fc1_bias)
