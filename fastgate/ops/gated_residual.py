@@ -112,7 +112,7 @@ class GatedResidual(torch.autograd.Function):
         y, pooled = torch.ops.fastgate.gated_residual_fwd(shortcut, branch, gate, relu, pool)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, branch, gate)
-        ctx.relu = relu
+        ctx.relu, ctx.pool = relu, pool
         ctx.dtype = shortcut.dtype
         return y, pooled
 
@@ -121,6 +121,8 @@ class GatedResidual(torch.autograd.Function):
         """Gradients of shortcut, branch and gate."""
         y, branch, gate = ctx.saved_tensors
         dy, dpooled = grads
+        if not ctx.pool:
+            dpooled = None  # a compiled backward materialises it, empty
         if dy is None and dpooled is None:
             return (None,) * 5
         if dy is not None and tensor_obstacle(dy) is not None:

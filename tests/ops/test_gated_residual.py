@@ -88,6 +88,7 @@ def test_gradcheck(case: Case, relu: bool) -> None:
     total = shortcut + gate.reshape(case.n, -1, 1, 1) * branch
     assert total.abs().min() > 1e-4
     assert torch.autograd.gradcheck(lambda s, b, g: gated_residual(s, b, g, relu=relu), (shortcut, branch, gate))
+    assert torch.autograd.gradgradcheck(lambda s, b, g: gated_residual(s, b, g, relu=relu), (shortcut, branch, gate))
 
 
 def test_all_closed_is_the_shortcut_and_all_open_the_sum() -> None:
