@@ -19,9 +19,11 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/pytest bench
 
-# on a machine with a GPU: its tests, then its benchmarks into bench/results/<device>/<date>.json
+# on a machine with a GPU: every kernel as compiled and the other GPU tests, then the benchmarks into
+# bench/results/<device>/<date>.json; compiling takes longest, hence the processes
 gpu: $(INSTALLED)
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -n 8 tests/kernels
+	$(BIN)/pytest -n 4 -m gpu
 	$(BIN)/python -m bench.record
 
 $(INSTALLED): pyproject.toml

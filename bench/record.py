@@ -1,4 +1,7 @@
-"""Run every benchmark and keep the numbers: `python -m bench.record` writes bench/results/<device>/<date>.json."""
+"""Run every benchmark, keep the numbers and print the ratios: `python -m bench.record`.
+
+Writes bench/results/<device>/<date>.json and a picture of it (see `bench.report`).
+"""
 
 import subprocess
 import sys
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench import report
 from fastgate.env import describe_environment
 
 
@@ -21,8 +25,8 @@ def main() -> int:
     if code == 0:
         temporary.replace(path)
         print(f"wrote {path}")
-    else:
-        temporary.unlink(missing_ok=True)
+        return report.main([str(path)])
+    temporary.unlink(missing_ok=True)
     return code
 
 

@@ -198,7 +198,7 @@ def gated_residual(
         return (y, pooled) if return_pooled else y
     gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
     if shortcut.dtype == branch.dtype == gate.dtype:
-        y: Tensor = PlainGatedResidual.apply(shortcut, branch, gate, relu)
+        y = PlainGatedResidual.apply(shortcut, branch, gate, relu)
     else:
         y = gated_residual_torch(shortcut, branch, gate, relu)
     return (y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))) if return_pooled else y

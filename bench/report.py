@@ -1,0 +1,144 @@
+"""Ratios from a result file, as a table and a picture: `python -m bench.report bench/results/<device>/<date>.json`.
+
+A ratio above 1 says how many times faster fastgate is than the other provider in the same run. Times are those of a
+CUDA graph with a cold L2 where the file has them, else the host's median.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+# a row's identity: everything but who computed it
+_KEYS = ("op", "kind", "case", "mode", "open_fraction")
+
+
+def read_rows(path: Path) -> tuple[dict[tuple[Any, ...], dict[str, dict[str, Any]]], dict[str, Any]]:
+    """(rows: identity -> provider -> its numbers with `us`, what the file says of the machine)."""
+    content = json.loads(path.read_text())
+    rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for benchmark in content["benchmarks"]:
+        extra = benchmark["extra_info"]
+        if "provider" in extra:
+            us = extra.get("graph_cold_us", benchmark["stats"]["median"] * 1e6)
+            rows[tuple(extra.get(key) for key in _KEYS)][extra["provider"]] = {**extra, "us": us}
+    return dict(rows), content["machine_info"].get("fastgate", {})
+
+
+def ratios(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One record per identity that fastgate was measured on; `vs` maps the other providers to their ratio."""
+    records = []
+    for identity, by_provider in rows.items():
+        ours = by_provider.get("fastgate")
+        if ours is None:
+            continue
+        # what is open changes our time alone, so the others were measured once
+        others: dict[str, Any] = {}
+        for other_identity, candidates in rows.items():
+            if other_identity[:4] == identity[:4]:
+                others.update({name: row for name, row in candidates.items() if name != "fastgate"})
+            if other_identity[0] == identity[0] and other_identity[2:4] == identity[2:4] and "ungated" in candidates:
+                others["ungated"] = candidates["ungated"]
+        records.append(
+            {
+                **dict(zip(_KEYS, identity, strict=True)),
+                "us": ours["us"],
+                "share_of_copy": ours.get("share_of_copy"),
+                "vs": {name: row["us"] / ours["us"] for name, row in others.items()},
+            }
+        )
+    return records
+
+
+def print_ratios(records: list[dict[str, Any]], console: Console) -> None:
+    """One table per operation."""
+    for operation in dict.fromkeys(record["op"] for record in records):
+        table = Table(title=f"{operation}: fastgate's time, and how many times longer the others take")
+        names = list(dict.fromkeys(n for r in records if r["op"] == operation for n in r["vs"]))
+        for column in ("case", "kind", "open", "mode", "us", "of copy", *names):
+            table.add_column(column, justify="left" if column in ("case", "kind", "mode") else "right")
+        for record in records:
+            if record["op"] == operation:
+                share, fraction = record["share_of_copy"], record["open_fraction"]
+                table.add_row(
+                    record["case"],
+                    record["kind"],
+                    "" if fraction is None else f"{fraction:.2f}",
+                    record["mode"],
+                    f"{record['us']:.1f}",
+                    "" if share is None else f"{share:.0%}",
+                    *(f"{record['vs'][name]:.2f}x" if name in record["vs"] else "" for name in names),
+                )
+        console.print(table)
+
+
+def draw_ratios(records: list[dict[str, Any]], machine: str, path: Path) -> None:
+    """A panel per operation and mode: a row per shape, a dot per provider, 1 = as fast as fastgate."""
+    panels = list(dict.fromkeys((record["op"], record["mode"]) for record in records))
+    counts = [sum((record["op"], record["mode"]) == panel for record in records) for panel in panels]
+    figure = Figure(figsize=(10, 1.5 + 0.22 * sum(counts) + 0.8 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts, sharex=True)[:, 0]
+    colors = {"eager": "tab:blue", "compile": "tab:orange", "ungated": "tab:gray"}
+    for axis, (operation, mode) in zip(axes, panels, strict=True):
+        shown = [record for record in records if (record["op"], record["mode"]) == (operation, mode)]
+        for name, color in colors.items():
+            points = [(r["vs"][name], row) for row, r in enumerate(shown) if name in r["vs"]]
+            if points:
+                axis.scatter(*zip(*points, strict=True), color=color, label=name, zorder=3, s=22)
+        labels = [
+            f"{r['case']} {r['kind']}" + ("" if r["open_fraction"] is None else f" {r['open_fraction']:.1f} open")
+            for r in shown
+        ]
+        axis.set_yticks(range(len(shown)), labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{operation}, {mode}", fontsize=10, loc="left")
+        axis.legend(fontsize=7, loc="lower right")
+        axis.tick_params(labelbottom=True)
+    figure.suptitle(f"time of the others over fastgate's (right of 1: fastgate is faster)\n{machine}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables and write the picture beside the file, or where `--picture` says."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--picture", type=Path, help="PNG to write; default: beside the file")
+    options = parser.parse_args(arguments)
+    try:
+        rows, machine = read_rows(options.file)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        print(f"{options.file}: expected a file written by python -m bench.record, got {error!r}", file=sys.stderr)
+        return 2
+    console = Console(width=max(120, Console().width))  # narrower, the names of the shapes are cut
+    records = ratios(rows)
+    gpus = ", ".join(f"{gpu['name']}, driver {gpu.get('driver')}" for gpu in machine.get("gpus", []))
+    versions = machine.get("versions", {})
+    described = (
+        f"{gpus or machine.get('cpu')}; torch {versions.get('torch')}, triton {versions.get('triton')}, "
+        f"commit {machine.get('commit')}, {options.file.stem}"
+    )
+    print_ratios(records, console)
+    console.print(described, highlight=False)
+    for benchmark in json.loads(options.file.read_text())["benchmarks"]:
+        if "ratio" in benchmark["extra_info"]:
+            extra = benchmark["extra_info"]
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in extra["ratio"].items())
+            console.print(f"{extra['op']} {extra['case']}, times the ungated one's: {shown}", highlight=False)
+    picture = options.picture or options.file.with_suffix(".png")
+    draw_ratios(records, described, picture)
+    console.print(f"wrote {picture}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
