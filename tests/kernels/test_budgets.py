@@ -64,13 +64,14 @@ half, single = (torch.empty(4, dtype=dtype, device="meta") for dtype in (torch.f
 big = Launch("spills", spills, {"x_ptr": single, "y_ptr": single, "BLOCK": 128}, {"num_warps": 4})
 usage = inspect("spills", compile_launch(big, 75), 75)
 assert usage.stack > 0 or usage.local > 0, usage
+assert usage.shared > 64 * 1024, usage
 atomic = Launch("low", low_precision, {"x_ptr": half, "y_ptr": half}, {"num_warps": 1})
 usage = inspect("low", compile_launch(atomic, 75), 75)
 assert usage.low_precision_atomics, usage
 """
 
 
-def test_a_kernel_that_spills_or_uses_low_precision_atomics_is_noticed(tmp_path: Path) -> None:
+def test_a_kernel_that_spills_takes_too_much_or_uses_low_precision_atomics_is_noticed(tmp_path: Path) -> None:
     script = tmp_path / "spilling.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{SPILLING}")
     assert run_without_interpreter(str(script)) == ""
