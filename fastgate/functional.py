@@ -3,6 +3,7 @@
 Each checks its arguments, chooses an implementation (`impl`, or `FASTGATE_IMPL` where `impl="auto"`) and calls it.
 """
 
+import os
 from typing import Literal, overload
 
 import torch
@@ -10,9 +11,15 @@ from torch import Tensor
 
 from fastgate.ops.dispatch import resolve_impl
 from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
+from fastgate.ops.gated_conv import (
+    GatedConv2d,
+    gated_conv2d_gathered,
+    gated_conv2d_obstacle,
+    gated_conv2d_torch,
+)
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
 
-__all__ = ["gate_head", "gated_residual"]
+__all__ = ["gate_head", "gated_conv2d", "gated_residual"]
 
 
 def gate_head(
@@ -202,3 +209,93 @@ def gated_residual(
     else:
         y = gated_residual_torch(shortcut, branch, gate, relu)
     return (y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))) if return_pooled else y
+
+
+def gated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 1,
+    impl: str = "auto",
+) -> Tensor:
+    """Convolve only what gates leave open: conv2d(x * in_gate, weight) * out_gate.
+
+    Gates hold 0 and 1; other values are not checked unless `FASTGATE_CHECKED=1` is set (which waits for the device) and
+    have no defined result. Gradients are exact, those of gates included: an input gate's is <dz, x>, z the gated input,
+    for closed channels too. Where a gate does not require grad, what it closes costs nothing in backward either.
+
+    Args:
+        x: `[N, C_in, H, W]`, NCHW or channels_last.
+        weight: `[C_out, C_in, kh, kw]`, the dtype and device of x.
+        in_gate: per sample (`[N]` or `[N, 1]`), per sample and channel (`[N, C_in]`), or per channel for the whole
+            batch (`[C_in]` or `[1, C_in]`); all also with two trailing dimensions of 1. None gates nothing.
+        out_gate: the same for the output, with `C_out`.
+        stride: of both dimensions.
+        padding: zeros on every side.
+        impl: `"auto"`, `"triton"` (closed input is not read, so its NaN and infinities stay there) or `"torch"`.
+
+    Returns:
+        `[N, C_out, H', W']` in the dtype of x; H' = (H + 2 padding - kh) // stride + 1.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a gate of N = C values that could mean either, an unknown
+            implementation.
+        TypeError: x or a gate is not a floating-point tensor.
+    """
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"x, weight: expected [N, C_in, H, W] and [C_out, C_in, kh, kw], got {list(x.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}; convert the images first")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected the device of x, {x.device}, got {weight.device}")
+    if stride < 1 or padding < 0:
+        raise ValueError(f"stride, padding: expected at least 1 and at least 0, got {stride} and {padding}")
+    if min(x.shape[d] + 2 * padding - weight.shape[d] for d in (2, 3)) < 0:
+        raise ValueError(
+            f"x: expected maps of at least the kernel's {list(weight.shape[2:])} with padding {padding}, got "
+            f"{list(x.shape[2:])}"
+        )
+    ins = _gate_rows("in_gate", in_gate, x, x.shape[1])
+    outs = _gate_rows("out_gate", out_gate, x, weight.shape[0])
+    arguments = (x, weight, ins, outs, stride, padding)
+    if resolve_impl(impl, "gated_conv2d", lambda: gated_conv2d_obstacle(x, weight, ins, outs)) == "triton":
+        y: Tensor = GatedConv2d.apply(*arguments)
+        return y
+    return gated_conv2d_torch(*arguments)
+
+
+def _gate_rows(name: str, gate: Tensor | None, x: Tensor, channels: int) -> Tensor | None:
+    """The gate as [N, 1], or as [N, C] or [1, C] with more than one channel."""
+    if gate is None:
+        return None
+    n = x.shape[0]
+    shape = list(gate.shape)
+    if len(shape) == 4 and shape[2:] == [1, 1]:
+        shape = shape[:2]
+    if len(shape) == 1 and n == channels and shape[0] == n:
+        raise ValueError(
+            f"{name}: [{n}] could be per sample or per channel, as there are {n} of both; pass [{n}, 1] or [1, {n}]"
+        )
+    if shape == [n]:
+        shape = [n, 1]
+    elif shape == [channels]:
+        shape = [1, channels]
+    if len(shape) != 2 or shape[0] not in (1, n) or shape[1] not in (1, channels):
+        raise ValueError(
+            f"{name}: expected [{n}], [{n}, {channels}] or [{channels}], or one with two trailing dimensions of 1, "
+            f"got {list(gate.shape)}"
+        )
+    if not gate.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor of 0 and 1, got {gate.dtype}; convert it with .to(x.dtype)")
+    if gate.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {gate.device}")
+    if os.environ.get("FASTGATE_CHECKED") == "1" and not bool(((gate == 0) | (gate == 1)).all()):
+        raise ValueError(f"{name}: expected 0 and 1, got other values; threshold the gate first")
+    gate = gate.reshape(shape)
+    return gate.expand(n, 1) if shape == [1, 1] else gate

@@ -34,17 +34,17 @@ def plane_tile(channels: int, pixels: int, channels_last: bool) -> tuple[int, in
     return block_c, block_p
 
 
-def counter(device: torch.device) -> Tensor:
-    """An int32 zero that programs of one launch count up and the last of them resets.
+def counter(device: torch.device, size: int = 1) -> Tensor:
+    """int32 zeros [size or more] that programs of one launch count up and the last of them resets.
 
-    One per device and stream: launches on a stream follow each other, so they can share it. While a CUDA graph is
-    captured a new one is made, since a zero filled in then is only filled when the graph runs.
+    One tensor per device and stream: launches on a stream follow each other, so they can share it. While a CUDA graph
+    is captured a new one is made, since zeros filled in then are only filled when the graph runs.
     """
     if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32)
+        return torch.zeros(size, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(size, dtype=torch.int32, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    if key not in _counters or _counters[key].numel() < size:
+        _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
     return _counters[key]
