@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+@cache
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -44,7 +47,7 @@ def describe_environment() -> dict[str, Any]:
         "versions": {package: _version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,

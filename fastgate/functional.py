@@ -9,17 +9,24 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastgate.ops.dispatch import resolve_impl
+from fastgate.ops.dispatch import requested_impl, resolve_impl
 from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
 from fastgate.ops.gated_conv import (
     GatedConv2d,
+    choose_path,
     gated_conv2d_gathered,
     gated_conv2d_obstacle,
     gated_conv2d_torch,
+    take,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
 
-__all__ = ["gate_head", "gated_conv2d", "gated_residual"]
+__all__ = ["gate_head", "gated_conv2d", "gated_residual", "take", "uses_kernels"]
+
+
+def uses_kernels(impl: str) -> bool:
+    """Whether `impl` asks for Triton, by itself or as `"auto"` under `FASTGATE_IMPL=triton`."""
+    return requested_impl(impl)[0] == "triton"
 
 
 def gate_head(
@@ -235,7 +242,9 @@ def gated_conv2d(
         out_gate: the same for the output, with `C_out`.
         stride: of both dimensions.
         padding: zeros on every side.
-        impl: `"auto"`, `"triton"` (closed input is not read, so its NaN and infinities stay there) or `"torch"`.
+        impl: `"triton"` (closed input is not read, so its NaN and infinities stay there), `"torch"` (dense), or
+            `"auto"`: what was measured fastest on this device (`fastgate/ops/measured.json`). On a CPU that is a
+            convolution of the open channels or samples alone, where gates do not require grad.
 
     Returns:
         `[N, C_out, H', W']` in the dtype of x; H' = (H + 2 padding - kh) // stride + 1.
@@ -263,11 +272,17 @@ def gated_conv2d(
         )
     ins = _gate_rows("in_gate", in_gate, x, x.shape[1])
     outs = _gate_rows("out_gate", out_gate, x, weight.shape[0])
+    if torch.is_autocast_enabled(x.device.type):  # as F.conv2d does
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     arguments = (x, weight, ins, outs, stride, padding)
-    if resolve_impl(impl, "gated_conv2d", lambda: gated_conv2d_obstacle(x, weight, ins, outs)) == "triton":
+    path = resolve_impl(impl, "gated_conv2d", lambda: gated_conv2d_obstacle(x, weight, ins, outs))
+    if path == "auto":
+        path = choose_path(*arguments)
+    if path == "triton":
         y: Tensor = GatedConv2d.apply(*arguments)
         return y
-    return gated_conv2d_torch(*arguments)
+    return (gated_conv2d_gathered if path == "gathered" else gated_conv2d_torch)(*arguments)
 
 
 def _gate_rows(name: str, gate: Tensor | None, x: Tensor, channels: int) -> Tensor | None:
@@ -292,7 +307,9 @@ def _gate_rows(name: str, gate: Tensor | None, x: Tensor, channels: int) -> Tens
             f"got {list(gate.shape)}"
         )
     if not gate.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor of 0 and 1, got {gate.dtype}; convert it with .to(x.dtype)")
+        raise TypeError(
+            f"{name}: expected a floating-point tensor of 0 and 1, got {gate.dtype}; convert it with .to(x.dtype)"
+        )
     if gate.device != x.device:
         raise ValueError(f"{name}: expected the device of x, {x.device}, got {gate.device}")
     if os.environ.get("FASTGATE_CHECKED") == "1" and not bool(((gate == 0) | (gate == 1)).all()):

@@ -90,6 +90,8 @@ def gated_conv_wgrad(
     `out_gate` [N, C_out], contiguous, is for output channels that differ from sample to sample.
     """
     n, c_in, h_in, w_in = x.shape
+    if n == 0:
+        return torch.zeros_like(weight)  # gates per sample have no row to read
     c_out, _, kh, kw = weight.shape
     h_out, w_out = dy.shape[2:]
     taps = kh * kw

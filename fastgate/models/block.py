@@ -59,29 +59,84 @@ class ResidualBlock(nn.Module):
         self.register_buffer("out_index", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the block for x `[N, C, H, W]`."""
+        """Compute the block for x `[N, C, H, W]`; in eval mode what a gate has closed is skipped where that pays."""
         # the decision comes first: a branch that begins with an in-place ReLU changes x
         decision = self.gate(x) if isinstance(self.gate, LayerGate) else None
         shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
-        gate_last = self.gate is not None and (decision is not None or self.gate_at == len(self.branch))
+        if decision is not None and self._may_gather(decision):
+            samples = decision.flatten().nonzero().flatten()
+            if len(samples) < len(x):
+                return self._activate(self._add_open(shortcut, x, samples))
+        y = self._run_branch(x, decision)
+        relu = self.activation_name is not None and type(getattr(self, self.activation_name)) is nn.ReLU
+        if decision is None and self.gate is not None and self.gate_at == len(self.branch):
+            decision = self.gate(y)
+        if self.gate is not None and decision is not None:
+            y = functional.gated_residual(shortcut, y, decision, relu=relu, impl=self.gate.impl)
+            return y if relu else self._activate(y)
+        if self.out_index is not None:
+            return self._activate(shortcut.index_add(1, self.out_index, y.to(shortcut.dtype)))
+        return self._activate(shortcut + y)
+
+    def _activate(self, y: Tensor) -> Tensor:
+        activation: Tensor = y if self.activation_name is None else getattr(self, self.activation_name)(y)
+        return activation
+
+    def _run_branch(self, x: Tensor, decision: Tensor | None) -> Tensor:
+        """The branch of every sample; `decision` is a layer gate's, which the caller applies as well."""
+        # in eval mode a channel that a frozen gate closes, or a sample that is closed, need not be computed at all
+        unread: dict[str, Tensor] = {}
+        if self.gate is not None and not self.training:
+            if decision is None and self.gate.frozen and self._cut_outputs():
+                unread[self._cut_outputs()] = self.gate.open.to(x.dtype)[None]
+            elif decision is not None and functional.uses_kernels(self.gate.impl):
+                unread = dict.fromkeys((name for _, name, _ in self.branch_convs()), decision)
         y = x
         for i, name in enumerate(self.branch):
-            if i == self.gate_at and self.gate is not None and not gate_last:
-                y = y * self.gate(y)
+            mask = None
+            if i == self.gate_at and self.gate is not None and not isinstance(self.gate, LayerGate):
+                # one row of a frozen gate's decisions: the same for the whole batch
+                mask = self.gate(y)[:1] if self.gate.frozen else self.gate(y)
             elif i == self.gate_at and self.in_index is not None:
-                y = y.index_select(1, self.in_index)
-            y = getattr(self, name)(y)
-        relu = self.activation_name is not None and type(getattr(self, self.activation_name)) is nn.ReLU
-        if self.gate is not None and gate_last:
-            decision = self.gate(y) if decision is None else decision
-            y = functional.gated_residual(shortcut, y, decision, relu=relu, impl=self.gate.impl)
-        elif self.out_index is not None:
-            y = shortcut.index_add(1, self.out_index, y.to(shortcut.dtype))
-        else:
-            y = shortcut + y
-        if self.activation_name is None or (relu and gate_last):
-            return y
-        return getattr(self, self.activation_name)(y)
+                y = functional.take(y, self.in_index, 1)
+            y = self._run(name, y, mask, unread.get(name))
+        return y
+
+    def _run(self, name: str, y: Tensor, in_gate: Tensor | None, out_gate: Tensor | None) -> Tensor:
+        """One module of the branch on gated input; `out_gate` says which outputs nobody will read."""
+        module = getattr(self, name)
+        if in_gate is None and out_gate is None:
+            return module(y)
+        if not _is_plain_conv(module):
+            return module(y if in_gate is None else y * in_gate)
+        assert self.gate is not None  # whose masks these are
+        y = functional.gated_conv2d(
+            y, module.weight, in_gate=in_gate, out_gate=out_gate, stride=module.stride[0], padding=module.padding[0],
+            impl=self.gate.impl,
+        )  # fmt: skip
+        return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
+
+    def _cut_outputs(self) -> str:
+        """The convolution whose outputs a channel gate closes, "" where there is none."""
+        return next((name for name, _, dim in self.cut_convs() if dim == 0), "")
+
+    def _may_gather(self, decision: Tensor) -> bool:
+        """Whether to run the branch on the open samples alone, which asks what they are: on a CPU, for constants."""
+        return not (
+            self.training
+            or decision.requires_grad
+            or decision.device.type != "cpu"
+            or torch.jit.is_tracing()
+            or torch.compiler.is_compiling()
+            or getattr(getattr(self, self.branch[0]), "inplace", False)  # changes the shortcut of every sample
+        )
+
+    def _add_open(self, shortcut: Tensor, x: Tensor, samples: Tensor) -> Tensor:
+        """The sum of shortcut and branch, the branch for these samples only."""
+        if len(samples) == 0:
+            return shortcut.clone()  # the activation may work in place
+        y = self._run_branch(functional.take(x, samples, 0), None)
+        return shortcut.index_add(0, samples, y.to(shortcut.dtype))
 
     def branch_convs(self) -> list[tuple[int, str, nn.Conv2d]]:
         """The branch's convolutions as (place in the branch, name, module), in the order they run."""
@@ -143,6 +198,19 @@ class ResidualBlock(nn.Module):
     def extra_repr(self) -> str:
         """One line: the chain."""
         return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
+
+
+def _is_plain_conv(module: nn.Module) -> bool:
+    """A convolution that `functional.gated_conv2d` can compute in place of the module, whose hooks would not run."""
+    return (
+        type(module) is nn.Conv2d
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and tuple(module.dilation) == (1, 1)
+        and len({*module.stride}) == len({*module.padding}) == 1
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    )
 
 
 class PadShortcut(nn.Module):

@@ -13,11 +13,25 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 _library = torch.library.Library("fastgate", "FRAGMENT")
 
 
-def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) -> str:
-    """Return the implementation that serves this call, "triton" or "torch".
+def requested_impl(impl: str) -> tuple[str, str]:
+    """(what is asked for, who asks): `FASTGATE_IMPL` overrides `impl="auto"`.
 
-    `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises. `auto` is "torch":
-    no kernel has been measured on a GPU yet, and the choice is to be measured, not believed.
+    Raises:
+        ValueError: an unknown name.
+    """
+    source = "impl"
+    if impl == "auto" and os.environ.get("FASTGATE_IMPL"):
+        impl, source = os.environ["FASTGATE_IMPL"], "the environment variable FASTGATE_IMPL"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{source}: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    return impl, source
+
+
+def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) -> str:
+    """Return the implementation that serves this call: "triton", "torch", or "auto" where the operation may choose.
+
+    `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises. No kernel has been
+    measured on a GPU yet, and a choice is to be measured, not believed: operations take their PyTorch path for "auto".
 
     Args:
         impl: what was asked for.
@@ -27,13 +41,9 @@ def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) 
     Raises:
         ValueError: an unknown name, or `"triton"` where it cannot be honoured.
     """
-    source = "impl"
-    if impl == "auto" and os.environ.get("FASTGATE_IMPL"):
-        impl, source = os.environ["FASTGATE_IMPL"], "the environment variable FASTGATE_IMPL"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{source}: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    impl, source = requested_impl(impl)
     if impl != "triton":
-        return "torch"
+        return impl
     reason = obstacle()
     if reason is not None:
         raise ValueError(f"{operation}: {source} asks for 'triton', but {reason}; use 'auto' or 'torch'")

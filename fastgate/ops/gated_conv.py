@@ -1,5 +1,6 @@
 """The gated convolution: conv2d(x * in_gate, weight) * out_gate."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,16 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgate.ops.dispatch import register, tensor_obstacle
+from fastgate.ops.gated_residual import GatedProduct
+from fastgate.ops.measured import Call, choose
 
 
 def gated_conv2d_torch(
     x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
 ) -> Tensor:
     """The plain-PyTorch meaning of :func:`fastgate.functional.gated_conv2d`; gates are [N or 1, C or 1]."""
-    if in_gate is not None:
-        x = x * in_gate[:, :, None, None]
-    y = F.conv2d(x, weight, None, stride, padding)
-    return y if out_gate is None else y * out_gate[:, :, None, None]
+    y = F.conv2d(_gated(x, in_gate), weight, None, stride, padding)
+    return _gated(y, out_gate)
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return x
+    if gate.dtype != x.dtype:
+        return x * gate[:, :, None, None]
+    y: Tensor = GatedProduct.apply(x, gate[:, :, None, None])
+    return y
 
 
 def gated_conv2d_gathered(
@@ -26,9 +36,10 @@ def gated_conv2d_gathered(
 
     For constant gates of shape [1, C] (open channels) and [N, 1] (open samples). Asks the device what is open.
     """
-    n, out = x.shape[0], weight.shape[0]
+    # asked once: a single channel or pixel would not tell
+    n, out, layout = x.shape[0], weight.shape[0], _layout(x)
     samples = inputs = outputs = None
-    sample_gate = _product(*(gate for gate in (in_gate, out_gate) if gate is not None and gate.shape[1] == 1))
+    sample_gate = _sample_gate(in_gate, out_gate)
     if sample_gate is not None:
         samples = _open_unless_all(sample_gate[:, 0])
     if in_gate is not None and in_gate.shape[1] > 1:
@@ -38,34 +49,79 @@ def gated_conv2d_gathered(
     if any(indices is not None and len(indices) == 0 for indices in (samples, inputs, outputs)):
         size = [(x.shape[d] + 2 * padding - weight.shape[d]) // stride + 1 for d in (2, 3)]
         # sums of nothing: gradients of zero, as the plain path has them, not of None
-        return x.new_zeros(n, out, *size) + (x[:0].sum() + weight[:0].sum())
+        y = x.new_zeros(n, out, *size).contiguous(memory_format=layout)
+        return y + (x[:0].sum() + weight[:0].sum())
     if samples is not None:
-        x = x.index_select(0, samples)
+        x = take(x, samples, 0)
     if inputs is not None:
-        x, weight = select_channels(x, inputs), weight.index_select(1, inputs)
+        x, weight = take(x, inputs, 1), weight.index_select(1, inputs)
     if outputs is not None:
         weight = weight.index_select(0, outputs)
     y = F.conv2d(x, weight, None, stride, padding)
     if outputs is not None:
-        y = put_channels(y, outputs, out)
+        y = put(y, outputs, 1, out, layout)
     if samples is not None:
-        y = torch.zeros_like(y[:1]).expand(n, -1, -1, -1).index_copy(0, samples, y)
+        y = put(y, samples, 0, n, layout)
     return y
 
 
-def select_channels(x: Tensor, channels: Tensor) -> Tensor:
-    """Channels of x [N, C, H, W] in the layout of x; `index_select` alone would always return NCHW."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return x.permute(0, 2, 3, 1).index_select(3, channels).permute(0, 3, 1, 2)
-    return x.index_select(1, channels)
+def take(x: Tensor, indices: Tensor, dim: int) -> Tensor:
+    """`x.index_select` on samples (dim 0) or channels (dim 1) in the layout of x, where its own is always NCHW."""
+    if _layout(x) is torch.channels_last:
+        return x.permute(0, 2, 3, 1).index_select(_LAST[dim], indices).permute(0, 3, 1, 2)
+    return x.index_select(dim, indices)
 
 
-def put_channels(y: Tensor, channels: Tensor, total: int) -> Tensor:
-    """The inverse of :func:`select_channels`: zeros with y [N, c, H, W] in its channels, in the layout of y."""
-    n, _, height, width = y.shape
-    if y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous():
-        return y.new_zeros(n, height, width, total).index_copy(3, channels, y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return y.new_zeros(n, total, height, width).index_copy(1, channels, y)
+def put(y: Tensor, indices: Tensor, dim: int, total: int, layout: torch.memory_format) -> Tensor:
+    """The inverse of :func:`take`: zeros of `total` samples or channels with y in those places, in this layout."""
+    if layout is torch.channels_last:
+        y, dim = y.permute(0, 2, 3, 1), _LAST[dim]
+        shape = [total if d == dim else size for d, size in enumerate(y.shape)]
+        return y.new_zeros(shape).index_copy(dim, indices, y).permute(0, 3, 1, 2)
+    shape = [total if d == dim else size for d, size in enumerate(y.shape)]
+    return y.new_zeros(shape).index_copy(dim, indices, y)
+
+
+# samples and channels of an NCHW tensor seen as NHWC
+_LAST = {0: 0, 1: 3}
+
+
+def choose_path(
+    x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
+) -> str:
+    """What `impl="auto"` takes, "dense", "gathered" or "triton", from what was measured on this device.
+
+    On a CPU what is open is there to be read. On a GPU it would have to be waited for, so that no path is taken there
+    that does not pay with everything open.
+    """
+    gates = [gate for gate in (in_gate, out_gate) if gate is not None]
+    # under a tracer the choice would be frozen into the graph
+    if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype != weight.dtype:
+        return "dense"
+    live = torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)
+    pairs = any(_is_pairs(gate) for gate in gates)
+    if live and x.device.type == "cpu":
+        return "dense"  # closed channels have gradients of their own
+    fraction = None
+    if x.device.type == "cpu":
+        if pairs:
+            return "dense"
+        fraction = math.prod(float(gate.detach().mean()) for gate in gates)
+    call = Call(
+        gates="pairs" if pairs else "samples" if all(gate.shape[1] == 1 for gate in gates) else "batch",
+        dtype=str(x.dtype).removeprefix("torch."),
+        training=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+        kernel=weight.shape[2],
+        stride=stride,
+        batch=x.shape[0],
+        in_channels=x.shape[1],
+        out_channels=weight.shape[0],
+        pixels=x.shape[2] * x.shape[3],
+    )
+    path = choose(x.device, call, fraction)
+    if path == "triton" and gated_conv2d_obstacle(x, weight, *gates) is not None:
+        return "dense"
+    return path
 
 
 def _open_unless_all(gate: Tensor) -> Tensor | None:
@@ -73,10 +129,10 @@ def _open_unless_all(gate: Tensor) -> Tensor | None:
     return None if len(indices) == len(gate) else indices
 
 
-def _product(*gates: Tensor) -> Tensor | None:
-    if not gates:
-        return None
-    return gates[0] if len(gates) == 1 else gates[0] * gates[1]
+def _sample_gate(*gates: Tensor | None) -> Tensor | None:
+    """[N, 1]: the samples that every gate of that shape leaves open; None where there is no such gate."""
+    of_samples = [gate for gate in gates if gate is not None and gate.shape[1] == 1]
+    return math.prod(of_samples[1:], start=of_samples[0]) if of_samples else None
 
 
 def _open_lists(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,9 +252,9 @@ class GatedConv2d(torch.autograd.Function):
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
             dw = torch.ops.fastgate.gated_conv2d_wgrad(
-                x, dy, weight, *_wgrad_gates(x, in_gate, out_gate, in_lists, out_lists), *ctx.options
+                x, dy, weight, *_wgrad_gates(in_gate, out_gate, tuple(in_lists), tuple(out_lists)), *ctx.options
             )
-        if ctx.live_in:
+        if ctx.live_in and d_in is not None:
             d_in = d_in.sum_to_size(in_gate.shape).to(in_gate.dtype)
         if ctx.live_out:
             d_out = (dy * z).sum((2, 3), dtype=torch.float32).sum_to_size(out_gate.shape).to(out_gate.dtype)
@@ -221,22 +277,29 @@ def _channel_lists(gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _sample_lists(*gates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """List of the samples that every gate of shape [N, 1] leaves open."""
-    gate = _product(*(gate for gate in gates if gate is not None and gate.shape[1] == 1))
+    gate = _sample_gate(*gates)
     return (None, None) if gate is None else torch.ops.fastgate.open_lists(gate.t())
 
 
 def _wgrad_gates(
-    x: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, in_lists: list[Tensor], out_lists: list[Tensor]
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    in_lists: tuple[Tensor | None, ...],
+    out_lists: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gates as the weight gradient wants them: input channels, output channels, output gate, samples."""
-    none = (None, None)
-    samples = _sample_lists(in_gate, out_gate)
-    if in_gate is not None and in_gate.shape[0] > 1 and in_gate.shape[1] > 1:
-        # the samples where each input channel is open, and the sample itself
-        pairs = in_gate
-        if out_gate is not None and out_gate.shape[1] == 1:
-            pairs = in_gate * out_gate
-        samples = torch.ops.fastgate.open_lists(pairs.t())
-        in_lists = none
-    each_out = out_gate is not None and out_gate.shape[0] > 1 and out_gate.shape[1] > 1
-    return (*in_lists, *(none if each_out else out_lists), out_gate.contiguous() if each_out else None, *samples)
+    """The gates as the weight gradient wants them: lists of input and output channels, output gate, sample lists."""
+    if in_gate is not None and _is_pairs(in_gate):
+        # for each input channel the samples where it is open, and they themselves are
+        sample = _sample_gate(out_gate)
+        samples = torch.ops.fastgate.open_lists((in_gate if sample is None else in_gate * sample).t())
+        in_lists = (None, None)
+    else:
+        samples = _sample_lists(in_gate, out_gate)
+    if out_gate is not None and _is_pairs(out_gate):
+        return (*in_lists, None, None, out_gate.contiguous(), *samples)
+    return (*in_lists, *out_lists, None, *samples)
+
+
+def _is_pairs(gate: Tensor) -> bool:
+    """Whether a gate has a value per sample and channel."""
+    return gate.shape[0] > 1 and gate.shape[1] > 1

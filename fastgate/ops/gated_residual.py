@@ -34,13 +34,34 @@ class PlainGatedResidual(torch.autograd.Function):
         """Gradients of shortcut, branch and gate."""
         y, branch, gate = ctx.saved_tensors
         dy = grads[0] if y is None else torch.ops.aten.threshold_backward(grads[0], y, 0)
-        if branch is None:
-            return dy, dy * gate, None, None
-        products = dy * branch
-        dgate = products.sum((1, 2, 3) if gate.shape[1] == 1 else (2, 3), keepdim=True)
-        # a double backward (create_graph) still needs the products, else their memory takes dbranch
-        dbranch = dy * gate if torch.is_grad_enabled() else torch.mul(dy, gate, out=products)
-        return dy, dbranch, dgate, None
+        return dy, *_product_gradients(dy, branch, gate), None
+
+
+class GatedProduct(torch.autograd.Function):
+    """x * gate, gate [N or 1, C or 1, 1, 1] of the same dtype, with the backward of :class:`PlainGatedResidual`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and gate."""
+        x, gate = ctx.saved_tensors
+        return _product_gradients(grads[0], x, gate)
+
+
+def _product_gradients(dy: Tensor, branch: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `branch` and of the gate that multiplied it; of the latter only where `branch` is given."""
+    if branch is None:
+        return dy * gate, None
+    products = dy * branch
+    dgate = products.sum([d for d in range(4) if gate.shape[d] == 1 or d > 1], keepdim=True)
+    # a double backward (create_graph) still needs the products, else their memory takes dbranch
+    dbranch = dy * gate if torch.is_grad_enabled() else torch.mul(dy, gate, out=products)
+    return dbranch, dgate
 
 
 def _fwd(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+from fastgate.kernels import _turing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -41,12 +42,13 @@ _LOW_PRECISION_ATOMIC = re.compile(
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: a kernel, its arguments by name and its options."""
+    """One recorded launch: a kernel, its arguments by name, its options and its grid."""
 
     name: str
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, Any]
+    grid: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,36 @@ class Usage:
     stack: int  # bytes per thread: spills
     shared: int  # bytes per block
     local: int  # local-memory instructions: spills
+    mma: int  # tensor-core instructions
     low_precision_atomics: list[str]
     counters_without_barrier: int
 
 
 @contextmanager
-def recorded(launches: list[Launch], name: str) -> Iterator[None]:
-    """Append every launch to the list instead of making it."""
-    original = JITFunction.run
+def intercepted(handle: Callable[[Launch], Any], name: str = "", arch: int | None = None) -> Iterator[None]:
+    """Hand every launch to `handle` instead of making it; `arch` is the GPU that launchers believe to be on."""
+    original, capability = JITFunction.run, _turing.capability
 
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         options = {key: arguments.pop(key) for key in list(arguments) if key not in self.arg_names}
-        launches.append(Launch(f"{name} {self.fn.__name__}", self, arguments, options))
+        size = grid(arguments) if callable(grid) else grid
+        handle(Launch(f"{name} {self.fn.__name__}".strip(), self, arguments, options, tuple(size)))
 
-    JITFunction.run = record
+    JITFunction.run = run
+    if arch is not None:
+        _turing.capability = lambda device: arch
     try:
         yield
     finally:
-        JITFunction.run = original
+        JITFunction.run, _turing.capability = original, capability
+
+
+@contextmanager
+def recorded(launches: list[Launch], name: str, arch: int | None = None) -> Iterator[None]:
+    """Append every launch to the list instead of making it."""
+    with intercepted(launches.append, name, arch):
+        yield
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
@@ -141,6 +154,7 @@ def inspect(name: str, compiled: Any, capability: int) -> Usage:
         stack=int(found[2]),
         shared=compiled.metadata.shared,
         local=operations["STL"] + operations["LDL"],
+        mma=operations["HMMA"] + operations["HGMMA"],
         low_precision_atomics=low_precision_atomics(sass) + low_precision_atomics(compiled.asm["ptx"]),
         counters_without_barrier=counters_without_barrier(compiled.asm["ptx"]),
     )
@@ -204,11 +218,58 @@ def gated_residual_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tu
             yield f"{stage} {kind}", call
 
 
+# (samples, input channels, height, width), output channels, kernel size, stride: the ends of ResNet-110, a
+# downsampling block, and ResNet-50's 3x3 and 1x1
+CONVOLUTIONS = {
+    "stage1": ((256, 16, 32, 32), 16, 3, 1),
+    "stage3": ((256, 64, 8, 8), 64, 3, 1),
+    "down": ((256, 16, 32, 32), 32, 3, 2),
+    "resnet50-3x3": ((64, 512, 7, 7), 512, 3, 1),
+    "resnet50-1x1": ((64, 256, 56, 56), 64, 1, 1),
+}
+
+
+def gated_conv_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from fastgate.kernels.gated_conv import gated_conv_dgrad, gated_conv_fwd, gated_conv_wgrad
+    from fastgate.kernels.open_lists import open_lists
+
+    for stage, ((n, c, h, w), out, kernel, stride) in CONVOLUTIONS.items():
+        x = meta(n, c, h, w, dtype=dtype, channels_last=channels_last)
+        padding = kernel // 2
+        dy = meta(n, out, (h - 1) // stride + 1, (w - 1) // stride + 1, dtype=dtype, channels_last=channels_last)
+        weight = meta(out, c, kernel, kernel, dtype=dtype)
+
+        def lists(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return open_lists(meta(rows, columns, dtype=dtype))
+
+        for kind in ("samples", "pairs", "batch", "live"):
+
+            def call(
+                x: torch.Tensor = x,
+                dy: torch.Tensor = dy,
+                weight: torch.Tensor = weight,
+                kind: str = kind,
+                options: tuple[int, int] = (stride, padding),
+            ) -> None:
+                n, c, out = x.shape[0], x.shape[1], weight.shape[0]
+                ins = lists(n if kind == "pairs" else 1, c) if kind in ("pairs", "batch") else (None, None)
+                outs = lists(1, out) if kind == "batch" else (None, None)
+                samples = lists(1, n) if kind == "samples" else (None, None)
+                gate = meta(n, c, dtype=dtype) if kind == "live" else None
+                gated_conv_fwd(x, weight, *ins, *outs, *samples, *options)
+                gated_conv_dgrad(dy, weight, x, gate, *ins, *outs, *samples, *options)
+                if kind == "pairs":
+                    ins, samples = (None, None), lists(c, n)
+                gated_conv_wgrad(x, dy, weight, *ins, *outs, None, *samples, *options)
+
+            yield f"{stage} {kind}", call
+
+
 def launches_for(capability: int) -> list[Launch]:
     """Every launch of every operation: fp16 NCHW on sm_75, bf16 channels_last from sm_80 on."""
     launches: list[Launch] = []
     dtype, channels_last = (torch.float16, False) if capability < 80 else (torch.bfloat16, True)
-    for calls in (gate_head_calls, gated_residual_calls):
+    for calls in (gate_head_calls, gated_residual_calls, gated_conv_calls):
         for name, call in calls(dtype, channels_last):
             with recorded(launches, f"{name} {_TYPES[dtype]}"):
                 call()
