@@ -3,13 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-oldest lint bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastgate train --preset demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
+
+# the oldest NVML bindings that pyproject.toml allows, beside the installed ones
+test-oldest: $(INSTALLED)
+	$(BIN)/pip install -q --target $(VENV)/oldest --upgrade --no-deps nvidia-ml-py==12.535.77
+	PYTHONPATH=$(VENV)/oldest $(BIN)/pytest tests/energy
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

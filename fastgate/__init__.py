@@ -1,36 +1,46 @@
 """Networks that prune themselves while they train: binary gates, then a plain, physically smaller network."""
 
-from fastgate import functional, models, schedules
-from fastgate.gates import ChannelGate, LayerGate, named_gates
-from fastgate.losses import activation, budget, polarization
-from fastgate.models.attachment import attach, register_block
-from fastgate.pruning.compaction import compact, compare
-from fastgate.pruning.costs import flops, gate_costs, macs
-from fastgate.pruning.decisions import Decisions, decide, freeze
-from fastgate.pruning.storage import load, save
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors
+    from fastgate import energy, functional, losses, models, schedules
+    from fastgate.energy import EnergyMeter, measure_energy
+    from fastgate.gates import ChannelGate, LayerGate, named_gates
+    from fastgate.losses import activation, budget, polarization
+    from fastgate.models.attachment import attach, register_block
+    from fastgate.pruning.compaction import compact, compare
+    from fastgate.pruning.costs import flops, gate_costs, macs
+    from fastgate.pruning.decisions import Decisions, decide, freeze
+    from fastgate.pruning.storage import load, save
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ChannelGate",
-    "Decisions",
-    "LayerGate",
-    "activation",
-    "attach",
-    "budget",
-    "compact",
-    "compare",
-    "decide",
-    "flops",
-    "freeze",
-    "functional",
-    "gate_costs",
-    "load",
-    "macs",
-    "models",
-    "named_gates",
-    "polarization",
-    "register_block",
-    "save",
-    "schedules",
-]
+# where the public names are: each is imported when first used, so that `fastgate.energy` needs no torch
+_HOMES = {
+    "fastgate": ("energy", "functional", "losses", "models", "schedules"),
+    "fastgate.energy": ("EnergyMeter", "measure_energy"),
+    "fastgate.gates": ("ChannelGate", "LayerGate", "named_gates"),
+    "fastgate.losses": ("activation", "budget", "polarization"),
+    "fastgate.models.attachment": ("attach", "register_block"),
+    "fastgate.pruning.compaction": ("compact", "compare"),
+    "fastgate.pruning.costs": ("flops", "gate_costs", "macs"),
+    "fastgate.pruning.decisions": ("Decisions", "decide", "freeze"),
+    "fastgate.pruning.storage": ("load", "save"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 (the test of the public names compares it with the imports above)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastgate' has no attribute {name!r}")
+    home = _HOME[name]
+    found = import_module(f"fastgate.{name}") if home == "fastgate" else getattr(import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

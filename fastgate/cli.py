@@ -1,4 +1,4 @@
-"""The command line: `fastgate train | evaluate | compact | env`."""
+"""The command line: `fastgate train | evaluate | compact | energy probe | env`."""
 
 import inspect
 import json
@@ -19,6 +19,8 @@ from fastgate.pruning.storage import load, read_metadata, save
 from fastgate.training.presets import PRESETS, Recipe, get_preset, parse_field
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
+app.add_typer(energy, name="energy")
 
 DataRoot = Annotated[str | None, typer.Option(help="folder with the CIFAR files; default: FASTGATE_DATA")]
 Download = Annotated[bool, typer.Option("--download", help="let torchvision download CIFAR into the data root")]
@@ -55,8 +57,9 @@ def train(
 
     Every option below --device overrides a field of the preset.
     """
+    from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
-    from fastgate.training.pipeline import Run, read_config
+    from fastgate.training.pipeline import CONTROL, Run, read_config
     from fastgate.training.pipeline import train as train_run
     from fastgate.training.trainer import Interrupted
 
@@ -87,6 +90,11 @@ def train(
         )
         raise typer.Exit(130) from None
     print_summary(summary)
+    curves = {"gated" if recipe.gating != "none" else "unpruned": folder}
+    if recipe.control == "unpruned" and recipe.gating != "none":
+        curves["unpruned"] = folder / CONTROL
+    if draw_energy(curves, folder / "energy.png"):
+        typer.echo(f"energy over the epochs: {folder / 'energy.png'}")
     typer.echo(f"run folder: {folder}")
 
 
@@ -119,7 +127,7 @@ def evaluate(
     download: Download = False,
     device: Device = "auto",
 ) -> None:
-    """Measure a saved network: test accuracy, MACs, parameters, latency, images per second."""
+    """Measure a saved network: test accuracy, MACs, parameters, latency, images per second, joules per image."""
     from fastgate.reports.tables import print_evaluation
     from fastgate.training.data import Batches, load_dataset
     from fastgate.training.pipeline import NETWORK, measure_networks
@@ -159,6 +167,16 @@ def compact(
         freeze(model, Decisions.from_json(decisions))
     save(compact_network(model), output, metadata={"recipe": json.dumps(vars(recipe))})
     typer.echo(f"wrote {output}")
+
+
+@energy.command()
+def probe(
+    seconds: Annotated[float, typer.Option(help="how long to watch the devices; leave the machine idle meanwhile")] = 5,
+) -> None:
+    """Print as JSON what can be metered here: devices, counters and their tick, power, idle watts, a cross-check."""
+    from fastgate.energy.probe import probe as probe_energy
+
+    typer.echo(json.dumps(probe_energy(seconds), indent=2))
 
 
 @app.command()

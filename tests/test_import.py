@@ -1,5 +1,6 @@
 """`import fastgate` is light, and the public names of DESIGN.md exist with the documented parameters."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -9,7 +10,19 @@ import pytest
 
 import fastgate as fg
 
-HEAVY = ("fvcore", "torchvision", "timm", "matplotlib", "rich", "typer", "sklearn", "triton")
+HEAVY = (
+    "fvcore",
+    "pynvml",
+    "lightning",
+    "transformers",
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "rich",
+    "typer",
+    "sklearn",
+    "triton",
+)
 OWN = ("fastgate.kernels", "fastgate.training", "fastgate.reports", "fastgate.cli")
 
 LEAN_IMPORT = f"""
@@ -26,10 +39,12 @@ torch._C._cuda_init = refuse
 # torch itself may have loaded some of these; what counts is what fastgate adds
 before = set(sys.modules)
 import fastgate
+lazy = set(sys.modules) - before
+from fastgate import *
 added = {{name for name in set(sys.modules) - before}}
 heavy = sorted({{name.split(".")[0] for name in added}} & set({HEAVY!r}))
 own = sorted(added & set({OWN!r}))
-print(torch.cuda.is_initialized(), heavy, own, fastgate.LayerGate.__name__)
+print(torch.cuda.is_initialized(), heavy, own, fastgate.LayerGate.__name__, sorted(lazy))
 """
 
 
@@ -39,7 +54,7 @@ def test_import_needs_no_gpu_and_no_triton_and_loads_nothing_heavy(tmp_path: Pat
         [sys.executable, "-c", LEAN_IMPORT], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[0] == "False [] [] LayerGate"
+    assert done.stdout.split("\n")[0] == "False [] [] LayerGate ['fastgate']"
 
 
 def find(name: str) -> object:
@@ -73,6 +88,9 @@ SIGNATURES = {
     "compare": ({"masked": REQUIRED, "compacted": REQUIRED, "inputs": REQUIRED}, {}),
     "save": ({"model": REQUIRED, "path": REQUIRED}, {}),
     "load": ({"path": REQUIRED}, {}),
+    "EnergyMeter": ({"devices": None, "cpu": "auto"}, {"require": False, "allow_shared": False}),
+    "EnergyMeter.window": ({"self": REQUIRED, "name": REQUIRED, "items": None}, {}),
+    "measure_energy": ({"fn": REQUIRED, "min_seconds": 5.0, "trials": 4, "warmup": 10}, {}),
     "functional.gate_head": (
         {
             "x": REQUIRED,
@@ -111,6 +129,24 @@ def test_public_name_has_the_documented_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", ["Decisions", "Decisions.to_json", "Decisions.from_json", "Decisions.open_ratio"])
 def test_public_name_exists(name: str) -> None:
     assert find(name) is not None
+
+
+def test_type_checkers_see_the_names_where_they_are() -> None:
+    tree = ast.parse(Path(fg.__file__).read_text())
+    (static,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: statement.module
+        for statement in static.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert seen == fg._HOME
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'fastgate' has no attribute 'nonsense'"):
+        fg.nonsense  # noqa: B018
+    assert {*fg.__all__, "__version__"} <= set(dir(fg))
 
 
 def test_all_lists_exactly_what_is_there() -> None:

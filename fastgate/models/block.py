@@ -105,11 +105,10 @@ class ResidualBlock(nn.Module):
     def _run(self, name: str, y: Tensor, in_gate: Tensor | None, out_gate: Tensor | None) -> Tensor:
         """One module of the branch on gated input; `out_gate` says which outputs nobody will read."""
         module = getattr(self, name)
-        if in_gate is None and out_gate is None:
+        if self.gate is None or (in_gate is None and out_gate is None):
             return module(y)
         if not _is_plain_conv(module):
             return module(y if in_gate is None else y * in_gate)
-        assert self.gate is not None  # whose masks these are
         y = functional.gated_conv2d(
             y, module.weight, in_gate=in_gate, out_gate=out_gate, stride=module.stride[0], padding=module.padding[0],
             impl=self.gate.impl,

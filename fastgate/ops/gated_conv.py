@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgate.ops.dispatch import register, tensor_obstacle
 from fastgate.ops.gated_residual import GatedProduct
@@ -23,9 +24,8 @@ def gated_conv2d_torch(
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return x
-    if gate.dtype != x.dtype:
-        return x * gate[:, :, None, None]
-    y: Tensor = GatedProduct.apply(x, gate[:, :, None, None])
+    # 0 and 1 are exact in any dtype; a wider gate must not widen the result
+    y: Tensor = GatedProduct.apply(x, gate.to(x.dtype)[:, :, None, None])
     return y
 
 
@@ -239,6 +239,7 @@ class GatedConv2d(torch.autograd.Function):
         return z * out_gate.to(z.dtype)[:, :, None, None]
 
     @staticmethod
+    @once_differentiable  # the kernels have no gradient of their own: a second one would come out as zero
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and the gates."""
         x, weight, in_gate, out_gate, z, *lists = ctx.saved_tensors

@@ -48,13 +48,48 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+    _print_energy(summary, console)
+
+
+def _joules(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    for unit, size in (("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-6:.3g} µJ"
+
+
+def _print_energy(summary: dict[str, Any], console: Console) -> None:
+    """Joules of training, evaluation and inference as a table, or in one line why there are none."""
+    rows, epochs = summary["rows"], summary["recipe"]["epochs"]
+    kinds = ("joules_training", "joules_evaluation", "joules_per_image")
+    if all(row.get(kind) is None for row in rows.values() for kind in kinds):
+        reasons = dict.fromkeys(summary["energy"]["warnings"])
+        console.print(f"energy: not metered: {'; '.join(reasons)}", highlight=False, markup=False, soft_wrap=True)
+        return
+    table = Table(title="energy")
+    for column in ("network", "training/epoch", "evaluation/epoch", "training, whole run", "inference/image"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name, row in rows.items():
+        cells = ["not trained"] * 3
+        if "joules_training" in row:
+            train, evaluation = row["joules_training"], row["joules_evaluation"]
+            per_epoch = [None if joules is None else joules / epochs for joules in (train, evaluation)]
+            cells = [_joules(joules) for joules in (*per_epoch, train)]
+        table.add_row(name, *cells, _joules(row["joules_per_image"]))
+    console.print(table)
+    warnings = [*summary["energy"]["warnings"], *(text for row in rows.values() for text in row["energy"]["warnings"])]
+    for line in (f"energy: {summary['energy']['source']}", *dict.fromkeys(warnings)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_evaluation(result: dict[str, Any], console: Console | None = None) -> None:
     """Print what `fastgate evaluate` measured of one network."""
     console = console or Console()
+    joules = result["joules_per_image"]
     table = Table(title=f"{result['path']} on {result['dataset']}")
-    for column in ("test accuracy", "test loss", "MACs", "parameters", "latency", "images/s"):
+    for column in ("test accuracy", "test loss", "MACs", "parameters", "latency", "images/s", "J/image", "images/J"):
         table.add_column(column, justify="right")
     table.add_row(
         f"{result['accuracy']:.2%}",
@@ -63,5 +98,10 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
         _count(result["parameters"]),
         f"{result['latency_ms']:.3f} ms",
         f"{result['images_per_second']:,.0f}",
+        _joules(joules),
+        "unknown" if joules is None else f"{1 / joules:,.0f}",
     )
     console.print(table)
+    energy = result["energy"]
+    for line in (f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -14,10 +14,12 @@ from fastgate.files import write_atomically
 from fastgate.pruning.compaction import compact, compare
 from fastgate.pruning.costs import macs
 from fastgate.pruning.decisions import Decisions, freeze
+from fastgate.pruning.energy import measure_inference
 from fastgate.pruning.latency import measure_latency
 from fastgate.pruning.storage import save
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.presets import Recipe, recipe_from_dict
+from fastgate.training.spending import sum_joules
 from fastgate.training.trainer import Trainer, build_network, evaluate
 
 CONFIG, SUMMARY, DECISIONS, NETWORK = "config.json", "summary.json", "decisions.json", "model.safetensors"
@@ -191,7 +193,9 @@ def _write_summary(
         if name == "compact" and decisions is not None:
             row["open_ratio"] = decisions.open_ratio
         if name in trainers:
-            row["seconds_training"] = sum(line["seconds"]["train"] for line in trainers[name].history)
+            history = trainers[name].history
+            row["seconds_training"] = sum(line["seconds"]["train"] for line in history)
+            row["joules_training"], row["joules_evaluation"] = sum_joules(history, "train"), sum_joules(history, "eval")
     summary: dict[str, Any] = {
         "rows": rows,
         "recipe": asdict(run.recipe),
@@ -199,6 +203,7 @@ def _write_summary(
         "device": run.device,
         "precision": str(any_trainer.dtype).removeprefix("torch."),
         "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {_LATENCY_BATCH}",
+        "energy": any_trainer.history[-1].get("energy"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": describe_environment(),
     }
@@ -211,10 +216,14 @@ def _write_summary(
 
 
 def measure_networks(networks: dict[str, nn.Module], dataset: Dataset, batches: Any) -> dict[str, dict[str, Any]]:
-    """MACs, parameters, latency of one image and images per second of each network, on one batch of real images."""
+    """MACs, parameters, latency of one image, images per second and joules per image, on one batch of real images.
+
+    Joules are None where they cannot be metered; "energy" in a network's row says why, or where they come from.
+    """
     x, _ = next(iter(batches))
     one = measure_latency(networks, x[:1])
     many = measure_latency(networks, x, rounds=10)
+    energy = measure_inference(networks, x)
     return {
         name: {
             "accuracy": None,
@@ -223,6 +232,8 @@ def measure_networks(networks: dict[str, nn.Module], dataset: Dataset, batches: 
             "parameters": sum(p.numel() for p in model.parameters()),
             "latency_ms": one[name] * 1e3,
             "images_per_second": x.shape[0] / many[name],
+            "joules_per_image": energy[name].joules_per_sample,
+            "energy": {"source": energy[name].source, "warnings": list(energy[name].warnings)},
         }
         for name, model in networks.items()
     }

@@ -3,9 +3,8 @@
 import json
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgate import losses, schedules
+from fastgate.energy import EnergyMeter
 from fastgate.files import write_atomically
 from fastgate.gates import named_gates
 from fastgate.models.resnet import resnet
@@ -25,6 +25,7 @@ from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
 from fastgate.training.data import Batches, Dataset, ImageSet
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.progress import RunProgress
+from fastgate.training.spending import Spending, describe_epoch
 
 # how often a GPU run looks whether its loss is still finite; a CPU run looks at every step, where it costs nothing
 _STEPS_BETWEEN_CHECKS = 50
@@ -146,7 +147,7 @@ class Trainer:
         self.epoch = 0
         self.step = 0
         self.sums = self._new_sums()
-        self.seconds = 0.0
+        self.spending = Spending()
         self.history: list[dict[str, Any]] = []
         if resume:
             self._restore()
@@ -172,15 +173,29 @@ class Trainer:
         steps = len(self.train_batches)
         done = self.epoch * steps + self.step
         title = f"{self.recipe.network} {self.recipe.gating if self.gates else 'unpruned'}"
-        with RunProgress(title, self.recipe.epochs * steps, done) as progress, _deferred_interrupt() as interrupted:
+        with (
+            RunProgress(title, self.recipe.epochs * steps, done) as progress,
+            _deferred_interrupt() as interrupted,
+            closing(EnergyMeter(self.device)) as meter,
+        ):
             while self.epoch < self.recipe.epochs:
-                self._enter_phase()
-                self._train_epoch(progress, interrupted)
-                record = self._end_epoch()
+                window = meter.window("train")
+                try:
+                    with window:
+                        self._enter_phase()
+                        self._train_epoch(progress, interrupted)
+                except Interrupted:
+                    self.spending.add(window.result)
+                    self._save_checkpoint()
+                    raise
+                self.spending.add(window.result)
+                record = self._end_epoch(meter)
+                joules = record["joules"]["train"]
                 progress.note(
                     f"epoch {self.epoch}/{self.recipe.epochs} loss {record['train']['loss']:.4f} "
                     f"accuracy {record['eval']['accuracy']:.4f} ({record['eval']['split']}) "
                     f"open {record['open_ratio']:.3f} MACs {record['macs'] / self.macs:.3f}"
+                    + ("" if joules is None else f" energy {joules:.0f} J")
                 )
 
     def decide(self) -> Decisions:
@@ -208,7 +223,6 @@ class Trainer:
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
         recipe, steps = self.recipe, len(self.train_batches)
         self.model.train()
-        start = time.perf_counter()
         for x, y in self.train_batches.start_at(self.epoch, self.step):
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(self.epoch + (self.step + 0.5) / steps)
@@ -226,10 +240,7 @@ class Trainer:
             if self.device.type == "cpu" or self.step % _STEPS_BETWEEN_CHECKS == 0 or self.step == steps:
                 self._check_finite(self.sums["loss"])
             if interrupted:
-                self.seconds += time.perf_counter() - start
-                self._save_checkpoint()
                 raise Interrupted
-        self.seconds += time.perf_counter() - start
 
     def _losses(self, scores: Tensor, y: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         task = F.cross_entropy(scores, y)
@@ -270,12 +281,14 @@ class Trainer:
                 f"({self.recipe.learning_rate}), raise warmup_epochs, or use precision fp32"
             )
 
-    def _end_epoch(self) -> dict[str, Any]:
+    def _end_epoch(self, meter: EnergyMeter) -> dict[str, Any]:
         steps = len(self.train_batches)
-        start = time.perf_counter()
         split = "test" if self.dataset.validation is None else "validation"
         images = self.dataset.test if self.dataset.validation is None else self.dataset.validation
-        evaluated = evaluate(self.model, self.batches(images), self.dtype)
+        with meter.window("eval") as window:
+            evaluated = evaluate(self.model, self.batches(images), self.dtype)
+        evaluation = Spending()
+        evaluation.add(window.result)
         self._check_finite(torch.tensor(evaluated["loss"]))
         means = {name: (self.sums[f"gate:{name}"] / steps).cpu().double() for name in self.gates}
         closed_macs = sum(float((self.costs[name] * (1 - mean)).sum()) for name, mean in means.items())
@@ -292,10 +305,10 @@ class Trainer:
             "frozen": bool(self.gates) and all(gate.frozen for gate in self.gates.values()),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gates": {name: mean.tolist() for name, mean in means.items()},
-            "seconds": {"train": self.seconds, "eval": time.perf_counter() - start},
+            **describe_epoch(self.spending, evaluation, self.history),
         }
         self.history.append(record)
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, self._new_sums(), 0.0
+        self.epoch, self.step, self.sums, self.spending = self.epoch + 1, 0, self._new_sums(), Spending()
         # metrics first: a kill between the two repeats the epoch, and its line is then replaced
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         self._save_checkpoint()
@@ -334,7 +347,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "sums": self.sums,
-            "seconds": self.seconds,
+            "spending": asdict(self.spending),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -351,7 +364,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.sums, self.seconds = state["sums"], state["seconds"]
+        # checkpoints written before energy was metered know their seconds only
+        unmetered = {"seconds": state.get("seconds"), "microjoules": None, "error_bound_joules": None}
+        self.sums, self.spending = state["sums"], Spending(**state.get("spending", unmetered))
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)

@@ -1,0 +1,76 @@
+"""`measure_energy`: joules of a function that can be repeated."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastgate.energy.meter import EnergyMeter
+from fastgate.energy.results import Energy
+
+Function = Callable[[], Any]
+
+_TICKS_PER_TRIAL = 50
+
+
+def measure_energy(
+    fn: Function | Sequence[Function] | Mapping[str, Function],
+    min_seconds: float = 5.0,
+    trials: int = 4,
+    warmup: int = 10,
+    *,
+    meter: EnergyMeter | None = None,
+) -> list[Energy]:
+    """Energy per call of a function, or of several that take turns, so that they share the machine's ups and downs.
+
+    Every function is first called `warmup` times. A trial then calls one function again and again for `min_seconds`,
+    or for 50 ticks of the slowest counter where that is longer, and waits for the work once, at its end.
+
+    Args:
+        fn: called without arguments; or several, as a sequence or by name.
+        min_seconds: shortest duration of a trial.
+        trials: trials per function.
+        warmup: calls of each function before the first trial.
+        meter: default: `EnergyMeter()`.
+
+    Returns:
+        One result per trial in the order of measurement: first trial of each function, second trial of each, ...;
+        of n functions the results of the i-th are `results[i::n]`. `items` is the number of calls.
+
+    Raises:
+        TypeError, ValueError: nothing to call, or a duration or number that makes no trial.
+    """
+    functions = _named(fn)
+    for name, value, least in (("trials", trials, 1), ("warmup", warmup, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if not min_seconds > 0:
+        raise ValueError(f"min_seconds: expected a duration above 0, got {min_seconds!r}")
+    meter = meter or EnergyMeter()
+    ticks = [source.tick for source in meter.sources if source.tick is not None]
+    seconds = max(min_seconds, _TICKS_PER_TRIAL * max(ticks, default=0.0))
+    for _, function in functions:
+        for _ in range(warmup):
+            function()
+    return [_measure(meter, name, function, seconds) for _ in range(trials) for name, function in functions]
+
+
+def _measure(meter: EnergyMeter, name: str, function: Function, seconds: float) -> Energy:
+    with meter.window(name) as window:
+        calls, end = 0, meter.clock.now() + seconds
+        while calls == 0 or meter.clock.now() < end:
+            function()
+            calls += 1
+        window.items = calls
+    return window.result
+
+
+def _named(fn: Any) -> list[tuple[str, Function]]:
+    if isinstance(fn, Mapping):
+        named = list(fn.items())
+    else:
+        named = [(getattr(f, "__name__", repr(f)), f) for f in (fn if isinstance(fn, Sequence) else [fn])]
+    if not named:
+        raise ValueError("fn: expected at least one function, got none")
+    for _, function in named:
+        if not callable(function):
+            raise TypeError(f"fn: expected functions without arguments, got {function!r}")
+    return named

@@ -1,0 +1,215 @@
+"""`EnergyMeter`: joules of windows of work."""
+
+import os
+import weakref
+from collections.abc import Callable, Iterable
+
+from fastgate.energy import cuda, rapl
+from fastgate.energy.devices import Device, find_board, parse_devices
+from fastgate.energy.errors import DeviceMissing, EnergyError, LibraryMissing, NotSupported
+from fastgate.energy.nvml import Board, Session
+from fastgate.energy.results import Energy
+from fastgate.energy.sources import Clock, PowerIntegral, Sampler, Source, nvml_source, observe_ticks
+from fastgate.energy.windows import Window
+
+_CPU = ("auto", "off", "require")
+
+
+class EnergyMeter:
+    """Meters the energy of windows of work on NVIDIA boards and CPU packages.
+
+    ::
+
+        meter = EnergyMeter()
+        with meter.window("epoch 3", items=50_000) as w:
+            ...
+        w.result.joules, w.result.joules_per_item, w.result.warnings
+
+    Windows may nest and overlap, in any thread; they share nothing. Work on a GPU is waited for when a window begins
+    and ends, never inside it. Where energy cannot be metered, results hold None and the reason is in their warnings.
+
+    Making a meter reads the counters for at most half a second, to learn how often they are renewed.
+
+    Args:
+        devices: torch device, CUDA index, UUID (or its beginning), or a list of these; "cpu" is no board. Default: all
+            boards that CUDA shows this process. Boards are found by UUID or PCI id, never by NVML's own order.
+        cpu: "auto" meters the CPU packages where no board is (so that a sum has one source, whoever may read RAPL);
+            "require" meters them in any case or raises; "off" does not.
+        require: raise where a device cannot be metered, instead of results that say None.
+        allow_shared: meter the whole board where only a MIG slice of it is ours.
+        synchronize: waits for the metered work; default: torch's, on the metered boards, once its CUDA runs.
+        clock: another time to measure by.
+
+    Raises:
+        ValueError, TypeError: a device that does not exist or is none, or an unknown `cpu`.
+        EnergyError: with `require` (or cpu="require"): why a device cannot be metered.
+    """
+
+    def __init__(
+        self,
+        devices: Device | Iterable[Device] = None,
+        cpu: str = "auto",
+        *,
+        require: bool = False,
+        allow_shared: bool = False,
+        synchronize: Callable[[], None] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if cpu not in _CPU:
+            raise ValueError(f"cpu: expected one of {', '.join(_CPU)}, got {cpu!r}")
+        asked = parse_devices(devices)
+        self.clock = clock or Clock()
+        self.sources: list[Source] = []
+        self.unavailable: dict[str, EnergyError] = {}  # device -> why it is not metered
+        self.notes: list[str] = []  # said with every result
+        self._boards: list[Board] = []
+        self._samplers: list[Sampler] = []
+        self._session: Session | None = None
+        self._synchronize = synchronize
+        self._finalizer = weakref.finalize(self, _stop, self._samplers)
+        try:
+            self._find_sources(asked, cpu, require=require, allow_shared=allow_shared)
+        except BaseException:
+            self.close()
+            raise
+        integrals = [source for source in self.sources if isinstance(source, PowerIntegral)]
+        packages = [source for source in self.sources if isinstance(source, rapl.RaplPackage)]
+        if integrals:
+            self._samplers.append(Sampler(integrals, PowerIntegral.sample_seconds))
+        if packages:
+            self._samplers.append(Sampler(packages, rapl.KEEP_SECONDS))
+        observe_ticks([source for source in self.sources if source not in integrals], self.clock)
+        self._life = self.begin("since the meter was made")
+
+    def _find_sources(self, asked: list[str] | None, cpu: str, *, require: bool, allow_shared: bool) -> None:
+        if asked is None or asked:
+            self._add_boards(asked, allow_shared=allow_shared)
+        no_board_matters = not asked and not self._boards and self.unavailable.keys() <= {"gpu"}
+        if cpu == "require" or (cpu == "auto" and no_board_matters):
+            self._add_packages(require=cpu == "require")
+        if require and self.unavailable:
+            raise next(iter(self.unavailable.values()))
+        if not self.sources and not self.unavailable:
+            self.notes.append("nothing is metered: no GPU was asked for, and cpu is 'off'")
+
+    def _add_boards(self, asked: list[str] | None, *, allow_shared: bool) -> None:
+        try:
+            self._session = Session()
+        except EnergyError as error:
+            self.unavailable |= dict.fromkeys(asked or ["gpu"], error)
+            return
+        if asked is None:
+            try:
+                boards, refused = self._session.boards()
+                boards = cuda.visible_boards(boards)
+            except EnergyError as error:
+                self.unavailable["gpu"] = error
+                return
+            self.notes += refused
+            if not boards:
+                variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+                hidden = "" if variable is None else f" with CUDA_VISIBLE_DEVICES={variable!r}"
+                self.unavailable["gpu"] = DeviceMissing(f"this process sees no GPU{hidden}")
+            for board in boards:
+                self._add_board(board, allow_shared=allow_shared)
+            return
+        for device in asked:
+            try:
+                self._add_board(find_board(self._session, device), allow_shared=allow_shared)
+            except EnergyError as error:
+                self.unavailable[device] = error
+
+    def _add_board(self, board: Board, *, allow_shared: bool) -> None:
+        if board.uuid in {other.uuid for other in self._boards} or board.uuid in self.unavailable:
+            return
+        if board.is_mig():
+            if not allow_shared:
+                self.unavailable[board.uuid] = NotSupported(
+                    "the board is cut into MIG slices, and only the whole of it has a counter; pass allow_shared=True "
+                    "to meter all of it, other slices included"
+                )
+                return
+            self.notes.append(f"{board.uuid}: the whole board, all MIG slices included")
+        try:
+            self.sources.append(nvml_source(board, self.clock))
+            self._boards.append(board)
+        except EnergyError as error:
+            self.unavailable[board.uuid] = error
+
+    def _add_packages(self, *, require: bool) -> None:
+        try:
+            self.sources += rapl.packages()
+        except EnergyError as error:
+            if require:
+                raise
+            self.unavailable["cpu"] = error
+            return
+        # no driver is no news on a machine that meters its CPU; a driver that does not answer is
+        missing = self.unavailable.pop("gpu", None)
+        if missing is not None and not isinstance(missing, LibraryMissing | DeviceMissing):
+            self.notes.append(f"no GPU is metered: {missing}")
+
+    def window(self, name: str, items: int | None = None) -> Window:
+        """A window of work, for a `with` block.
+
+        Args:
+            name: any text; names need not differ.
+            items: what is worked on in it, for `joules_per_item`.
+        """
+        return Window(self, name, items)
+
+    def begin(self, name: str, items: int | None = None) -> Window:
+        """Begin a window without a `with` block; `end()` of what this returns ends it."""
+        return self.window(name, items).begin()
+
+    def lap(self, items: int | None = None, name: str | None = None) -> Energy:
+        """What was used since the previous lap, or since the meter was made; see :meth:`Window.lap`."""
+        lap = self._life.lap(items, name)
+        self._life.laps.clear()
+        return lap
+
+    @property
+    def total(self) -> Energy:
+        """What was used from when the meter was made to the latest :meth:`lap`: the exact sum of the laps."""
+        return self._life.until_latest()
+
+    def synchronize(self) -> None:
+        """Wait for the work on the metered boards; in a forked child, start sampling again."""
+        for sampler in self._samplers:
+            sampler.ensure_running()
+        if self._synchronize is not None:
+            self._synchronize()
+        else:
+            cuda.synchronize(self._boards)
+
+    def observe_context(self) -> list[str]:
+        """What disturbs the metered boards right now: throttled clocks, other processes."""
+        warnings = []
+        for board in self._boards:
+            reasons = board.throttle_reasons()
+            if reasons:
+                warnings.append(f"{board.uuid}: clocks are held down by {', '.join(reasons)}")
+            others = _other_processes(board)
+            if others:
+                warnings.append(f"{board.uuid}: the joules include those of {others} other process(es) on the board")
+        return warnings
+
+    def close(self) -> None:
+        """Stop sampling and give NVML back; otherwise this happens when the meter is garbage."""
+        self._finalizer()
+        if self._session is not None:
+            self._session.close()
+
+
+def _other_processes(board: Board) -> int:
+    pids = board.process_ids()
+    if pids is None:
+        return 0
+    # in a container NVML may number processes as the host does: then one of them is ours if our CUDA runs
+    ours = os.getpid() in pids or cuda.running_torch() is not None
+    return max(len(pids) - ours, 0)
+
+
+def _stop(samplers: list[Sampler]) -> None:
+    for sampler in samplers:
+        sampler.stop()

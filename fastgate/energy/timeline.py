@@ -1,0 +1,35 @@
+"""Energy of phases that follow one another: what the callbacks for other trainers have in common."""
+
+from typing import Any
+
+from fastgate.energy.meter import EnergyMeter
+from fastgate.energy.results import Energy
+
+
+class Timeline:
+    """Divides the time of a run among phases, without gaps: one reading ends a phase and begins the next.
+
+    Every change of phase waits for the metered work, so phases are to be epochs and evaluations, not steps.
+    """
+
+    def __init__(self, meter: EnergyMeter) -> None:
+        self._meter = meter
+        self._spent: dict[str, list[Energy]] = {}
+        meter.lap()  # what came before is no phase
+
+    def end_phase(self, phase: str) -> None:
+        """Count what was used since the last change of phase as `phase`."""
+        self._spent.setdefault(phase, []).append(self._meter.lap(name=phase))
+
+    def collect(self, phase: str) -> dict[str, Any]:
+        """Joules (None if unknown), seconds, source and warnings of a phase since it was last collected."""
+        laps = self._spent.pop(phase, [])
+        counted = [lap.microjoules for lap in laps]
+        total = None if None in counted else sum(lap.microjoules or 0 for lap in laps)
+        return {
+            # a counter that did not move at all has not seen the phase
+            "joules": total / 1e6 if total else None,
+            "seconds": sum(lap.seconds for lap in laps),
+            "source": laps[-1].source if laps else None,
+            "warnings": list(dict.fromkeys(warning for lap in laps for warning in lap.warnings)),
+        }

@@ -1,0 +1,53 @@
+"""Measured energy of a forward pass, several networks interleaved so that they share the machine's ups and downs."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.energy import EnergyMeter, measure_energy
+from fastgate.modes import eval_mode
+
+
+@dataclass(frozen=True)
+class InferenceEnergy:
+    """Joules per sample of one network; None, with the reason in the warnings, where they cannot be metered."""
+
+    joules_per_sample: float | None
+    source: str
+    warnings: tuple[str, ...]
+
+
+def measure_inference(
+    models: Mapping[str, nn.Module], inputs: Tensor, *, min_seconds: float = 2.0, trials: int = 3
+) -> dict[str, InferenceEnergy]:
+    """Median joules per sample of the forward pass of each model on `inputs` [N, ...], in eval mode.
+
+    The board that holds `inputs` is metered, or for a CPU its packages; where neither can be, no time is spent.
+
+    Args:
+        models: name -> network.
+        inputs: one batch.
+        min_seconds: shortest duration of a trial.
+        trials: trials per network, in turn.
+    """
+    meter = EnergyMeter(inputs.device)
+    try:
+        if not meter.sources:
+            warnings = meter.total.warnings
+            return {name: InferenceEnergy(None, meter.total.source, warnings) for name in models}
+        with torch.inference_mode(), eval_mode(*models.values()):
+            passes = {name: lambda model=model: model(inputs) for name, model in models.items()}
+            results = measure_energy(passes, min_seconds, trials, warmup=3, meter=meter)
+    finally:
+        meter.close()
+    found = {}
+    for name in models:
+        mine = [result for result in results if result.name == name]
+        known = [result.joules_per_item for result in mine if result.joules_per_item is not None]
+        warnings = tuple(dict.fromkeys(warning for result in mine for warning in result.warnings))
+        per_sample = statistics.median(known) / len(inputs) if known else None
+        found[name] = InferenceEnergy(per_sample, mine[-1].source, warnings)
+    return found

@@ -1,0 +1,64 @@
+"""Seconds and joules of an epoch, kept over interruptions, and of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgate.energy import Energy
+
+
+@dataclass
+class Spending:
+    """What an epoch has used so far; joules are unknown once a part of them is.
+
+    Attributes:
+        seconds: of work.
+        microjoules: an integer, so that parts add up exactly; None if unknown.
+        error_bound_joules: of the sum; None if unknown.
+        source: where the joules come from; see :class:`fastgate.energy.Energy`.
+        warnings: what the meter said, each once.
+    """
+
+    seconds: float = 0.0
+    microjoules: int | None = 0
+    error_bound_joules: float | None = 0.0
+    source: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, energy: Energy) -> None:
+        """Add a window of work."""
+        self.seconds += energy.seconds
+        self.microjoules = _sum([self.microjoules, energy.microjoules])
+        self.error_bound_joules = _sum([self.error_bound_joules, energy.error_bound_joules])
+        self.source = energy.source
+        self.warnings += [warning for warning in energy.warnings if warning not in self.warnings]
+
+    @property
+    def joules(self) -> float | None:
+        """None if unknown, also where the work was too short for a counter to move."""
+        return self.microjoules / 1e6 if self.microjoules else None
+
+
+def describe_epoch(train: Spending, evaluation: Spending, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds and joules of an epoch for its line of metrics; `total` adds up this and all earlier epochs."""
+    joules = {"train": train.joules, "eval": evaluation.joules}
+    total = _sum([*joules.values(), history[-1].get("joules", {}).get("total") if history else 0.0])
+    return {
+        "seconds": {"train": train.seconds, "eval": evaluation.seconds},
+        "joules": {**joules, "total": total},
+        "energy": {
+            "source": train.source,
+            "error_bound_joules": {"train": train.error_bound_joules, "eval": evaluation.error_bound_joules},
+            "warnings": list(dict.fromkeys(train.warnings + evaluation.warnings)),
+        },
+    }
+
+
+def sum_joules(history: Sequence[dict[str, Any]], kind: str) -> float | None:
+    """Joules of all epochs of a run for "train" or "eval"; None if one epoch's are unknown."""
+    total = _sum([line.get("joules", {}).get(kind) for line in history])
+    return None if total is None else float(total)
+
+
+def _sum(parts: Sequence[Any]) -> Any:
+    return None if any(part is None for part in parts) else sum(parts)

@@ -1,0 +1,182 @@
+"""CPU packages in a temporary powercap tree."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgate.energy import errors, rapl
+from tests.energy.fake import T4, Fake
+
+RANGE = 262_143_328_850
+
+
+def add_zone(root: Path, folder: str, name: str, energy_uj: int | str = 0) -> Path:
+    zone = root / folder
+    zone.mkdir(parents=True)
+    (zone / "name").write_text(f"{name}\n")
+    (zone / "max_energy_range_uj").write_text(f"{RANGE}\n")
+    (zone / "energy_uj").write_text(f"{energy_uj}\n")
+    return zone
+
+
+def burn(zone: Path, joules: float) -> None:
+    file = zone / "energy_uj"
+    file.write_text(f"{(int(file.read_text()) + round(joules * 1e6)) % RANGE}\n")
+
+
+@pytest.fixture
+def no_gpu(fake: Fake) -> Fake:
+    fake.fail("nvmlInitWithFlags", 12)
+    return fake
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two packages; zone 1 is psys, which contains both, and mmio shows package-0 again."""
+    root = tmp_path / "powercap"
+    (root / "intel-rapl").mkdir(parents=True)
+    (root / "intel-rapl" / "enabled").write_text("1\n")
+    for folder, name in (
+        ("intel-rapl-mmio:0", "package-0"),
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:0:1", "dram"),
+        ("intel-rapl:1", "psys"),
+        ("intel-rapl:2", "package-1"),
+    ):
+        add_zone(root, folder, name, 1_000_000)
+    return root
+
+
+def test_packages_are_summed_and_nothing_else(root: Path, no_gpu: Fake) -> None:
+    meter = no_gpu.meter()
+    with meter.window("w", items=10) as w:
+        for zone in root.glob("intel-rapl*:*"):
+            burn(zone, 1000)
+        burn(root / "intel-rapl:0", 20)
+        burn(root / "intel-rapl:2", 3)
+        no_gpu.run(10)
+    assert w.result.per_device == {"cpu:package-0": 1020.0, "cpu:package-1": 1003.0}
+    assert (w.result.joules, w.result.source, w.result.joules_per_item) == (2023.0, "rapl", 202.3)
+
+
+def test_a_wrap_inside_a_window(tmp_path: Path, no_gpu: Fake) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", RANGE - 1_000_000)
+    with no_gpu.meter().window("w") as w:
+        burn(zone, 5)
+        no_gpu.run(1)
+    assert int((zone / "energy_uj").read_text()) == 4_000_000
+    assert w.result.joules == 5.0
+
+
+def test_many_wraps_in_a_long_window_are_kept_by_the_thread(
+    tmp_path: Path, no_gpu: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
+    monkeypatch.setattr(rapl, "KEEP_SECONDS", 0.01)
+    meter = no_gpu.meter()
+    source: Any = meter.sources[0]
+    with meter.window("w") as w:
+        for _ in range(5):
+            burn(zone, 200_000)
+            while source._last != int((zone / "energy_uj").read_text()):
+                no_gpu.run(0.001)
+    assert w.result.joules == 1_000_000.0
+    meter.close()
+
+
+def test_energy_that_only_root_may_read(root: Path, no_gpu: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_text = Path.read_text
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.name == "energy_uj":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with no_gpu.meter("cpu").window("w") as w:
+        no_gpu.run(1)
+    assert (w.result.joules, w.result.per_device) == (None, {"cpu": None})
+    assert (
+        "may be read by root only (since CVE-2020-8694); run as root, or allow it with `sudo chmod a+r "
+        in (w.result.warnings[0])
+    )
+    with pytest.raises(errors.PermissionDenied, match="CVE-2020-8694"):
+        no_gpu.meter(cpu="require")
+
+
+@pytest.mark.parametrize("content", ["", "many", None])
+def test_a_broken_zone(tmp_path: Path, no_gpu: Fake, content: str | None) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
+    meter = no_gpu.meter("cpu")
+    with meter.window("w") as w:
+        if content is None:
+            (zone / "energy_uj").unlink()
+        else:
+            (zone / "energy_uj").write_text(content)
+    assert w.result.joules is None
+    assert "expected a number of microjoules, got" in w.result.warnings[0]
+
+
+def test_no_rapl(no_gpu: Fake) -> None:
+    with no_gpu.meter("cpu").window("w") as w:
+        no_gpu.run(1)
+    assert w.result.joules is None
+    assert "no RAPL packages under" in w.result.warnings[0]
+    with pytest.raises(errors.NotSupported, match="usual in virtual machines and containers"):
+        no_gpu.meter(cpu="require")
+    with pytest.raises(errors.NotSupported):
+        no_gpu.meter("cpu", require=True)
+
+
+def test_the_cpu_beside_a_gpu_only_on_request(root: Path, fake: Fake) -> None:
+    fake.board(watts=70)
+
+    def window(cpu: str) -> dict[str, float | None]:
+        with fake.meter(cpu=cpu).window("w") as w:
+            burn(root / "intel-rapl:0", 20)
+            burn(root / "intel-rapl:2", 3)
+            fake.run(2)
+        assert w.result.joules == sum(w.result.per_device.values())
+        assert w.result.source == "nvml-counter"
+        return w.result.per_device
+
+    gpu = {T4[0]: 140.0}
+    assert window("auto") == window("off") == gpu
+    assert window("require") == {**gpu, "cpu:package-0": 20.0, "cpu:package-1": 3.0}
+
+
+def test_a_gpu_that_was_asked_for_is_not_replaced_by_the_cpu(root: Path, no_gpu: Fake) -> None:
+    assert no_gpu.meter("cuda:0").sources == []
+    assert no_gpu.meter(cpu="off").sources == []
+
+
+def test_a_broken_driver_is_said_beside_the_cpu(root: Path, fake: Fake) -> None:
+    fake.fail("nvmlInitWithFlags", 18)
+    with fake.meter().window("w") as w:
+        burn(root / "intel-rapl:0", 20)
+        burn(root / "intel-rapl:2", 3)
+        fake.run(1)
+    assert w.result.joules == 23.0
+    assert "no GPU is metered" in w.result.warnings[0] and "reboot" in w.result.warnings[0]
+
+
+def test_the_tick_is_observed(tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
+    fake.fail("nvmlInitWithFlags", 12)
+    sleep = fake.clock.sleep
+
+    def burn_and_sleep(seconds: float) -> None:
+        sleep(seconds)
+        if fake.now_us() % 2000 == 0:
+            burn(zone, 0.1)
+
+    monkeypatch.setattr(fake.clock, "sleep", burn_and_sleep)
+    meter = fake.meter()
+    assert meter.sources[0].tick == pytest.approx(0.002)
+    with meter.window("w") as w:
+        burn(zone, 10)
+        fake.run(1)
+    # one tick at the window's 10 W
+    assert (w.result.joules, w.result.error_bound_joules) == (10.0, pytest.approx(0.02))
