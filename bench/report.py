@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,26 @@ def ratios(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> list[dict[
     """One record per identity that fastgate was measured on; `vs` maps the other providers to their ratio."""
     records = []
     for identity, by_provider in rows.items():
-        ours = by_provider.get("fastgate")
+        name = "fastgate" if "fastgate" in by_provider else "auto"
+        ours = by_provider.get(name)
         if ours is None:
             continue
-        # what is open changes our time alone, so the others were measured once
+        # who cannot skip was measured at one open fraction only, and without a gate there is one kind
         others: dict[str, Any] = {}
-        for other_identity, candidates in rows.items():
-            if other_identity[:4] == identity[:4]:
-                others.update({name: row for name, row in candidates.items() if name != "fastgate"})
-            if other_identity[0] == identity[0] and other_identity[2:4] == identity[2:4] and "ungated" in candidates:
-                others["ungated"] = candidates["ungated"]
+        for (op, kind, case, mode, fraction), candidates in rows.items():
+            if (op, case, mode) != (identity[0], *identity[2:4]):
+                continue
+            for other, row in candidates.items():
+                same_kind = kind in (identity[1], "none") or other == "pruned"
+                same_fraction = fraction == identity[4] or other not in ("auto", "pruned")
+                if other not in (name, "fastgate") and same_kind and same_fraction:
+                    others[other] = row
         records.append(
             {
                 **dict(zip(_KEYS, identity, strict=True)),
                 "us": ours["us"],
                 "share_of_copy": ours.get("share_of_copy"),
-                "vs": {name: row["us"] / ours["us"] for name, row in others.items()},
+                "vs": {other: row["us"] / ours["us"] for other, row in others.items()},
             }
         )
     return records
@@ -78,13 +83,81 @@ def print_ratios(records: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
 
 
+def relative_times(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> dict[tuple[str, ...], dict[float, float]]:
+    """(kind, case, mode, provider) -> open fraction -> time over the dense convolution's."""
+    found: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
+    dense = {identity[1:4]: by["dense"]["us"] for identity, by in rows.items() if "dense" in by}
+    for (op, kind, case, mode, fraction), by_provider in rows.items():
+        for provider in ("fastgate", "auto"):
+            if op == "gated_conv" and provider in by_provider:
+                found[kind, case, mode, provider][fraction] = by_provider[provider]["us"] / dense[kind, case, mode]
+    return dict(found)
+
+
+def break_even(times: dict[float, float]) -> float | None:
+    """The largest open fraction at which skipping takes no longer than dense, None where it never does."""
+    points = sorted(times.items())
+    if points[-1][1] <= 1:
+        return points[-1][0]
+    for (low, before), (high, after) in reversed(list(pairwise(points))):
+        if before <= 1:
+            return low + (1 - before) / (after - before) * (high - low)
+    return None
+
+
+def print_break_even(times: dict[tuple[str, ...], dict[float, float]], console: Console) -> None:
+    table = Table(title="gated_conv: time over the dense one's by open fraction, and the largest fraction that pays")
+    fractions = sorted({fraction for values in times.values() for fraction in values})
+    for column in ("case", "gates", "mode", "path", *(f"{f:g} open" for f in fractions), "break-even"):
+        table.add_column(column)
+    for (kind, case, mode, provider), values in times.items():
+        even = break_even(values)
+        shown = (f"{values[f]:.2f}" if f in values else "" for f in fractions)
+        table.add_row(case, kind, mode, provider, *shown, "never" if even is None else f"{even:.2f}")
+    console.print(table)
+
+
+def draw_break_even(times: dict[tuple[str, ...], dict[float, float]], machine: str, path: Path) -> None:
+    """A panel per kind of gate and mode: a line per shape, 1 = as long as the dense convolution."""
+    panels = list(dict.fromkeys((kind, mode) for kind, _, mode, _ in times))
+    modes = list(dict.fromkeys(mode for _, mode in panels))
+    kinds = list(dict.fromkeys(kind for kind, _ in panels))
+    figure = Figure(figsize=(4 * len(modes), 3.4 * len(kinds) + 0.8), layout="constrained")
+    axes = figure.subplots(len(kinds), len(modes), squeeze=False, sharex=True, sharey=True)
+    cases = list(dict.fromkeys(case for _, case, _, _ in times))
+    for (kind, case, mode, provider), values in times.items():
+        axis = axes[kinds.index(kind), modes.index(mode)]
+        points = sorted(values.items())
+        style = "-" if provider == "fastgate" else "--"
+        axis.plot(
+            *zip(*points, strict=True), style, marker=".", color=f"C{cases.index(case)}", label=f"{case} {provider}"
+        )
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_title(f"{mode}, gates: {kind}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("open fraction")
+    axes[0, 0].legend(fontsize=6)
+    for row in axes:
+        row[0].set_ylabel("time over dense")
+    figure.suptitle(f"gated convolution\n{machine}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
 def draw_ratios(records: list[dict[str, Any]], machine: str, path: Path) -> None:
     """A panel per operation and mode: a row per shape, a dot per provider, 1 = as fast as fastgate."""
     panels = list(dict.fromkeys((record["op"], record["mode"]) for record in records))
     counts = [sum((record["op"], record["mode"]) == panel for record in records) for panel in panels]
     figure = Figure(figsize=(10, 1.5 + 0.22 * sum(counts) + 0.8 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts, sharex=True)[:, 0]
-    colors = {"eager": "tab:blue", "compile": "tab:orange", "ungated": "tab:gray"}
+    colors = {
+        "eager": "tab:blue",
+        "dense": "tab:blue",
+        "compile": "tab:orange",
+        "ungated": "tab:gray",
+        "pruned": "tab:green",
+        "auto": "tab:purple",
+    }
     for axis, (operation, mode) in zip(axes, panels, strict=True):
         shown = [record for record in records if (record["op"], record["mode"]) == (operation, mode)]
         for name, color in colors.items():
@@ -137,6 +210,12 @@ def main(arguments: list[str] | None = None) -> int:
     picture = options.picture or options.file.with_suffix(".png")
     draw_ratios(records, described, picture)
     console.print(f"wrote {picture}", highlight=False)
+    times = relative_times(rows)
+    if times:
+        print_break_even(times, console)
+        picture = picture.with_stem(f"{picture.stem}-break-even")
+        draw_break_even(times, described, picture)
+        console.print(f"wrote {picture}", highlight=False)
     return 0
 
 

@@ -1,0 +1,136 @@
+"""The gated convolution by open fraction: skipping kernels, what `auto` takes, the dense one and the pruned one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import CUDA, LOW_PRECISION, check_close
+from fastgate.functional import gated_conv2d
+from fastgate.ops.gated_conv import gated_conv2d_torch
+
+MODES = ("forward", "dgrad", "wgrad")
+# "pruned" has the open channels only, whatever gate they came from: what no way of skipping can beat
+PROVIDERS = ("fastgate", "auto", "dense", "compile", "pruned") if CUDA else ("auto", "dense", "pruned")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a residual block, with as many outputs as inputs."""
+
+    network: str
+    stage: int
+    batch: int
+    channels: int
+    side: int
+
+    def __str__(self) -> str:
+        """Readable as a test's id."""
+        return f"{self.network}-stage{self.stage}-batch{self.batch}"
+
+
+_CIFAR = [(16, 32), (32, 16), (64, 8)]
+_IMAGENET = [(64, 56), (128, 28), (256, 14), (512, 7)]
+CONVOLUTIONS = [
+    *(Convolution("resnet110", i, 256 if CUDA else 64, *sizes) for i, sizes in enumerate(_CIFAR, 1)),
+    *(Convolution("resnet50", i, 64, *sizes) for i, sizes in enumerate(_IMAGENET, 1) if CUDA),
+]
+DTYPES = (LOW_PRECISION, torch.float32) if CUDA else (torch.float32,)
+RUNS = [
+    (conv, dtype, kind, fraction, provider)
+    for conv in CONVOLUTIONS
+    for dtype in (DTYPES if conv.network == "resnet110" else DTYPES[:1])
+    for kind in ("pairs", "batch")
+    for provider in PROVIDERS
+    # without a way to skip, what is open changes nothing
+    for fraction in ((0.5,) if provider in ("dense", "compile") else (1.0, 0.75, 0.5, 0.25, 0.0))
+    if not (provider == "pruned" and (kind == "pairs" or fraction == 0.0))
+]
+
+
+def make_gate(conv: Convolution, kind: str, fraction: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Exactly this share of the channels: other ones for every sample, or the same for the whole batch."""
+    rows = conv.batch if kind == "pairs" else 1
+    rank = torch.rand(rows, conv.channels, device=device).argsort(1)
+    return (rank < round(fraction * conv.channels)).to(dtype)
+
+
+def convolve(provider: str, x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    if provider == "pruned":
+        return F.conv2d(x, weight, None, 1, 1)
+    impl = {"fastgate": "triton", "auto": "auto"}.get(provider, "torch")
+    return gated_conv2d(x, weight, in_gate=gate, impl=impl)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("conv", "dtype", "kind", "fraction", "provider"), RUNS, ids=str)
+def test_gated_conv(
+    measure: Callable[..., None],
+    device: torch.device,
+    conv: Convolution,
+    dtype: torch.dtype,
+    kind: str,
+    fraction: float,
+    provider: str,
+    mode: str,
+) -> None:
+    torch.backends.cudnn.benchmark = True
+    open_channels = round(fraction * conv.channels)
+    inputs = open_channels if provider == "pruned" else conv.channels
+    function = partial(convolve, provider)
+    if provider == "compile":
+        torch._dynamo.config.recompile_limit = 1000
+        function = torch.compile(partial(convolve, "dense"), dynamic=False)
+
+    def make() -> Callable[[], Any]:
+        layout = torch.channels_last
+        x = torch.randn(conv.batch, inputs, conv.side, conv.side, device=device, dtype=dtype)
+        x = x.to(memory_format=layout).requires_grad_(mode == "dgrad")
+        weight = torch.randn(conv.channels, inputs, 3, 3, device=device, dtype=dtype) / (9 * inputs) ** 0.5
+        weight = weight.to(memory_format=layout).requires_grad_(mode == "wgrad")
+        gate = make_gate(conv, kind, fraction, dtype, device)
+        if mode == "forward":
+            return partial(function, x, weight, gate)
+        # the forward is outside what is timed; its graph serves every call
+        y = function(x, weight, gate)
+        dy = torch.randn_like(y)
+        return partial(torch.autograd.grad, y, x if mode == "dgrad" else weight, dy, retain_graph=True)
+
+    if provider != "pruned":
+        validate(conv, dtype, kind, fraction, provider, device)
+    # read what is open, write everything (forward) or what is open (the gradients of it)
+    dense = conv.batch * conv.channels * conv.side**2 * dtype.itemsize
+    measure(
+        make, bytes_moved=int(dense * (1 + fraction)) + 9 * conv.channels**2 * dtype.itemsize, op="gated_conv",
+        kind=kind, case=f"{conv}-{str(dtype).removeprefix('torch.')}", mode=mode, provider=provider,
+        open_fraction=fraction,
+    )  # fmt: skip
+
+
+@cache
+def validate(
+    conv: Convolution, dtype: torch.dtype, kind: str, fraction: float, provider: str, device: torch.device
+) -> None:
+    """y and both gradients on the first samples."""
+    batch = 8
+    small = Convolution(conv.network, conv.stage, batch, conv.channels, conv.side)
+    x = torch.randn(batch, conv.channels, conv.side, conv.side, device=device, dtype=dtype)
+    weight = torch.randn(conv.channels, conv.channels, 3, 3, device=device, dtype=dtype) / (9 * conv.channels) ** 0.5
+    gate = make_gate(small, kind, fraction, dtype, device)
+    dy = torch.randn_like(x)
+
+    def results(function: Callable[..., Tensor], as_dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = [t.detach().to(as_dtype).requires_grad_() for t in (x, weight)]
+        y = function(*leaves, gate.to(as_dtype))
+        gradients = torch.autograd.grad(y, leaves, dy.to(as_dtype))
+        return {"y": y.detach(), "dx": gradients[0], "dweight": gradients[1]}
+
+    # PyTorch lets cuDNN use TF32 for fp32: 10 bits of mantissa, as in fp16
+    precision = torch.float16 if dtype == torch.float32 and CUDA else dtype
+    exact = results(lambda a, b, g: gated_conv2d_torch(a, b, g, None, 1, 1), torch.float64)
+    check_close(results(partial(convolve, "dense" if provider == "compile" else provider), dtype), exact, precision)
