@@ -272,9 +272,11 @@ def gated_conv2d(
         )
     ins = _gate_rows("in_gate", in_gate, x, x.shape[1])
     outs = _gate_rows("out_gate", out_gate, x, weight.shape[0])
-    if torch.is_autocast_enabled(x.device.type):  # as F.conv2d does
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as F.conv2d does
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"weight: expected the dtype of x, {x.dtype}, got {weight.dtype}; convert one of them")
     arguments = (x, weight, ins, outs, stride, padding)
     path = resolve_impl(impl, "gated_conv2d", lambda: gated_conv2d_obstacle(x, weight, ins, outs))
     if path == "auto":
@@ -291,9 +293,9 @@ def _gate_rows(name: str, gate: Tensor | None, x: Tensor, channels: int) -> Tens
         return None
     n = x.shape[0]
     shape = list(gate.shape)
-    if len(shape) == 4 and shape[2:] == [1, 1]:
-        shape = shape[:2]
-    if len(shape) == 1 and n == channels and shape[0] == n:
+    if len(shape) > 2 and shape[-2:] == [1, 1]:
+        shape = shape[:-2]
+    if len(shape) == 1 and 1 < n == channels == shape[0]:
         raise ValueError(
             f"{name}: [{n}] could be per sample or per channel, as there are {n} of both; pass [{n}, 1] or [1, {n}]"
         )

@@ -97,7 +97,8 @@ def gated_conv_wgrad(
     taps = kh * kw
     each = sample_list is not None and sample_list.shape[0] > 1
     channels_per_tile = 1 if each else min(max(1, 64 // taps), c_in)
-    block_m, block_n = next_power_of_2(c_out, 16, 64), next_power_of_2(channels_per_tile * taps, 16)
+    block_m = next_power_of_2(c_out, 16, 64 if out_list is None else 32)
+    block_n = next_power_of_2(channels_per_tile * taps, 16)
     plan, block_k, precision = _dot_plan(x)
     out_tiles, in_tiles = triton.cdiv(c_out, block_m), triton.cdiv(c_in, channels_per_tile)
     steps = triton.cdiv(n * h_out * w_out, block_k)
@@ -169,7 +170,8 @@ def _launch(
     classes = stride * stride if transposed else 1
     pixels = triton.cdiv(h_dst, stride) * triton.cdiv(w_dst, stride) if transposed else h_dst * w_dst
     plan, block_k, precision = _dot_plan(src)
-    block_n = next_power_of_2(c_dst, 16, 64)
+    # a tile is skipped where no channel of it is open: smaller ones skip more
+    block_n = next_power_of_2(c_dst, 16, 64 if dst_lists[0] is None else 32)
     # 128 pixels by 64 channels spill on sm_80 (200 bytes); fp32 products take more registers
     block_m = next_power_of_2(pixels, 16, 64 if block_n == 64 or plan.upcast or src.dtype == torch.float32 else 128)
     m_tiles, n_tiles = triton.cdiv(pixels, block_m), triton.cdiv(c_dst, block_n)

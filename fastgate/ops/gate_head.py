@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgate.ops.dispatch import register, tensor_obstacle
 
@@ -227,6 +228,7 @@ class GateHead(torch.autograd.Function):
         return decisions, logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the parameters; that of a pooled x is one value per channel, expanded."""
         if all(grad is None for grad in grads):

@@ -101,7 +101,7 @@ def choose_path(
     """
     gates = [gate for gate in (in_gate, out_gate) if gate is not None]
     # under a tracer the choice would be frozen into the graph
-    if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype != weight.dtype:
+    if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "dense"
     live = torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)
     pairs = any(_is_pairs(gate) for gate in gates)
@@ -205,8 +205,6 @@ register(
 
 def gated_conv2d_obstacle(x: Tensor, weight: Tensor, *gates: Tensor | None) -> str | None:
     """Why the kernels cannot serve these arguments, or None."""
-    if x.dtype != weight.dtype:
-        return f"its kernels take x and weight of one dtype, and they are {x.dtype} and {weight.dtype}"
     return tensor_obstacle(x, weight, *gates)
 
 

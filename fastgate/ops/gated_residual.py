@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastgate.ops.dispatch import register, tensor_obstacle
 
@@ -138,6 +139,7 @@ class GatedResidual(torch.autograd.Function):
         return y, pooled
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of shortcut, branch and gate."""
         y, branch, gate = ctx.saved_tensors

@@ -271,7 +271,7 @@ def launches_for(capability: int) -> list[Launch]:
     dtype, channels_last = (torch.float16, False) if capability < 80 else (torch.bfloat16, True)
     for calls in (gate_head_calls, gated_residual_calls, gated_conv_calls):
         for name, call in calls(dtype, channels_last):
-            with recorded(launches, f"{name} {_TYPES[dtype]}"):
+            with recorded(launches, f"{name} {_TYPES[dtype]}", capability):
                 call()
     return launches
 

@@ -38,12 +38,17 @@ def test_kernels_fit(capability: int) -> None:
         "gate_head_bwd_depth1_kernel",
         "_gated_residual_fwd_kernel",
         "_gated_residual_bwd_kernel",
+        "_open_lists_kernel",
+        "gated_conv_kernel",
+        "gated_conv_wgrad_kernel",
     }
     for usage in usages:
         assert (usage["stack"], usage["local"]) == (0, 0), usage
         assert usage["shared"] <= SHARED[capability], usage
         assert usage["low_precision_atomics"] == [], usage
         assert usage["counters_without_barrier"] == 0, usage
+        # on sm_75 by way of the stage hook
+        assert usage["mma"] > 0 or "gated_conv" not in usage["name"], usage
 
 
 SPILLING = """
