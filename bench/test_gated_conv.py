@@ -1,8 +1,10 @@
 """The gated convolution by open fraction: skipping kernels, what `auto` takes, the dense one and the pruned one."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,8 @@ CONVOLUTIONS = [
     *(Convolution("resnet50", i, 64, *sizes) for i, sizes in enumerate(_IMAGENET, 1) if CUDA),
 ]
 DTYPES = (LOW_PRECISION, torch.float32) if CUDA else (torch.float32,)
+# the channels that a training run kept in the second block of each stage, for the whole batch
+SETTLED = Path(__file__).parent / "results" / "training" / "cifar10-resnet20-channel" / "decisions.json"
 RUNS = [
     (conv, dtype, kind, fraction, provider)
     for conv in CONVOLUTIONS
@@ -50,11 +54,25 @@ RUNS = [
     # without a way to skip, what is open changes nothing
     for fraction in ((0.5,) if provider in ("dense", "compile") else (1.0, 0.75, 0.5, 0.25, 0.0))
     if not (provider == "pruned" and (kind == "pairs" or fraction == 0.0))
+] + [
+    (conv, dtype, "settled", None, provider)
+    for conv in CONVOLUTIONS
+    for dtype in DTYPES
+    for provider in PROVIDERS
+    if conv.network == "resnet110"
 ]
 
 
-def make_gate(conv: Convolution, kind: str, fraction: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def settled_gate(conv: Convolution) -> Tensor:
+    """[1, C]: what a run on CIFAR-10 decided."""
+    gates = json.loads(SETTLED.read_text())["gates"]
+    return torch.tensor([gates[f"layer{conv.stage}.1.gate"]["open"]])
+
+
+def make_gate(conv: Convolution, kind: str, fraction: float | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Exactly this share of the channels: other ones for every sample, or the same for the whole batch."""
+    if kind == "settled" or fraction is None:
+        return settled_gate(conv).to(device, dtype)
     rows = conv.batch if kind == "pairs" else 1
     rank = torch.rand(rows, conv.channels, device=device).argsort(1)
     return (rank < round(fraction * conv.channels)).to(dtype)
@@ -75,12 +93,13 @@ def test_gated_conv(
     conv: Convolution,
     dtype: torch.dtype,
     kind: str,
-    fraction: float,
+    fraction: float | None,
     provider: str,
     mode: str,
 ) -> None:
     torch.backends.cudnn.benchmark = True
-    open_channels = round(fraction * conv.channels)
+    share = float(settled_gate(conv).float().mean()) if fraction is None else fraction
+    open_channels = round(share * conv.channels)
     inputs = open_channels if provider == "pruned" else conv.channels
     function = partial(convolve, provider)
     if provider == "compile":
@@ -106,15 +125,15 @@ def test_gated_conv(
     # read what is open, write everything (forward) or what is open (the gradients of it)
     dense = conv.batch * conv.channels * conv.side**2 * dtype.itemsize
     measure(
-        make, bytes_moved=int(dense * (1 + fraction)) + 9 * conv.channels**2 * dtype.itemsize, op="gated_conv",
+        make, bytes_moved=int(dense * (1 + share)) + 9 * conv.channels**2 * dtype.itemsize, op="gated_conv",
         kind=kind, case=f"{conv}-{str(dtype).removeprefix('torch.')}", mode=mode, provider=provider,
-        open_fraction=fraction,
+        open_fraction=share,
     )  # fmt: skip
 
 
 @cache
 def validate(
-    conv: Convolution, dtype: torch.dtype, kind: str, fraction: float, provider: str, device: torch.device
+    conv: Convolution, dtype: torch.dtype, kind: str, fraction: float | None, provider: str, device: torch.device
 ) -> None:
     """y and both gradients on the first samples."""
     batch = 8
