@@ -1,6 +1,7 @@
 """The benchmarks run, and their report says what is in the file they wrote."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,17 @@ from bench import report
 ROOT = Path(__file__).parents[1]
 
 
+def run_benchmarks(*arguments: str) -> None:
+    # pytest-benchmark measures nothing in a process that believes to be a worker of xdist
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_a_recorded_run_becomes_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.json"
-    command = [sys.executable, "-m", "pytest", "bench/test_gated_residual.py", "-q", f"--benchmark-json={file}"]
-    result = subprocess.run([*command, "-k", "stage3"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_benchmarks("bench/test_gated_residual.py", f"--benchmark-json={file}", "-k", "stage3")
     medians = {
         tuple(b["extra_info"][key] for key in ("kind", "mode", "provider", "open_fraction")): b["stats"]["median"]
         for b in json.loads(file.read_text())["benchmarks"]
@@ -47,6 +54,4 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("name", ["test_gate_head", "test_compact"])
 def test_benchmarks_run_without_timing(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", f"bench/{name}.py", "-q", "--benchmark-disable"]
-    result = subprocess.run([*command, "-k", "stage3 or 0.5-1"], cwd=ROOT, capture_output=True, check=False)
-    assert result.returncode == 0, result.stdout.decode()
+    run_benchmarks(f"bench/{name}.py", "--benchmark-disable", "-k", "stage3 or 0.5-1")
