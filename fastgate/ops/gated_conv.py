@@ -112,6 +112,8 @@ def choose_path(
         if pairs:
             return "dense"
         fraction = math.prod(float(gate.detach().mean()) for gate in gates)
+        if fraction == 1.0:
+            return "gathered"  # there is nothing to multiply by
     call = Call(
         gates="pairs" if pairs else "samples" if all(gate.shape[1] == 1 for gate in gates) else "batch",
         dtype=str(x.dtype).removeprefix("torch."),

@@ -2,7 +2,8 @@
 
 `measured.json` holds, per device and shape, microseconds of the dense convolution and of the ways to skip, at several
 open fractions. `python -m bench.choices` measures the device it runs on and writes its entry. Where there is no entry
-a rule decides: skip on a CPU, and nothing else, since there is no measurement that speaks for it.
+a rule decides: gather on a CPU where the convolution is not tiny, and nothing else, since there is no measurement that
+speaks for it.
 """
 
 import json
@@ -21,6 +22,8 @@ TABLE = Path(__file__).with_name("measured.json")
 
 # taking and putting back what is open costs about this share of a dense convolution (0.06 to 0.12 on an AMD EPYC)
 _WORTH_GATHERING = 0.9
+# below this many multiply-adds (about a millisecond on two cores) asking what is open takes longer than it saves
+_WORTH_ASKING = 1e8
 # a path is left only for one that was measured faster than this share of its time
 _MARGIN = 0.95
 
@@ -38,6 +41,12 @@ class Call:
     in_channels: int
     out_channels: int
     pixels: int  # of the input map
+
+    @property
+    def multiply_adds(self) -> float:
+        """Of the dense convolution."""
+        size = self.batch * self.pixels * self.in_channels * self.out_channels
+        return size * self.kernel**2 / self.stride**2
 
     def likeness(self, row: dict[str, Any]) -> float:
         """Distance of a row's sizes from these, in doublings; infinite where it is another kind of call."""
@@ -65,8 +74,8 @@ def choose(device: torch.device, call: Call, open_fraction: float | None) -> str
     """
     row = _nearest(device_key(device), call)
     if row is None:
-        small = open_fraction is not None and open_fraction <= _WORTH_GATHERING
-        return "gathered" if device.type == "cpu" and call.gates != "pairs" and small else "dense"
+        pays = open_fraction is not None and open_fraction <= _WORTH_GATHERING and call.gates != "pairs"
+        return "gathered" if device.type == "cpu" and pays and call.multiply_adds >= _WORTH_ASKING else "dense"
     best, least = "dense", _MARGIN * float(row["us"]["dense"])
     for path, times in row["us"].items():
         if path == "dense" or (path == "gathered" and open_fraction is None):
