@@ -64,7 +64,7 @@ def device_key(device: torch.device) -> str:
 
 
 def choose(device: torch.device, call: Call, open_fraction: float | None) -> str:
-    """"dense", "gathered" or "triton".
+    """ "dense", "gathered" or "triton".
 
     Args:
         device: where the call runs.
