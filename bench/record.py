@@ -3,6 +3,7 @@
 Writes bench/results/<device>/<date>.json and a picture of it (see `bench.report`).
 """
 
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import torch
 
 from bench import report
 from fastgate.env import describe_environment
+from fastgate.files import write_atomically
 
 
 def main() -> int:
@@ -23,7 +25,11 @@ def main() -> int:
     temporary = path.with_suffix(".tmp")
     code = subprocess.call([sys.executable, "-m", "pytest", "bench", f"--benchmark-json={temporary}"])
     if code == 0:
-        temporary.replace(path)
+        content = json.loads(temporary.read_text())
+        for benchmark in content["benchmarks"]:
+            benchmark["stats"].pop("data", None)  # every single round: megabytes that nothing reads
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        temporary.unlink()
         print(f"wrote {path}")
         return report.main([str(path)])
     temporary.unlink(missing_ok=True)
