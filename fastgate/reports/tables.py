@@ -89,7 +89,8 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     console = console or Console()
     joules = result["joules_per_image"]
     table = Table(title=f"{result['path']} on {result['dataset']}")
-    for column in ("test accuracy", "test loss", "MACs", "parameters", "latency", "images/s", "J/image", "images/J"):
+    # short enough for all of them to fit 80 columns
+    for column in ("acc.", "loss", "MACs", "params", "latency", "img/s", "J/img", "img/J"):
         table.add_column(column, justify="right")
     table.add_row(
         f"{result['accuracy']:.2%}",
