@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastgate.ops.dispatch import requested_impl, resolve_impl
+from fastgate.ops.dispatch import resolve_impl
 from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
 from fastgate.ops.gated_conv import (
     GatedConv2d,
@@ -17,16 +17,10 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_gathered,
     gated_conv2d_obstacle,
     gated_conv2d_torch,
-    take,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
 
-__all__ = ["gate_head", "gated_conv2d", "gated_residual", "take", "uses_kernels"]
-
-
-def uses_kernels(impl: str) -> bool:
-    """Whether `impl` asks for Triton, by itself or as `"auto"` under `FASTGATE_IMPL=triton`."""
-    return requested_impl(impl)[0] == "triton"
+__all__ = ["gate_head", "gated_conv2d", "gated_residual"]
 
 
 def gate_head(

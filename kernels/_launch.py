@@ -17,11 +17,6 @@ def is_channels_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether x is NCHW or channels_last without gaps: what the kernels address."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
 def next_power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
     """The smallest power of two that is at least n, kept between low and high."""
     return max(low, min(high, triton.next_power_of_2(n)))

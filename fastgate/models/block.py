@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fastgate import functional
 from fastgate.gates import Gate, LayerGate
+from fastgate.ops.dispatch import requested_impl
+from fastgate.ops.gated_conv import take
 
 POSITIONS = ("middle", "before", "after")
 
@@ -94,7 +96,7 @@ class ResidualBlock(nn.Module):
         if self.gate is not None and not self.training:
             if decision is None and self.gate.frozen and self._cut_outputs() and len(x) >= _BATCH_WORTH_CUTTING:
                 unread[self._cut_outputs()] = self.gate.open.to(x.dtype)[None]
-            elif decision is not None and functional.uses_kernels(self.gate.impl):
+            elif decision is not None and requested_impl(self.gate.impl)[0] == "triton":
                 unread = dict.fromkeys((name for _, name, _ in self.branch_convs()), decision)
         y = x
         for i, name in enumerate(self.branch):
@@ -103,7 +105,7 @@ class ResidualBlock(nn.Module):
                 # one row of a frozen gate's decisions: the same for the whole batch
                 mask = self.gate(y)[:1] if self.gate.frozen else self.gate(y)
             elif i == self.gate_at and self.in_index is not None:
-                y = functional.take(y, self.in_index, 1)
+                y = take(y, self.in_index, 1)
             y = self._run(name, y, mask, unread.get(name))
         return y
 
@@ -121,7 +123,11 @@ class ResidualBlock(nn.Module):
         return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
 
     def _cut_outputs(self) -> str:
-        """The convolution whose outputs a channel gate closes, "" where there is none."""
+        """The convolution whose outputs a channel gate closes, "" where there is none or others read them too."""
+        try:
+            self.cut_with_gate()
+        except ValueError:
+            return ""  # a module on the way to the gate, such as a group norm, mixes channels
         return next((name for name, _, dim in self.cut_convs() if dim == 0), "")
 
     def _may_gather(self, decision: Tensor) -> bool:
@@ -139,7 +145,7 @@ class ResidualBlock(nn.Module):
         """The sum of shortcut and branch, the branch for these samples only."""
         if len(samples) == 0:
             return shortcut.clone()  # the activation may work in place
-        y = self._run_branch(functional.take(x, samples, 0), None)
+        y = self._run_branch(take(x, samples, 0), None)
         return shortcut.index_add(0, samples, y.to(shortcut.dtype))
 
     def branch_convs(self) -> list[tuple[int, str, nn.Conv2d]]:

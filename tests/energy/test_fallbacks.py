@@ -204,7 +204,10 @@ def test_the_wrong_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sampler_stops_before_it_has_started() -> None:
+    before = threading.active_count()
     sampler = Sampler([], 1.0)
     sampler.stop()
+    assert threading.active_count() == before
     sampler.ensure_running()
+    assert threading.active_count() == before + 1
     sampler.stop()

@@ -148,3 +148,21 @@ def test_a_bottleneck_of_torchvision() -> None:
         assert 0 < decisions.mean() < 1
     # with gradients enabled nothing is skipped
     torch.testing.assert_close(skipping, model(x).detach(), atol=1e-4, rtol=1e-3)
+
+
+def test_outputs_that_another_module_mixes_are_all_computed() -> None:
+    # a group norm between convolution and gate: closed channels are in the open ones' statistics
+    model = gated("channel", "middle")
+    for block in [module for module in model.modules() if isinstance(module, ResidualBlock)]:
+        block.bn1 = nn.GroupNorm(2, block.conv1.out_channels)
+        block.gate.freeze(torch.rand(block.gate.gates) < 0.5)
+    x = torch.randn(32, 3, 8, 8)
+    with torch.no_grad():
+        skipping = model(x)
+        seen: list[Tensor] = []
+        model.layer1[0].bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for _, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):  # a module with hooks is called as it is
+                module.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(skipping, model(x), atol=1e-5, rtol=1e-4)
+    assert (seen[0] != 0).any(dim=(0, 2, 3)).all()
