@@ -1,5 +1,6 @@
 """Which implementation of an operation runs: `impl="auto" | "triton" | "torch"`."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -68,11 +69,22 @@ def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register a dispatcher operation `fastgate::name`, for CUDA and for Triton's interpreter on the CPU, once."""
+def register(name: str, schema: str, module: str, fake: Callable[..., Any]) -> None:
+    """Register a dispatcher operation `fastgate::name`, for CUDA and for Triton's interpreter on the CPU, once.
+
+    Args:
+        name: of the operation.
+        schema: its arguments and results.
+        module: the module of `fastgate.kernels` that has a launcher of the same name; imported at the first call.
+        fake: makes results of the right shapes, dtypes and layouts.
+    """
     if hasattr(torch.ops.fastgate, name):
         return  # a reloaded module: the first registration stays
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"fastgate.kernels.{module}"), name)(*arguments)
+
     _library.define(name + schema)
-    _library.impl(name, kernel, "CUDA")
-    _library.impl(name, kernel, "CPU")
+    _library.impl(name, launch, "CUDA")
+    _library.impl(name, launch, "CPU")
     torch.library.register_fake(f"fastgate::{name}", fake, lib=_library)

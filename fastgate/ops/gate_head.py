@@ -89,28 +89,6 @@ def gate_head_torch(
     return decisions, logits
 
 
-def _fwd(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    fc2_weight: Tensor | None,
-    fc2_bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    from fastgate.kernels.gate_head import gate_head_fwd
-
-    return gate_head_fwd(
-        x, fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias, training,
-        momentum, eps,
-    )  # fmt: skip
-
-
 def _fwd_fake(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, fc2_weight: Tensor | None, *rest: Any,
@@ -121,30 +99,6 @@ def _fwd_fake(
     shapes: list[tuple[Any, ...]] = [(n, out), (n, out), (n, x.shape[1]) if pooled else (0,)]
     shapes += [(0,)] * 3 if fc2_weight is None else [(n, hidden), (hidden,), (hidden,)]
     return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-def _bwd(
-    grad_decisions: Tensor | None,
-    grad_logits: Tensor | None,
-    logits: Tensor,
-    features: Tensor,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    fc2_weight: Tensor | None,
-    training: bool,
-    window: str,
-) -> tuple[Tensor, ...]:
-    from fastgate.kernels.gate_head import gate_head_bwd
-
-    return gate_head_bwd(
-        grad_decisions, grad_logits, logits, features, hidden, mean, rstd, x, fc1_weight, bn_weight, bn_bias,
-        fc2_weight, training, window,
-    )  # fmt: skip
 
 
 def _bwd_fake(
@@ -167,7 +121,7 @@ register(
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? fc2_weight, Tensor? fc2_bias, bool training, float momentum, float eps) "
     f"-> ({_TENSORS})",
-    _fwd,
+    "gate_head",
     _fwd_fake,
 )
 register(
@@ -175,7 +129,7 @@ register(
     "(Tensor? grad_decisions, Tensor? grad_logits, Tensor logits, Tensor features, Tensor hidden, Tensor mean, "
     "Tensor rstd, Tensor x, Tensor fc1_weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? fc2_weight, bool training, "
     f"str window) -> ({_TENSORS}, Tensor)",
-    _bwd,
+    "gate_head",
     _bwd_fake,
 )
 

@@ -142,40 +142,16 @@ def _sample_gate(*gates: Tensor | None) -> Tensor | None:
     return math.prod(of_samples[1:], start=of_samples[0]) if of_samples else None
 
 
-def _open_lists(gate: Tensor) -> tuple[Tensor, Tensor]:
-    from fastgate.kernels.open_lists import open_lists
-
-    return open_lists(gate)
-
-
 def _open_lists_fake(gate: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape, dtype=torch.int32), gate.new_empty(gate.shape[:1], dtype=torch.int32)
-
-
-def _fwd(x: Tensor, *arguments: Any) -> Tensor:
-    from fastgate.kernels.gated_conv import gated_conv_fwd
-
-    return gated_conv_fwd(x, *arguments)
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(F.conv2d(x, weight, None, *rest[-2:]), memory_format=_layout(x))
 
 
-def _dgrad(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    from fastgate.kernels.gated_conv import gated_conv_dgrad
-
-    return gated_conv_dgrad(dy, *arguments)
-
-
 def _dgrad_fake(dy: Tensor, weight: Tensor, x: Tensor, in_gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((0,) if in_gate is None else x.shape[:2], dtype=torch.float32)
-
-
-def _wgrad(x: Tensor, *arguments: Any) -> Tensor:
-    from fastgate.kernels.gated_conv import gated_conv_wgrad
-
-    return gated_conv_wgrad(x, *arguments)
 
 
 def _wgrad_fake(x: Tensor, dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -189,18 +165,18 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 _LISTS = "Tensor? in_list, Tensor? in_count, Tensor? out_list, Tensor? out_count"
 _SAMPLES = "Tensor? sample_list, Tensor? sample_count, int stride, int padding"
-register("open_lists", "(Tensor gate) -> (Tensor, Tensor)", _open_lists, _open_lists_fake)
-register("gated_conv2d_fwd", f"(Tensor x, Tensor weight, {_LISTS}, {_SAMPLES}) -> Tensor", _fwd, _fwd_fake)
+register("open_lists", "(Tensor gate) -> (Tensor, Tensor)", "open_lists", _open_lists_fake)
+register("gated_conv_fwd", f"(Tensor x, Tensor weight, {_LISTS}, {_SAMPLES}) -> Tensor", "gated_conv", _fwd_fake)
 register(
-    "gated_conv2d_dgrad",
+    "gated_conv_dgrad",
     f"(Tensor dy, Tensor weight, Tensor x, Tensor? in_gate, {_LISTS}, {_SAMPLES}) -> (Tensor, Tensor)",
-    _dgrad,
+    "gated_conv",
     _dgrad_fake,
 )
 register(
-    "gated_conv2d_wgrad",
+    "gated_conv_wgrad",
     f"(Tensor x, Tensor dy, Tensor weight, {_LISTS}, Tensor? out_gate, {_SAMPLES}) -> Tensor",
-    _wgrad,
+    "gated_conv",
     _wgrad_fake,
 )
 
@@ -235,7 +211,7 @@ class GatedConv2d(torch.autograd.Function):
         none = (None, None)
         skipped_out = none if ctx.live_out else out_lists
         samples = _sample_lists(in_gate, None if ctx.live_out else out_gate)
-        z = torch.ops.fastgate.gated_conv2d_fwd(x, weight, *in_lists, *skipped_out, *samples, stride, padding)
+        z = torch.ops.fastgate.gated_conv_fwd(x, weight, *in_lists, *skipped_out, *samples, stride, padding)
         ctx.options = (stride, padding)
         lists = (*in_lists, *out_lists)
         ctx.save_for_backward(x, weight, in_gate, out_gate, z if ctx.live_out else None, *lists)
@@ -252,12 +228,12 @@ class GatedConv2d(torch.autograd.Function):
         dy = grads[0].contiguous(memory_format=_layout(x))
         dx = dw = d_in = d_out = None
         if ctx.needs_input_grad[0] or ctx.live_in:
-            dx, d_in = torch.ops.fastgate.gated_conv2d_dgrad(
+            dx, d_in = torch.ops.fastgate.gated_conv_dgrad(
                 dy, weight, x, in_gate if ctx.live_in else None, *(none if ctx.live_in else in_lists), *out_lists,
                 *_sample_lists(None if ctx.live_in else in_gate, out_gate), *ctx.options,
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
-            dw = torch.ops.fastgate.gated_conv2d_wgrad(
+            dw = torch.ops.fastgate.gated_conv_wgrad(
                 x, dy, weight, *_wgrad_gates(in_gate, out_gate, tuple(in_lists), tuple(out_lists)), *ctx.options
             )
         if ctx.live_in and d_in is not None:

@@ -66,29 +66,9 @@ def _product_gradients(dy: Tensor, branch: Tensor | None, gate: Tensor) -> tuple
     return dbranch, dgate
 
 
-def _fwd(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
-    from fastgate.kernels.gated_residual import gated_residual_fwd
-
-    return gated_residual_fwd(shortcut, branch, gate, relu, pool)
-
-
 def _fwd_fake(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(shortcut, dtype=torch.promote_types(shortcut.dtype, branch.dtype))
     return y, shortcut.new_empty(shortcut.shape[:2] if pool else (0,), dtype=torch.float32)
-
-
-def _bwd(
-    dy: Tensor | None,
-    dpooled: Tensor | None,
-    y: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    relu: bool,
-    needs_dgate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastgate.kernels.gated_residual import gated_residual_bwd
-
-    return gated_residual_bwd(dy, dpooled, y, branch, gate, relu, needs_dgate)
 
 
 def _bwd_fake(
@@ -105,13 +85,13 @@ def _bwd_fake(
 
 register(
     "gated_residual_fwd", "(Tensor shortcut, Tensor branch, Tensor gate, bool relu, bool pool) -> (Tensor, Tensor)",
-    _fwd, _fwd_fake,
+    "gated_residual", _fwd_fake,
 )  # fmt: skip
 register(
     "gated_residual_bwd",
     "(Tensor? dy, Tensor? dpooled, Tensor y, Tensor branch, Tensor gate, bool relu, bool needs_dgate) "
     "-> (Tensor, Tensor, Tensor)",
-    _bwd, _bwd_fake,
+    "gated_residual", _bwd_fake,
 )  # fmt: skip
 
 

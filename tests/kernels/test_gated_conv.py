@@ -365,15 +365,15 @@ def test_opcheck(in_form: str | None, out_form: str | None, x_last: bool) -> Non
 
     ins, outs = lists(tensors["in_gate"], in_form), lists(tensors["out_gate"], out_form)
     samples = ops.open_lists(tensors["out_gate"].t()) if out_form == "sample" else (None, None)
-    torch.library.opcheck(ops.gated_conv2d_fwd.default, (x, weight, *ins, *outs, *samples, 2, 1))
-    torch.library.opcheck(ops.gated_conv2d_dgrad.default, (dy, weight, x, None, *ins, *outs, *samples, 2, 1))
+    torch.library.opcheck(ops.gated_conv_fwd.default, (x, weight, *ins, *outs, *samples, 2, 1))
+    torch.library.opcheck(ops.gated_conv_dgrad.default, (dy, weight, x, None, *ins, *outs, *samples, 2, 1))
     if in_form is not None:
         live = (dy, weight, x, tensors["in_gate"], None, None, *outs, *samples, 2, 1)
-        torch.library.opcheck(ops.gated_conv2d_dgrad.default, live)
+        torch.library.opcheck(ops.gated_conv_dgrad.default, live)
     in_lists = ins if in_form == "batch" else (None, None)
     out_gate = tensors["out_gate"] if out_form == "pairs" else None
     torch.library.opcheck(
-        ops.gated_conv2d_wgrad.default, (x, dy, weight, *in_lists, None, None, out_gate, *samples, 2, 1)
+        ops.gated_conv_wgrad.default, (x, dy, weight, *in_lists, None, None, out_gate, *samples, 2, 1)
     )
 
 
