@@ -93,7 +93,7 @@ class ResidualBlock(nn.Module):
         """The branch of every sample; `decision` is a layer gate's, which the caller applies as well."""
         # in eval mode a channel that a frozen gate closes, or a sample that is closed, need not be computed at all
         unread: dict[str, Tensor] = {}
-        if self.gate is not None and not self.training:
+        if self.gate is not None and self._in_eval():
             if decision is None and self.gate.frozen and self._cut_outputs() and len(x) >= _BATCH_WORTH_CUTTING:
                 unread[self._cut_outputs()] = self.gate.open.to(x.dtype)[None]
             elif decision is not None and requested_impl(self.gate.impl)[0] == "triton":
@@ -130,11 +130,14 @@ class ResidualBlock(nn.Module):
             return ""  # a module on the way to the gate, such as a group norm, mixes channels
         return next((name for name, _, dim in self.cut_convs() if dim == 0), "")
 
+    def _in_eval(self) -> bool:
+        """Whether no module of the branch takes statistics over the batch, which skipping would change."""
+        return not (self.training or any(getattr(self, name).training for name in self.branch))
+
     def _may_gather(self, decision: Tensor) -> bool:
         """Whether to run the branch on the open samples alone, which asks what they are: on a CPU, for constants."""
-        return not (
-            self.training
-            or decision.requires_grad
+        return self._in_eval() and not (
+            decision.requires_grad
             or decision.device.type != "cpu"
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()

@@ -91,6 +91,16 @@ def test_training_and_gradients_skip_nothing() -> None:
     assert seen == [4, 4]
 
 
+def test_a_batch_norm_in_training_mode_sees_every_sample() -> None:
+    # statistics re-estimated in a network that is otherwise in eval mode
+    model, x = gated("layer", "middle"), torch.randn(16, 3, 12, 12)
+    for block in model.modules():
+        if isinstance(block, ResidualBlock):
+            block.bn1.train()
+    assert all(sizes == [16] for sizes in convolved_samples(model, x).values())
+    assert len(convolved_samples(model, x)) == 6
+
+
 def test_counting_is_not_changed_by_what_is_closed() -> None:
     model = gated("layer", "middle")
     before = fg.macs(model, (3, 32, 32))
