@@ -49,7 +49,7 @@ class Decisions(Mapping[str, GateDecision]):
     """Gate name -> :class:`GateDecision`, in forward order.
 
     Attributes:
-        threshold: a gate is open where its mean exceeds this.
+        threshold: a gate is open where its mean exceeds this, unless a target asked otherwise.
         samples: number of samples that were asked; 0 where no pass was made.
     """
 

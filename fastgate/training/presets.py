@@ -56,7 +56,7 @@ class Recipe:
     lambda_polar: str = _option("1", "weight of the polarization loss, a number or a schedule over epochs")
     lambda_activation: str = _option("0", "weight of the activation loss, a number or a schedule over epochs")
     lambda_budget: str = _option("16", "weight of the budget loss, a number or a schedule over epochs")
-    target_macs: float | None = _option(0.5, "budget: wanted share of the network's MACs; none for no budget loss")
+    target_macs: float | None = _option(0.5, "share of MACs that the compact network has; none for no target")
     open_until: float = _option(0.1, "gates are held open for this share of the epochs")
     anneal_until: float = _option(0.45, "the target falls from 1 to target_macs until this share of the epochs")
     settle_at: float | None = _option(0.6, "gates are decided and frozen at this share of the epochs; none: at the end")

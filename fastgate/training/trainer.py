@@ -1,6 +1,7 @@
 """The training loop: epochs of SGD with gate losses, checkpoints that resume bit-identically, metrics per epoch."""
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from fastgate.models.resnet import resnet
 from fastgate.modes import eval_mode
 from fastgate.pruning.costs import gate_costs, macs
 from fastgate.pruning.decisions import Decisions, decide, freeze
+from fastgate.pruning.targets import lowest_share, meet_target
 from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
 from fastgate.training.data import Batches, Dataset, ImageSet
 from fastgate.training.presets import Recipe, recipe_from_dict
@@ -136,11 +138,11 @@ class Trainer:
         self.costs = gate_costs(self.model, dataset.image_size) if self.gates else {}
         self.switchable = sum(int(cost.sum()) for cost in self.costs.values())
         self._device_costs = {name: cost.to(self.device, torch.float32) for name, cost in self.costs.items()}
-        target = recipe.target_macs
-        if self.gates and target is not None and target * self.macs < self.macs - self.switchable:
-            lowest = (self.macs - self.switchable) / self.macs
+        target, lowest = recipe.target_macs, lowest_share(self.costs, self.macs)
+        if self.gates and target is not None and target < lowest:
             raise ValueError(
-                f"target_macs: expected {lowest:.4f} to 1 (below that is what layers without gates cost), got {target}"
+                f"target_macs: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 (below that is what gates cannot "
+                f"remove), got {target}"
             )
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -199,9 +201,11 @@ class Trainer:
                 )
 
     def decide(self) -> Decisions:
-        """Decisions of the gates over the training images, without augmentation."""
+        """Decisions of the gates over the training images, without augmentation; with a target those that meet it."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            return decide(self.model, self.batches(self.dataset.train))
+            decisions = decide(self.model, self.batches(self.dataset.train))
+        target = self.recipe.target_macs
+        return decisions if target is None else meet_target(decisions, self.costs, target, self.macs)
 
     def _enter_phase(self) -> None:
         """Hold the gates open, let them live, or decide and freeze them, as the epoch asks."""

@@ -65,7 +65,9 @@ def test_a_plain_recipe_has_one_row(tmp_path: Path) -> None:
 
 
 def test_channel_gates_live_to_the_end(tmp_path: Path) -> None:
-    recipe = replace(TINY, gating="channel", epochs=3, open_until=0.0, settle_at=None, init_logit=None)
+    recipe = replace(
+        TINY, gating="channel", epochs=3, open_until=0.0, settle_at=None, init_logit=None, target_macs=None
+    )
     summary = train(Run(recipe, tmp_path / "run"))
     rows = summary["rows"]
     assert rows["unpruned"]["accuracy"] is None  # no control was asked for

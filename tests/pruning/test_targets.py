@@ -1,0 +1,169 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastgate as fg
+from fastgate.pruning.decisions import GateDecision
+from fastgate.pruning.targets import lowest_share, meet_target
+from tests.helpers import GATINGS, freeze_with, gated_resnet, gating_ids
+
+
+def voted(means: dict[str, list[float]]) -> fg.Decisions:
+    """What `decide` gives for gates with these means."""
+    tensors = {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
+    return fg.Decisions({name: GateDecision(mean, mean > 0.5) for name, mean in tensors.items()}, samples=100)
+
+
+def layers(means: list[float]) -> fg.Decisions:
+    return voted({f"block{i}": [mean] for i, mean in enumerate(means)})
+
+
+def layer_costs(costs: list[int]) -> dict[str, Tensor]:
+    return {f"block{i}": torch.tensor([cost]) for i, cost in enumerate(costs)}
+
+
+def opened(decisions: fg.Decisions) -> list[int]:
+    return [int(flag) for gate in decisions.values() for flag in gate.open]
+
+
+def sum_open(decisions: fg.Decisions, costs: dict[str, Tensor]) -> int:
+    return sum(int(costs[name][gate.open].sum()) for name, gate in decisions.items())
+
+
+@pytest.mark.parametrize(
+    ("means", "costs", "target", "expected"),
+    [
+        # 100 MACs without gates and four blocks of 100: 3 of 5 are 2 blocks, those that most samples open
+        pytest.param([0.2, 0.9, 0.6, 0.8], [100] * 4, 0.6, [0, 1, 0, 1], id="closes-the-least-asked-for"),
+        pytest.param([0.2, 0.1, 0.6, 0.3], [100] * 4, 0.6, [0, 0, 1, 1], id="opens-the-most-asked-for"),
+        pytest.param([1.0, 1.0, 1.0, 1.0], [100] * 4, 0.6, [1, 1, 0, 0], id="earlier-blocks-stay-open"),
+        pytest.param([0.1, 0.9, 0.8, 0.2], [100] * 4, 0.6, [0, 1, 1, 0], id="already-met"),
+        pytest.param([0.6, 0.7, 0.8, 0.9], [100] * 4, 1.0, [1, 1, 1, 1], id="all-open"),
+        pytest.param([0.6, 0.7, 0.8, 0.9], [100] * 4, 0.2, [0, 0, 0, 0], id="all-closed"),
+        # 0.7 is half-way between 2 and 3 blocks: the samples decide
+        pytest.param([0.9, 0.9, 0.9, 0.1], [100] * 4, 0.7, [1, 1, 1, 0], id="half-way-up"),
+        pytest.param([0.9, 0.9, 0.4, 0.1], [100] * 4, 0.7, [1, 1, 0, 0], id="half-way-down"),
+        # of 450 MACs 0.5 leave 125 to the blocks: 50 + 75 meets it
+        pytest.param([0.5, 0.4, 0.3, 0.6], [150, 50, 75, 75], 0.5, [0, 1, 0, 1], id="exact-sum-where-samples-differ"),
+        # 150 is as far off as another block would be, but all samples ask for it
+        pytest.param([1.0, 0.4, 0.3, 0.6], [150, 50, 75, 75], 0.5, [1, 0, 0, 0], id="not-against-all-samples"),
+        # 300 of 450 are more than half a block (75) too much: one block must go against all samples
+        pytest.param([1.0, 0.0, 1.0, 1.0], [150, 50, 75, 75], 0.5, [1, 0, 0, 0], id="against-all-samples-if-it-must"),
+    ],
+)
+def test_layers(means: list[float], costs: list[int], target: float, expected: list[int]) -> None:
+    decisions, total = layers(means), 100 + sum(costs)
+    met = meet_target(decisions, layer_costs(costs), target, total)
+    assert opened(met) == expected
+    assert [gate.mean.tolist() for gate in met.values()] == [[mean] for mean in means]
+    assert (met.samples, list(met)) == (100, list(decisions))
+
+
+def votes(choice: tuple[bool, ...], means: list[float], costs: list[int]) -> float:
+    return sum(cost * (2 * mean - 1) for flag, mean, cost in zip(choice, means, costs, strict=True) if flag)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9)), min_size=1, max_size=7), st.floats(0, 1))
+def test_layers_against_every_choice(blocks: list[tuple[float, int]], share: float) -> None:
+    means, costs = [list(values) for values in zip(*blocks, strict=True)]
+    total = 10 + sum(costs)
+    target = min((10 + share * sum(costs)) / total, 1.0)
+    choices = list(itertools.product([False, True], repeat=len(costs)))
+
+    def missed(choice: tuple[bool, ...]) -> float:
+        return abs(10 + sum(itertools.compress(costs, choice)) - target * total)
+
+    met = meet_target(layers(means), layer_costs(costs), target, total)
+    ours = tuple(bool(flag) for flag in opened(met))
+    # half a block is near enough; with votes and MACs missed on one scale, no other choice is worth more
+    assert missed(ours) <= max(costs) / 2 + 1e-9
+    near = [choice for choice in choices if missed(choice) <= max(costs) / 2 - 1e-9]
+    worth = votes(ours, means, costs) - missed(ours)
+    assert all(votes(choice, means, costs) - missed(choice) <= worth + 1e-9 for choice in near)
+
+
+@given(st.data(), st.lists(st.integers(2, 40), min_size=2, max_size=6), st.floats(0, 1))
+def test_channels_are_within_a_percent_and_none_is_empty(data: st.DataObject, sizes: list[int], share: float) -> None:
+    # costs of a channel as in a ResNet: they differ between stages, by powers of two and by a half more
+    units = data.draw(st.lists(st.sampled_from([3, 4, 6, 8, 16]), min_size=len(sizes), max_size=len(sizes)))
+    kinds = data.draw(st.lists(st.sampled_from(["open", "closed", "drawn"]), min_size=len(sizes), max_size=len(sizes)))
+    draw = {"open": st.just(1.0), "closed": st.just(0.0), "drawn": st.floats(0, 1)}
+    means = {
+        f"gate{i}": data.draw(st.lists(draw[kind], min_size=size, max_size=size))
+        for i, (size, kind) in enumerate(zip(sizes, kinds, strict=True))
+    }
+    costs = {f"gate{i}": torch.full((size,), unit) for i, (size, unit) in enumerate(zip(sizes, units, strict=True))}
+    # one percent of the target is at least half a channel of the most expensive kind
+    total = 2000 + sum(int(cost.sum()) for cost in costs.values())
+    lowest = lowest_share(costs, total)
+    target = min(lowest + share * (1 - lowest), 1.0)
+    met = meet_target(voted(means), costs, target, total)
+    assert all(gate.open.any() for gate in met.values())
+    assert all(bool(gate.open[gate.mean.argmax()]) for gate in met.values())
+    got = total - sum(int(cost.sum()) for cost in costs.values()) + sum_open(met, costs)
+    assert got == pytest.approx(target * total, rel=0.01)
+    # inside a gate, where all channels cost the same, those that are open were asked for at least as often
+    for gate in met.values():
+        assert gate.open.all() or gate.mean[gate.open].min() >= gate.mean[~gate.open].max()
+
+
+def test_channels_that_meet_the_target_stay_as_they_are() -> None:
+    decisions = voted({"a": [0.9, 0.1, 0.8, 0.2], "b": [0.4, 0.6, 0.55, 0.3]})
+    costs = {"a": torch.full((4,), 30), "b": torch.full((4,), 20)}
+    # 60 + 40 of 200 gated MACs are open; 0.996 of that is as near
+    met = meet_target(decisions, costs, 0.5 * 0.996, 200)
+    assert met["a"] == decisions["a"] and met["b"] == decisions["b"]
+
+
+def test_a_gate_that_every_sample_closes_keeps_one_channel() -> None:
+    decisions = voted({"a": [0.0, 0.0, 0.0], "b": [1.0] * 6})
+    met = meet_target(decisions, {"a": torch.full((3,), 10), "b": torch.full((6,), 10)}, 0.5, 100)
+    # 10 MACs are not gated: 4 channels; the first of equals stays
+    assert opened(met) == [1, 0, 0, 1, 1, 1, 0, 0, 0]
+
+
+def test_held_gates_stay_as_decided() -> None:
+    decisions = layers([0.1, 0.9, 0.8, 0.9])
+    held = {"block1", "block0"}
+    met = meet_target(decisions, layer_costs([100] * 4), 0.4, 500, held=held)
+    assert opened(met) == [0, 1, 0, 0]  # block0 held closed, block1 held open, though block3 is asked for as often
+    met = meet_target(decisions, layer_costs([100] * 4), 0.2, 500, held=held)
+    assert opened(met) == [0, 1, 0, 0]  # the nearest that the held ones allow
+
+
+def test_a_target_out_of_reach_names_the_range() -> None:
+    decisions, costs = layers([0.5, 0.5]), layer_costs([100, 100])
+    with pytest.raises(ValueError, match=r"target: expected 0\.3334 to 1 of the network's MACs .*, got 0.3"):
+        meet_target(decisions, costs, 0.3, 300)
+    with pytest.raises(ValueError, match=r"target: expected 0\.3334 to 1 .*, got 1.5"):
+        meet_target(decisions, costs, 1.5, 300)
+    channels = voted({"a": [0.5] * 4})
+    with pytest.raises(ValueError, match=r"target: expected 0\.2500 to 1 .*, got 0.2"):
+        meet_target(channels, {"a": torch.full((4,), 25)}, 0.2, 100)
+
+
+def test_costs_of_another_network_are_refused() -> None:
+    for costs in (layer_costs([100]), layer_costs([100] * 3), {"block0": torch.ones(2), "block1": torch.ones(1)}):
+        with pytest.raises(ValueError, match="costs: expected those of the 2 gates decided on"):
+            meet_target(layers([0.5, 0.5]), costs, 0.5, 300)
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_the_compact_network_has_the_macs(gating: tuple[str, str], target: float) -> None:
+    model = gated_resnet(20, gating)
+    total, costs = fg.macs(model, (3, 32, 32)), fg.gate_costs(model, (3, 32, 32))
+    if target < lowest_share(costs, total):  # "before" and "after" gate one of two convolutions each
+        target = 0.6
+    decisions = voted({name: torch.rand(len(cost)).tolist() for name, cost in costs.items()})
+    met = meet_target(decisions, costs, target, total)
+    freeze_with(model, {name: gate.open for name, gate in met.items()})
+    got = fg.macs(fg.compact(model), (3, 32, 32))
+    if gating[0] == "channel":
+        assert got == pytest.approx(target * total, rel=0.01)
+    else:
+        assert abs(got - target * total) <= max(int(cost) for cost in costs.values()) / 2
