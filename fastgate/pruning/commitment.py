@@ -32,7 +32,7 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         ValueError: parameters of another network, state that cannot be cut, or a frozen gate whose block cannot be cut
             (see :func:`fastgate.compact`). Model and optimizer are then as they were.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     if foreign := sum(p not in names for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             f"optimizer: expected parameters of this model, got {foreign} others; commit with the optimizer that "
