@@ -13,8 +13,9 @@ import torch
 import typer
 
 from fastgate.env import describe_environment
+from fastgate.gates import named_gates
 from fastgate.pruning.compaction import compact as compact_network
-from fastgate.pruning.decisions import Decisions, freeze
+from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
 from fastgate.training.presets import PRESETS, Recipe, get_preset, parse_field
 
@@ -158,14 +159,13 @@ def compact(
     output: Annotated[Path, typer.Option(help="the .safetensors file to write")] = Path("model.safetensors"),
     decisions: Annotated[Path | None, typer.Option(help="decisions.json to freeze live gates with")] = None,
 ) -> None:
-    """Turn a gated checkpoint into a compact network; its gates must be frozen, or --decisions given."""
+    """Turn a gated checkpoint into a compact network; its gates must be frozen or gone, or --decisions given."""
     from fastgate.training.trainer import load_network
 
     checkpoint = source / "checkpoint.pt" if source.is_dir() else source
-    model, recipe = load_network(checkpoint)
-    if decisions is not None:
-        freeze(model, Decisions.from_json(decisions))
-    save(compact_network(model), output, metadata={"recipe": json.dumps(vars(recipe))})
+    model, recipe = load_network(checkpoint, None if decisions is None else Decisions.from_json(decisions))
+    small = compact_network(model) if any(named_gates(model)) else model
+    save(small, output, metadata={"recipe": json.dumps(vars(recipe))})
     typer.echo(f"wrote {output}")
 
 
@@ -190,7 +190,7 @@ def main() -> Any:
 
     FASTGATE_TRACEBACK=1 shows the full traceback instead.
     """
-    from fastgate.training.pipeline import NotEqual
+    from fastgate.training.equality import NotEqual
     from fastgate.training.trainer import NonFiniteLoss
 
     if os.environ.get("FASTGATE_TRACEBACK") == "1":

@@ -38,10 +38,26 @@ def compact(model: nn.Module) -> nn.Module:
             f"model: expected every gate frozen, got live gates {', '.join(live[:4])}{more}; call "
             "fastgate.freeze(model, fastgate.decide(model, loader)) first"
         )
-    result = copy.deepcopy(model)
-    parents = {child: parent for parent in result.modules() for child in parent.children()}
-    for block in gated_blocks(result).values():
+    return cut_frozen(copy.deepcopy(model))
+
+
+def cut_frozen(model: nn.Module) -> nn.Module:
+    """Remove frozen gates and what they closed from a network, in place, as :func:`compact` does; live gates stay.
+
+    Parameters that are not cut stay the same objects, and all that are left keep their names.
+
+    Returns:
+        The same model, unless it is itself one closed block: then what is left of that.
+
+    Raises:
+        ValueError: a gate outside a residual block of this library, or a block that cannot be cut; the network may then
+            be cut in part.
+    """
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    for block in gated_blocks(model).values():
         gate = cast(Gate, block.gate)
+        if not gate.frozen:
+            continue
         block.gate = None
         closed = not bool(gate.open.any())
         if not isinstance(gate, LayerGate) and not bool(gate.open.all()):
@@ -52,11 +68,11 @@ def compact(model: nn.Module) -> nn.Module:
                 continue
         if closed:
             rest = _without_branch(block)
-            if block is result:
+            if block is model:
                 return rest
             key = next(key for key, module in parents[block].named_children() if module is block)
             setattr(parents[block], key, rest)
-    return result
+    return model
 
 
 def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
@@ -67,7 +83,7 @@ def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
         if isinstance(module, nn.BatchNorm2d):
             _cut_norm(module, kept)
     for _, conv, dim in cut:
-        conv.weight = nn.Parameter(conv.weight.detach().index_select(dim, kept), conv.weight.requires_grad)
+        conv.weight = nn.Parameter(_take_weight(conv.weight.detach(), dim, kept), conv.weight.requires_grad)
         if dim == 0:
             conv.out_channels = len(kept)
             if conv.bias is not None:
@@ -78,6 +94,14 @@ def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
         block.in_index = kept
     if len(cut) == 1 and cut[0][2] == 0:
         block.out_index = kept
+
+
+def _take_weight(weight: Tensor, dim: int, kept: Tensor) -> Tensor:
+    """The kept slices `[O, I, H, W]`, in the weight's memory format, which index_select would not keep."""
+    taken = weight.index_select(dim, kept)
+    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        return taken.contiguous(memory_format=torch.channels_last)
+    return taken
 
 
 def _cut_norm(norm: nn.BatchNorm2d, kept: Tensor) -> None:

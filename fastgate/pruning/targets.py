@@ -83,11 +83,42 @@ def meet_target(
     return Decisions(gates, decisions.threshold, decisions.samples)
 
 
+def within_reach(
+    found: Mapping[str, Tensor], held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int
+) -> dict[str, Tensor]:
+    """Those of the decisions found that can become final, in order, while the target stays within reach.
+
+    A channel gate without any open channel is never among them: :func:`meet_target` opens one.
+
+    Args:
+        found, held: decisions to be made final, and final ones: bool `[gates]` by gate.
+        costs, target, total: see :func:`meet_target`.
+    """
+    reach: dict[str, Tensor] = {}
+    nearest = _miss(held, costs, target, total)
+    for name, opened in found.items():
+        empty = len(opened) > 1 and not opened.any()
+        if not empty and _miss({**held, **reach, name: opened}, costs, target, total) <= nearest:
+            reach[name] = opened
+    return reach
+
+
 def _near_enough(costs: Mapping[str, Tensor], target: float, total: int) -> float:
     """How many MACs the target may be missed by."""
     if all(len(cost) == 1 for cost in costs.values()):
         return max((int(cost) for cost in costs.values()), default=0) / 2
     return _TOLERANCE * target * total
+
+
+def _miss(held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int) -> float:
+    """How many MACs more than is near enough the nearest choice misses the target by, with these gates held."""
+    undecided = {
+        name: GateDecision(torch.full(cost.shape, 0.5, dtype=torch.float64), held.get(name, torch.ones_like(cost) == 1))
+        for name, cost in costs.items()
+    }
+    met = meet_target(Decisions(undecided), costs, target, total, held=held)
+    closed = sum(int(cost[~met[name].open].sum()) for name, cost in costs.items())
+    return max(abs(total - closed - target * total) - _near_enough(costs, target, total), 0.0)
 
 
 def _fixed(gate: GateDecision, held: bool) -> np.ndarray:

@@ -60,6 +60,10 @@ class Recipe:
     open_until: float = _option(0.1, "gates are held open for this share of the epochs")
     anneal_until: float = _option(0.45, "the target falls from 1 to target_macs until this share of the epochs")
     settle_at: float | None = _option(0.6, "gates are decided and frozen at this share of the epochs; none: at the end")
+    commit_after: int | None = _option(
+        5, "a gate is frozen earlier once all samples of this many epochs agree; none: no"
+    )
+    compact_training: bool = _option(True, "what frozen gates closed leaves the network in training at once")
 
     validation: int = _option(0, "training images held out for validation")
     precision: str = _option("auto", "auto, fp32, fp16 or bf16; auto is fp32 on a CPU, fp16 on sm_75, else bf16")
@@ -101,6 +105,7 @@ class Recipe:
             "open_until": (0, 1),
             "anneal_until": (0, 1),
             "settle_at": (0, 1),
+            "commit_after": (1, math.inf),
             "validation": (0, math.inf),
             "seed": (0, 2**31),
         }
@@ -176,6 +181,8 @@ _PAPER = Recipe(
     open_until=0.0,
     settle_at=None,
     anneal_until=0.0,
+    commit_after=None,
+    compact_training=False,
 )
 _PAPER_10 = replace(_PAPER, batch_size=256, lr_schedule="0:1, 60:0.1, 120:0.01, 160:0.001")
 _PAPER_100 = replace(_PAPER, dataset="cifar100", batch_size=64, lr_schedule="0:1, 125:0.1, 190:0.01, 250:0.001")

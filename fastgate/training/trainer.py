@@ -1,5 +1,6 @@
 """The training loop: epochs of SGD with gate losses, checkpoints that resume bit-identically, metrics per epoch."""
 
+import copy
 import json
 import math
 import signal
@@ -20,11 +21,14 @@ from fastgate.files import write_atomically
 from fastgate.gates import named_gates
 from fastgate.models.resnet import resnet
 from fastgate.modes import eval_mode
+from fastgate.pruning.commitment import commit, unanimous
+from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.costs import gate_costs, macs
-from fastgate.pruning.decisions import Decisions, decide, freeze
-from fastgate.pruning.targets import lowest_share, meet_target
+from fastgate.pruning.decisions import Decisions, GateDecision, decide, freeze
+from fastgate.pruning.targets import lowest_share, meet_target, within_reach
 from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
 from fastgate.training.data import Batches, Dataset, ImageSet
+from fastgate.training.equality import check_equal, hold_open
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.progress import RunProgress
 from fastgate.training.spending import Spending, describe_epoch
@@ -80,12 +84,26 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def load_network(checkpoint: Path) -> tuple[nn.Module, Recipe]:
-    """The network in a run's checkpoint, on the CPU, and its recipe."""
+def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None = None) -> tuple[nn.Module, Recipe]:
+    """The network in a run's checkpoint, on the CPU, and its recipe; gates that left it during training are not in it.
+
+    Args:
+        checkpoint: the file.
+        decisions: of all gates of the run, to freeze those that are still there with.
+    """
     state = load_checkpoint(checkpoint)
     recipe = recipe_from_dict(state["recipe"])
     model = build_network(recipe, state["image_size"], state["num_classes"])
+    gates = dict(named_gates(model))
+    if decisions is not None:
+        freeze(copy.deepcopy(model), decisions)  # refuses those of another network
+    for name, opened in state["decided"].items():
+        gates[name].freeze(opened)
+    if recipe.compact_training:
+        model = cut_frozen(model)
     model.load_state_dict(state["model"])
+    if decisions is not None:
+        freeze(model, {name: decisions[name] for name, _ in named_gates(model)})
     return model, recipe
 
 
@@ -133,10 +151,16 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = build_network(recipe, dataset.image_size, dataset.num_classes).to(self.device)
         self.model.to(memory_format=torch.channels_last)
+        # all gates of the run; those that are still in the network; the decisions that are final
         self.gates = dict(named_gates(self.model))
+        self.live = self.gates
+        self.decided: dict[str, Tensor] = {}
+        self.difference = 0.0  # the largest one that cutting the network made
         self.macs = macs(self.model, dataset.image_size)
         self.costs = gate_costs(self.model, dataset.image_size) if self.gates else {}
+        self.macs_training = self.macs
         self.switchable = sum(int(cost.sum()) for cost in self.costs.values())
+        self._constants: dict[str, Tensor] = {}  # decisions of gates that left the network
         self._device_costs = {name: cost.to(self.device, torch.float32) for name, cost in self.costs.items()}
         target, lowest = recipe.target_macs, lowest_share(self.costs, self.macs)
         if self.gates and target is not None and target < lowest:
@@ -201,28 +225,80 @@ class Trainer:
                 )
 
     def decide(self) -> Decisions:
-        """Decisions of the gates over the training images, without augmentation; with a target those that meet it."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            decisions = decide(self.model, self.batches(self.dataset.train))
+        """Decisions of the gates over the training images, without augmentation; with a target those that meet it.
+
+        Final decisions are among them as they are.
+        """
+        gates, samples = {name: GateDecision(opened.double(), opened) for name, opened in self.decided.items()}, 0
+        if len(gates) < len(self.gates):
+            samples = len(self.dataset.train)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                gates = {**decide(self.model, self.batches(self.dataset.train)), **gates}
+        decisions = Decisions({name: gates[name] for name in self.gates}, samples=samples)
         target = self.recipe.target_macs
-        return decisions if target is None else meet_target(decisions, self.costs, target, self.macs)
+        if target is None:
+            return decisions
+        return meet_target(decisions, self.costs, target, self.macs, held=self.decided)
 
     def _enter_phase(self) -> None:
-        """Hold the gates open, let them live, or decide and freeze them, as the epoch asks."""
-        if not self.gates or self.step:
+        """Hold the gates open, let them live, or make decisions final, as the epoch asks."""
+        if self.step or len(self.decided) == len(self.gates):
             return
-        recipe, frozen = self.recipe, all(gate.frozen for gate in self.gates.values())
-        settled = recipe.settle_at is not None and self.epoch >= round(recipe.settle_at * recipe.epochs)
+        recipe = self.recipe
         if self.epoch < round(recipe.open_until * recipe.epochs):
             for gate in self.gates.values():
                 gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
-        elif settled and not frozen:
+        elif recipe.settle_at is not None and self.epoch >= round(recipe.settle_at * recipe.epochs):
             decisions = self.decide()
             decisions.to_json(self.folder / "decisions.json")
-            freeze(self.model, decisions)
-        elif frozen and not settled:
-            for gate in self.gates.values():
-                gate.unfreeze()
+            self._make_final({name: gate.open for name, gate in decisions.items()})
+        else:
+            for name, gate in self.gates.items():
+                if gate.frozen and name not in self.decided:
+                    gate.unfreeze()
+            self._make_final(self._find_unanimous())
+
+    def _find_unanimous(self) -> dict[str, Tensor]:
+        """Decisions that all samples of the last `commit_after` epochs agree on and that the target allows."""
+        recipe = self.recipe
+        if recipe.commit_after is None:
+            return {}
+        # while the target falls, gates are open because it asks for that: only closed ones are decided then
+        searching = self.epoch - round(recipe.open_until * recipe.epochs)
+        steady = (
+            searching if recipe.target_macs is None else self.epoch - math.ceil(recipe.anneal_until * recipe.epochs)
+        )
+        last = [line["gates"] for line in self.history[-recipe.commit_after :]]
+        found = {
+            name: opened
+            for name, opened in unanimous(last).items()
+            if name not in self.decided and (steady if opened.any() else searching) >= recipe.commit_after
+        }
+        if recipe.target_macs is None:
+            return found
+        return within_reach(found, self.decided, self.costs, recipe.target_macs, self.macs)
+
+    def _make_final(self, decisions: Mapping[str, Tensor]) -> None:
+        """Freeze these gates for good and, where the recipe says so, remove from the network what they closed."""
+        for name, opened in decisions.items():
+            self.gates[name].freeze(opened)
+        if self.recipe.compact_training and decisions.keys() - self.decided.keys():
+            frozen = copy.deepcopy(self.model)
+            self._cut()
+            cut = copy.deepcopy(self.model)
+            hold_open(frozen, cut)
+            x, _ = next(iter(self.batches(self.dataset.test)))
+            self.difference = max(self.difference, check_equal(frozen, cut, x, self.recipe.gating))
+        self.decided.update(decisions)
+
+    def _cut(self) -> None:
+        """Let frozen gates and what they closed leave the network and the optimizer."""
+        self.model = commit(self.model, self.optimizer)
+        self.live = dict(named_gates(self.model))
+        self.macs_training = macs(self.model, self.dataset.image_size)
+        self._constants = {
+            name: gate.open.to(self.device, torch.float32) for name, gate in self.gates.items() if name not in self.live
+        }
 
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
         recipe, steps = self.recipe, len(self.train_batches)
@@ -232,7 +308,7 @@ class Trainer:
                 group["lr"] = recipe.learning_rate_at(self.epoch + (self.step + 0.5) / steps)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                 scores = self.model(x)
-            means = losses.gate_means(self.model) if self.gates else {}
+            means = losses.gate_means(self.live.items()) if self.live else {}
             parts = self._losses(scores.float(), y, means)
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(parts["loss"]).backward()
@@ -251,8 +327,8 @@ class Trainer:
         zero = torch.zeros((), device=self.device)
         parts = {"task": task, "polarization": zero, "activation": zero, "budget": zero}
         total = task
-        if self.gates and not all(gate.frozen for gate in self.gates.values()):
-            recipe = self.recipe
+        if not all(gate.frozen for gate in self.live.values()):
+            recipe, means = self.recipe, self._add_constants(means)
             parts["polarization"] = losses.polarization(means)
             parts["activation"] = losses.activation(means)
             target = recipe.target_at(self.epoch + self.step / len(self.train_batches))
@@ -267,6 +343,10 @@ class Trainer:
             ):
                 total = total + schedules.parse(weight)(self.epoch) * parts[name]
         return {"loss": total, **parts}
+
+    def _add_constants(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means of all gates of the run, in forward order."""
+        return {name: means[name] if name in means else self._constants[name] for name in self.gates}
 
     def _accumulate(self, parts: dict[str, Tensor], means: Mapping[str, Tensor], scores: Tensor, y: Tensor) -> None:
         with torch.no_grad():
@@ -294,7 +374,8 @@ class Trainer:
         evaluation = Spending()
         evaluation.add(window.result)
         self._check_finite(torch.tensor(evaluated["loss"]))
-        means = {name: (self.sums[f"gate:{name}"] / steps).cpu().double() for name in self.gates}
+        means = self._add_constants({name: self.sums[f"gate:{name}"] / steps for name in self.live})
+        means = {name: mean.cpu().double() for name, mean in means.items()}
         closed_macs = sum(float((self.costs[name] * (1 - mean)).sum()) for name, mean in means.items())
         record = {
             "epoch": self.epoch + 1,
@@ -306,7 +387,13 @@ class Trainer:
             "open_ratio": float(torch.cat(list(means.values())).mean()) if means else 1.0,
             "polarization": float(torch.stack([(m * (1 - m)).mean() for m in means.values()]).mean()) if means else 0.0,
             "macs": round(self.macs - closed_macs),
+            "macs_training": {
+                "per_image": self.macs_training,
+                "total": self.macs_training * steps * self.recipe.batch_size
+                + (self.history[-1]["macs_training"]["total"] if self.history else 0),
+            },
             "frozen": bool(self.gates) and all(gate.frozen for gate in self.gates.values()),
+            "max_abs_difference": self.difference,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gates": {name: mean.tolist() for name, mean in means.items()},
             **describe_epoch(self.spending, evaluation, self.history),
@@ -345,6 +432,8 @@ class Trainer:
             "recipe": asdict(self.recipe),
             "image_size": list(self.dataset.image_size),
             "num_classes": self.dataset.num_classes,
+            "decided": self.decided,
+            "difference": self.difference,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -364,6 +453,12 @@ class Trainer:
         state = load_checkpoint(path, self.device)
         if recipe_from_dict(state["recipe"]) != self.recipe:
             raise ValueError(f"{path}: it belongs to another recipe than {self.folder / 'config.json'}")
+        self.decided = {name: opened.cpu() for name, opened in state["decided"].items()}
+        self.difference = state["difference"]
+        for name, opened in self.decided.items():
+            self.gates[name].freeze(opened)
+        if self.decided and self.recipe.compact_training:
+            self._cut()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

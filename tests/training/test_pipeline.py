@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 import fastgate as fg
 from fastgate.gates import Gate
-from fastgate.training import pipeline
-from fastgate.training.pipeline import NotEqual, Run, train
+from fastgate.training import pipeline, trainer
+from fastgate.training.equality import NotEqual
+from fastgate.training.pipeline import Run, train
 from tests.training.runs import TINY
 
 
@@ -34,16 +35,25 @@ def test_run_folder_holds_everything(finished: tuple[Path, dict[str, Any]]) -> N
 def test_rows_of_the_summary(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = finished
     rows = summary["rows"]
-    assert list(rows) == ["unpruned", "gated", "compact"]
+    # every gate left the network when it was settled: what was trained from then on is the compact network
+    assert list(rows) == ["unpruned", "compact"]
     small = fg.load(folder / "model.safetensors")
     assert not any(isinstance(module, Gate) for module in small.modules())
     assert rows["compact"]["macs"] == fg.macs(small, (1, 8, 8))
     assert rows["compact"]["parameters"] == sum(p.numel() for p in small.parameters())
     assert rows["unpruned"]["macs"] == fg.macs(fg.models.resnet(8, in_channels=1), (1, 8, 8))
-    assert rows["gated"]["macs"] == rows["unpruned"]["macs"]  # closed branches are still computed
-    assert rows["gated"]["parameters"] > rows["unpruned"]["parameters"]
     assert rows["compact"]["open_ratio"] == fg.Decisions.from_json(folder / "decisions.json").open_ratio
     assert all(row["latency_ms"] > 0 and row["images_per_second"] > 0 for row in rows.values())
+    assert summary["max_abs_difference"] == 0.0
+    assert rows["compact"]["macs_training"] < rows["unpruned"]["macs_training"]
+
+
+def test_a_network_that_keeps_its_gates_has_a_row(tmp_path: Path) -> None:
+    summary = train(Run(replace(TINY, compact_training=False), tmp_path / "run"))
+    rows = summary["rows"]
+    assert list(rows) == ["unpruned", "gated", "compact"]
+    assert rows["gated"]["macs"] == rows["unpruned"]["macs"] > rows["compact"]["macs"]
+    assert rows["gated"]["parameters"] > rows["unpruned"]["parameters"]
     # frozen before the last epoch, so the gated network and the compact one say the same
     assert rows["gated"]["accuracy"] == rows["compact"]["accuracy"]
     assert summary["max_abs_difference"] == 0.0
@@ -77,16 +87,23 @@ def test_channel_gates_live_to_the_end(tmp_path: Path) -> None:
     assert not any("gate" in name for name in tensors)
 
 
-def test_a_network_that_differs_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(model: torch.nn.Module) -> torch.nn.Module:
-        small = fg.compact(model)
+@pytest.mark.parametrize(
+    ("module", "name", "during_training"), [(pipeline, "compact", False), (trainer, "commit", True)]
+)
+def test_a_network_that_differs_is_not_saved(
+    module: Any, name: str, during_training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = getattr(module, name)
+
+    def spoiled(*arguments: Any) -> torch.nn.Module:
+        small = cut(*arguments)
         with torch.no_grad():
             small.fc.bias[0] += 1e-3
         return small
 
-    monkeypatch.setattr(pipeline, "compact", spoiled)
-    with pytest.raises(NotEqual, match=r"differs from the frozen one by 0.001, expected at most 0"):
-        train(Run(TINY, tmp_path / "run"))
+    monkeypatch.setattr(module, name, spoiled)
+    with pytest.raises(NotEqual, match=r"differs from the frozen one by 0.001\d*, expected at most 0"):
+        train(Run(replace(TINY, compact_training=during_training), tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

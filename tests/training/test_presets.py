@@ -32,6 +32,7 @@ def test_paper_presets_are_section_5_1_as_printed(name: str) -> None:
     # gates live from the first epoch to the last, clipped window, PyTorch's initialisation, no target
     assert (recipe.open_until, recipe.settle_at, recipe.window, recipe.init_logit) == (0, None, "clipped", None)
     assert recipe.target_at(100) is None
+    assert (recipe.commit_after, recipe.compact_training) == (None, False)
     assert recipe.gate_input == ("flatten" if recipe.gating == "channel" else "pool")
 
 
@@ -40,6 +41,7 @@ def test_default_presets_are_the_strong_plain_recipe(name: str) -> None:
     recipe = PRESETS[name]
     assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (300, 256, 5)
     assert (recipe.learning_rate, recipe.nesterov, recipe.weight_decay) == (0.1, True, 5e-4)
+    assert (recipe.commit_after, recipe.compact_training) == (5, True)
     assert recipe.learning_rate_at(2.5) == pytest.approx(0.05)
     assert recipe.learning_rate_at(5) == pytest.approx(0.1)
     assert recipe.learning_rate_at(5 + 295 / 3) == pytest.approx(0.1 * 0.5 * (1 + math.cos(math.pi / 3)))
@@ -98,6 +100,7 @@ def test_unreadable_values(name: str, text: str, message: str) -> None:
         ({"settle_at": 0.3}, "expected increasing shares of the epochs"),
         ({"precision": "fp8"}, "precision: expected one of auto, fp32, fp16, bf16"),
         ({"control": "retrain"}, "control: expected one of none, unpruned"),
+        ({"commit_after": 0}, "commit_after: expected a number from 1 to inf, got 0"),
         ({"gate_depth": 3}, "gate_depth: expected a number from 1 to 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

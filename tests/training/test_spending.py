@@ -142,7 +142,7 @@ def text_of(print_: Any, value: dict[str, Any]) -> str:
 
 
 def test_summary_and_table(burning: Path, tmp_path: Path) -> None:
-    run = Run(replace(TINY, control="unpruned"), tmp_path / "run")
+    run = Run(replace(TINY, control="unpruned", compact_training=False), tmp_path / "run")
 
     def forward_and_burn(*_: Any) -> None:
         if not torch.is_grad_enabled() and torch.is_inference_mode_enabled():

@@ -1,0 +1,103 @@
+"""Frozen gates leave a network in training, with what they closed, and the optimizer goes on with the rest."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.pruning.compaction import cut_frozen
+
+
+def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """Remove from a network in training, in place, what frozen gates closed, and their heads; live gates stay live.
+
+    Closed blocks leave, closed channels are cut, an open block becomes a plain one. In eval mode the network computes
+    what it computed before: bit-equal for layer gates, up to the rounding of shorter sums for channel gates.
+
+    The optimizer keeps its parameter groups, without the parameters that left. Of its state, tensors of their
+    parameter's shape (momentum, Adam's moments) are cut like the parameter; everything else is kept. So training goes
+    on as that of the frozen network would. Call it between two steps: gradients of cut parameters are dropped. Losses
+    that are means over a model's gates are from then on means over those that are left.
+
+    Args:
+        model: a network with gates, some or all frozen.
+        optimizer: of this network's parameters, all or some.
+
+    Returns:
+        The same model, unless it is itself one closed block: then what is left of that.
+
+    Raises:
+        ValueError: parameters of another network, state that cannot be cut, or a frozen gate whose block cannot be cut
+            (see :func:`fastgate.compact`). Model and optimizer are then as they were.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    if foreign := sum(p not in names for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"optimizer: expected parameters of this model, got {foreign} others; commit with the optimizer that "
+            "trains this model"
+        )
+    shapes = {name: parameter.shape for parameter, name in names.items()}
+    state = {names[parameter]: entries for parameter, entries in optimizer.state.items()}
+    # copies are cut first: what cannot be cut is found out before anything has changed
+    left = {name: parameter.shape for name, parameter in _cut_copy(model, {}).items()}
+    moved = {key: _cut_copy(model, values) for key, values in _split_state(state, shapes, left).items()}
+
+    model = cut_frozen(model)
+    parameters = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        kept = [names[parameter] for parameter in group["params"] if names[parameter] in parameters]
+        group["params"] = [parameters[name] for name in kept]
+    optimizer.state.clear()
+    for name, entries in state.items():
+        if name in parameters:
+            optimizer.state[parameters[name]] = {
+                key: moved[key][name] if _is_like(value, shapes[name]) else value for key, value in entries.items()
+            }
+    return model
+
+
+def _is_like(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.shape == shape
+
+
+def _split_state(
+    state: Mapping[str, dict[str, Any]], shapes: Mapping[str, torch.Size], left: Mapping[str, torch.Size]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of their parameter's shape: key of the optimizer's state -> parameter's name -> tensor."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, entries in state.items():
+        for key, value in entries.items():
+            if _is_like(value, shapes[name]):
+                found.setdefault(key, {})[name] = value
+            elif isinstance(value, Tensor) and value.dim() > 0 and left.get(name, shapes[name]) != shapes[name]:
+                raise ValueError(
+                    f"optimizer: expected its state {key!r} of {name!r} to have the parameter's shape "
+                    f"{list(shapes[name])}, got {list(value.shape)}, which cannot be cut; commit with SGD or Adam"
+                )
+    return found
+
+
+def _cut_copy(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name of a cut copy of the model in which `values` stand in for parameters."""
+    copied = copy.deepcopy(model)
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        copied.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    return {name: parameter.detach() for name, parameter in cut_frozen(copied).named_parameters()}
+
+
+def unanimous(epochs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Tensor]:
+    """Gates whose every decision was the same for all samples of all these epochs, bool `[gates]` by name.
+
+    Args:
+        epochs: for each epoch the mean decisions of every gate, by name.
+    """
+    if not epochs:
+        return {}
+    return {
+        name: torch.tensor(means) == 1
+        for name, means in epochs[-1].items()
+        if set(means) <= {0.0, 1.0} and all(epoch[name] == means for epoch in epochs)
+    }

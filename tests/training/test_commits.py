@@ -1,0 +1,212 @@
+"""Gates whose decisions are final leave the network in training: what that changes, and what it must not."""
+
+import itertools
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastgate as fg
+from fastgate.pruning.decisions import GateDecision
+from fastgate.training.checkpoint import load_checkpoint
+from fastgate.training.data import Dataset, load_dataset
+from fastgate.training.pipeline import Run, train
+from fastgate.training.trainer import Interrupted, Trainer, evaluate, load_network
+from tests.training.runs import TINY, TINY_OPTIONS, checkpoint_state, differences, run_cli
+
+# after four epochs all samples close the first block and open the last one: committed; the other is settled after six
+EARLY = replace(TINY, epochs=7, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def fit(recipe: Any, digits: Dataset, folder: Path) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    trainer = Trainer(recipe, digits, folder)
+    trainer.fit()
+    return trainer
+
+
+def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) -> None:
+    trainer = fit(EARLY, digits, tmp_path)
+    lines = metrics(tmp_path)
+    costs = [line["macs_training"]["per_image"] for line in lines]
+    assert costs[0] == trainer.macs and costs == sorted(costs, reverse=True)
+    assert costs[3] == trainer.macs > costs[4]  # the early commit
+    assert costs[-1] == fg.macs(trainer.model, digits.image_size) == lines[-1]["macs"]
+    images = len(trainer.train_batches) * EARLY.batch_size
+    assert [line["macs_training"]["total"] for line in lines] == [
+        images * total for total in itertools.accumulate(costs)
+    ]
+    assert list(fg.named_gates(trainer.model)) == [] and not any("gate" in name for name in trainer.model.state_dict())
+    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in trainer.model.parameters()
+    }
+    # every line and the decisions speak of all gates, also of those that are gone
+    assert all(list(line["gates"]) == list(trainer.gates) for line in lines)
+    decisions = fg.Decisions.from_json(tmp_path / "decisions.json")
+    assert lines[-1]["gates"] == {name: gate.open.double().tolist() for name, gate in decisions.items()}
+    assert lines[-1]["open_ratio"] == decisions.open_ratio and lines[-1]["polarization"] == 0.0
+    assert lines[-1]["frozen"] and not lines[3]["frozen"]
+
+
+@pytest.mark.parametrize("gating", ["layer", "channel"])
+def test_a_commit_changes_nothing_in_what_the_network_says(gating: str, digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
+    cut, seen = trainer._cut, []
+
+    def watched_cut() -> None:
+        before = evaluate(trainer.model, trainer.batches(digits.test))
+        cut()
+        seen.append((before, evaluate(trainer.model, trainer.batches(digits.test))))
+
+    trainer._cut = watched_cut  # type: ignore[method-assign]
+    trainer.fit()
+    assert len(seen) == (2 if gating == "layer" else 1)
+    for before, after in seen:
+        assert after["accuracy"] == before["accuracy"]
+        assert after["loss"] == pytest.approx(before["loss"], rel=0.0 if gating == "layer" else 1e-5)
+    assert trainer.difference <= (0.0 if gating == "layer" else 1e-4)
+
+
+def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(digits: Dataset, tmp_path: Path) -> None:
+    """Times zero or gone is the same to the rest of the network, in every step."""
+    cut = fit(EARLY, digits, tmp_path / "cut")
+    kept = fit(replace(EARLY, compact_training=False), digits, tmp_path / "kept")
+    ours, theirs = cut.model.state_dict(), fg.compact(kept.model).state_dict()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    for a, b in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "kept"), strict=True):
+        assert [a[key] for key in ("eval", "gates", "macs")] == [b[key] for key in ("eval", "gates", "macs")]
+    assert {line["macs_training"]["per_image"] for line in metrics(tmp_path / "kept")} == {kept.macs}
+
+
+def test_gates_are_open_for_the_target_before_it_stands_still(digits: Dataset, tmp_path: Path) -> None:
+    """At the start of the search every gate is open for every sample: that decides nothing."""
+    trainer = Trainer(EARLY, digits, tmp_path)
+    names = list(trainer.gates)
+    trainer.history = [{"gates": dict(zip(names, ([1.0], [1.0], [0.0]), strict=True))}] * 3
+    trainer.epoch = 2  # the target falls from epoch 1 to 2.8
+    assert {name: opened.tolist() for name, opened in trainer._find_unanimous().items()} == {names[2]: [False]}
+    trainer.epoch = 4
+    assert list(trainer._find_unanimous()) == [names[0], names[2]]  # all three are too much: 0.58 for 0.5
+
+
+def test_commits_leave_the_target_within_reach(digits: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(EARLY, digits, tmp_path)
+    for flag in (0.0, 1.0):
+        trainer.history = [{"gates": {name: [flag] for name in trainer.gates}}] * 3
+        trainer.epoch = 5
+        found = trainer._find_unanimous()
+        assert 0 < len(found) < len(trainer.gates) and all(bool(o) == bool(flag) for o in found.values())
+
+
+def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
+    train_epoch = trainer._train_epoch
+
+    def train_and_stop(progress: Any, interrupted: list[bool]) -> None:
+        if trainer.epoch == epoch:
+            interrupted.append(True)
+        train_epoch(progress, interrupted)
+
+    trainer._train_epoch = train_and_stop  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("epoch", [4, 6])
+@pytest.mark.parametrize("gating", ["layer", "channel"])
+def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tmp_path: Path) -> None:
+    """Epoch 4 (from 0) begins with the early commit of the layer gates, epoch 6 with that of all gates."""
+    recipe = replace(EARLY, gating=gating)
+    whole = fit(recipe, digits, tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    first = Trainer(recipe, digits, tmp_path / "parts")
+    interrupt_in_epoch(first, epoch)
+    with pytest.raises(Interrupted):
+        first.fit()
+    saved = load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
+    assert (saved["epoch"], saved["step"]) == (epoch, 1)
+    assert len(saved["decided"]) == (3 if epoch == 6 else 2 if gating == "layer" else 0)
+    second = Trainer(recipe, digits, tmp_path / "parts", resume=True)
+    second.fit()
+    assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts")) == []
+    ours, theirs = metrics(tmp_path / "parts"), metrics(tmp_path / "whole")
+    for a, b in zip(ours, theirs, strict=True):
+        assert [a[key] for key in a if key not in ("seconds", "joules", "energy")] == [
+            b[key] for key in b if key not in ("seconds", "joules", "energy")
+        ]
+    assert second.difference == whole.difference
+
+
+@pytest.mark.parametrize("when", ["commit(self.model, self.optimizer)", "epoch"])
+def test_killed_after_a_commit(when: str, tmp_path: Path) -> None:
+    """SIGKILL between the settle commit and its first step, or right after the epoch behind it was saved."""
+    options = [*TINY_OPTIONS, "--gating", "channel", "--epochs", "5"]
+    undisturbed = run_cli("train", *options, "--output", tmp_path / "whole")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    method, condition = ("_cut", "True") if when != "epoch" else ("_save_checkpoint", "self.decided and not self.step")
+    code = f"""
+import os, signal
+from fastgate.training.trainer import Trainer
+method = Trainer.{method}
+def dying(self):
+    method(self)
+    if {condition}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.{method} = dying
+"""
+    assert run_cli("train", *options, "--output", tmp_path / "run", code=code).returncode == -signal.SIGKILL
+    assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["decided"]) == (3 if when == "epoch" else 0)
+    resumed = run_cli("train", "--output", tmp_path / "run", "--resume", "--device", "cpu")
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("epochs", [5, 7])
+@pytest.mark.parametrize("gating", ["layer", "channel"])
+def test_a_checkpoint_gives_the_cut_network(gating: str, epochs: int, digits: Dataset, tmp_path: Path) -> None:
+    """After five epochs some layer gates are gone, after seven all."""
+    trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
+    if epochs == 5:
+        interrupt_in_epoch(trainer, epochs - 1)
+        with pytest.raises(Interrupted):
+            trainer.fit()
+    else:
+        trainer.fit()
+    model, _ = load_network(tmp_path / "checkpoint.pt")
+    ours, theirs = trainer.model.state_dict(), model.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert dict(fg.named_gates(model)).keys() == trainer.live.keys()
+    # decisions of all gates: those that are gone have theirs
+    closed = {
+        name: (gate.open if gate.frozen else torch.zeros(gate.gates) == 1) for name, gate in trainer.gates.items()
+    }
+    decisions = fg.Decisions({name: GateDecision(o.double(), o) for name, o in closed.items()})
+    frozen, _ = load_network(tmp_path / "checkpoint.pt", decisions)
+    assert all(gate.frozen for _, gate in fg.named_gates(frozen))
+    with pytest.raises(ValueError, match="these are decisions of another network"):
+        load_network(tmp_path / "checkpoint.pt", fg.Decisions({}))
+
+
+def test_early_commits_without_a_settle_epoch(tmp_path: Path) -> None:
+    """Gates that are left at the end are decided then; the table has what was trained and what is shipped."""
+    summary = train(Run(replace(EARLY, settle_at=None), tmp_path / "run"))
+    rows = summary["rows"]
+    assert list(rows) == ["unpruned", "gated", "compact"]
+    assert rows["unpruned"]["macs"] > rows["gated"]["macs"] >= rows["compact"]["macs"]
+    assert summary["max_abs_difference"] == 0.0
+    assert list(fg.Decisions.from_json(tmp_path / "run" / "decisions.json")) == [f"layer{i}.0.gate" for i in (1, 2, 3)]
+
+
+def test_no_commit_before_the_settle_epoch_where_none_is_asked_for(digits: Dataset, tmp_path: Path) -> None:
+    trainer = fit(replace(EARLY, commit_after=None), digits, tmp_path)
+    assert [line["macs_training"]["per_image"] for line in metrics(tmp_path)][:6] == [trainer.macs] * 6
