@@ -27,8 +27,8 @@ from fastgate.energy import Energy, EnergyMeter
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.training.data import Batches, Dataset, load_dataset
+from fastgate.training.networks import build_network, evaluate, resolve_precision
 from fastgate.training.presets import Recipe
-from fastgate.training.trainer import build_network, evaluate, resolve_precision
 
 
 def build_networks(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""The command line: `fastgate train | evaluate | compact | energy probe | env`."""
+"""The command line: `fastgate train | evaluate | compact | compare | energy probe | env`."""
 
 import inspect
 import json
@@ -13,6 +13,7 @@ import torch
 import typer
 
 from fastgate.env import describe_environment
+from fastgate.files import write_atomically
 from fastgate.gates import named_gates
 from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
@@ -60,7 +61,7 @@ def train(
     """
     from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
-    from fastgate.training.pipeline import CONTROL, Run, read_config
+    from fastgate.training.pipeline import CONTROL_PREFIX, Run, read_config
     from fastgate.training.pipeline import train as train_run
     from fastgate.training.trainer import Interrupted
 
@@ -92,8 +93,8 @@ def train(
         raise typer.Exit(130) from None
     print_summary(summary)
     curves = {"gated" if recipe.gating != "none" else "unpruned": folder}
-    if recipe.control == "unpruned" and recipe.gating != "none":
-        curves["unpruned"] = folder / CONTROL
+    if recipe.gating != "none":
+        curves |= {kind: folder / f"{CONTROL_PREFIX}{kind}" for kind in recipe.controls}
     if draw_energy(curves, folder / "energy.png"):
         typer.echo(f"energy over the epochs: {folder / 'energy.png'}")
     typer.echo(f"run folder: {folder}")
@@ -131,8 +132,8 @@ def evaluate(
     """Measure a saved network: test accuracy, MACs, parameters, latency, images per second, joules per image."""
     from fastgate.reports.tables import print_evaluation
     from fastgate.training.data import Batches, load_dataset
+    from fastgate.training.networks import evaluate as evaluate_network
     from fastgate.training.pipeline import NETWORK, measure_networks
-    from fastgate.training.trainer import evaluate as evaluate_network
 
     path = network / NETWORK if network.is_dir() else network
     model = load(path)
@@ -160,13 +161,29 @@ def compact(
     decisions: Annotated[Path | None, typer.Option(help="decisions.json to freeze live gates with")] = None,
 ) -> None:
     """Turn a gated checkpoint into a compact network; its gates must be frozen or gone, or --decisions given."""
-    from fastgate.training.trainer import load_network
+    from fastgate.training.networks import load_network
 
     checkpoint = source / "checkpoint.pt" if source.is_dir() else source
     model, recipe = load_network(checkpoint, None if decisions is None else Decisions.from_json(decisions))
     small = compact_network(model) if any(named_gates(model)) else model
     save(small, output, metadata={"recipe": json.dumps(vars(recipe))})
     typer.echo(f"wrote {output}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders; those that differ by the seed are taken together")],
+    output: Annotated[Path | None, typer.Option(help="also write the numbers to this .json file")] = None,
+) -> None:
+    """Print finished runs and their controls side by side: mean and spread over the seeds, last epoch."""
+    from fastgate.reports.comparison import compare_runs
+    from fastgate.reports.tables import print_comparison
+
+    comparison = compare_runs(runs)
+    print_comparison(comparison)
+    if output is not None:
+        write_atomically(output, json.dumps(comparison, indent=2) + "\n")
+        typer.echo(f"wrote {output}")
 
 
 @energy.command()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate import functional
-from fastgate.gates import Gate, LayerGate
+from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.ops.dispatch import requested_impl
 from fastgate.ops.gated_conv import take
 
@@ -211,6 +211,24 @@ class ResidualBlock(nn.Module):
     def extra_repr(self) -> str:
         """One line: the chain."""
         return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
+
+
+def gated_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
+    """Every gate's block, by the gate's name.
+
+    Raises:
+        ValueError: a gate outside a residual block of this library, whose computation is unknown here.
+    """
+    blocks = {}
+    for name, _ in named_gates(model):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(parent, ResidualBlock) or not name.endswith("gate"):
+            raise ValueError(
+                f"gate {name!r}: expected it in a residual block placed by fastgate.attach(), got it in "
+                f"{type(parent).__name__}; declare that class with fastgate.register_block() and attach the gates"
+            )
+        blocks[name] = parent
+    return blocks
 
 
 def _is_plain_conv(module: nn.Module) -> bool:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
-from fastgate.models.block import EmptyConv2d, ResidualBlock
+from fastgate.models.block import EmptyConv2d, ResidualBlock, gated_blocks
 from fastgate.modes import eval_mode
-from fastgate.pruning.costs import gated_blocks
 
 
 def compact(model: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ def meet_target(
     earlier one stays open; where samples are divided the target decides; what they agree on is given up only to get
     near enough.
 
-    * Layer gates: near enough is half the MACs of the most expensive block, which whole layers can always reach.
+    * Layer gates: only the nearest sum that whole layers can reach is near enough.
     * Channel gates: near enough is 0.5 % of the target. Each gate keeps its channel of the highest mean, since without
       any channel more would go than the costs say. Up to 32 channels of equal cost on either side of the ranking's
       border may leave the ranking for the target's sake, which is far more than networks need.
@@ -104,10 +104,8 @@ def within_reach(
 
 
 def _near_enough(costs: Mapping[str, Tensor], target: float, total: int) -> float:
-    """How many MACs the target may be missed by."""
-    if all(len(cost) == 1 for cost in costs.values()):
-        return max((int(cost) for cost in costs.values()), default=0) / 2
-    return _TOLERANCE * target * total
+    """How much of the cost the target may be missed by."""
+    return 0.0 if all(len(cost) == 1 for cost in costs.values()) else _TOLERANCE * target * total
 
 
 def _miss(held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int) -> float:

@@ -10,7 +10,7 @@ _COLUMNS = ("network", "test acc.", "open", "MACs", "params", "latency", "images
 
 
 def _count(value: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+    for unit, size in (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if value >= size:
             return f"{value / size:.2f} {unit}"
     return str(value)
@@ -48,7 +48,69 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+    _print_training(summary, console)
     _print_energy(summary, console)
+
+
+def _print_training(summary: dict[str, Any], console: Console) -> None:
+    """What training each network took in all, next to the unpruned one."""
+    rows = summary["rows"]
+    trained = {name: row for name, row in rows.items() if "macs_training" in row}
+    table = Table(title="training, all epochs (MACs: forward passes, without gate heads)")
+    for column in ("network", "MACs", "of unpruned", "seconds", "of unpruned", "energy"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    unpruned = rows["unpruned"]
+    macs = unpruned["macs"] * summary["images_trained"]
+    for name, row in trained.items():
+        seconds = unpruned.get("seconds_training")
+        table.add_row(
+            name,
+            _count(row["macs_training"]),
+            f"{row['macs_training'] / macs:.1%}",
+            f"{row['seconds_training']:,.0f}",
+            "unknown" if not seconds else f"{row['seconds_training'] / seconds:.1%}",
+            _joules(row["joules_training"]),
+        )
+    console.print(table)
+
+
+def print_comparison(comparison: dict[str, Any], console: Console | None = None) -> None:
+    """Print what :func:`fastgate.reports.comparison.compare_runs` found, a table per recipe."""
+    console = console or Console()
+    for group in comparison["groups"]:
+        recipe, seeds = group["recipe"], group["seeds"]
+        title = f"{recipe['network']} on {comparison['dataset']}, {recipe['gating']} gates, {recipe['epochs']} epochs"
+        table = Table(title=title)
+        # short enough for all of them to fit 80 columns
+        for column in ("network", "test acc.", "to compact", "MACs", "images/s", "training MACs", "time"):
+            table.add_column(column, justify="left" if column == "network" else "right")
+        for name, measures in group["networks"].items():
+            macs, images, training = (measures[key] for key in ("macs", "images_per_second", "macs_training"))
+            seconds = measures["seconds_training"]
+            table.add_row(
+                name,
+                _spread(measures["accuracy"]),
+                _spread(measures.get("to_compact"), sign="+") if name != "compact" else "",
+                _count(round(macs["mean"])),
+                f"{images['mean']:,.0f}",
+                "unknown" if training is None else _count(round(training["mean"])),
+                "unknown" if seconds is None else f"{seconds['mean']:,.0f} s",
+            )
+        console.print(table)
+        spread = "mean ± standard deviation" if len(seeds) > 1 else "one seed, no spread"
+        lines = [f"seeds {', '.join(map(str, seeds))}: {spread}; accuracy of the last epoch"]
+        if group["differs"]:
+            lines.append(", ".join(f"{name} {value}" for name, value in group["differs"].items()))
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _spread(measure: dict[str, Any] | None, sign: str = "") -> str:
+    """Mean and spread of a share, in percent."""
+    if measure is None:
+        return "unknown"
+    spread = "" if measure["spread"] is None else f" ± {100 * measure['spread']:.2f}"
+    return f"{100 * measure['mean']:{sign}.2f}{spread}"
 
 
 def _joules(value: float | None) -> str:

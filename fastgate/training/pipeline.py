@@ -17,14 +17,16 @@ from fastgate.pruning.decisions import Decisions, freeze
 from fastgate.pruning.energy import measure_inference
 from fastgate.pruning.latency import measure_latency
 from fastgate.pruning.storage import save
+from fastgate.training.controls import control_recipe, draw_decisions
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.equality import check_equal
+from fastgate.training.networks import build_network, evaluate
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.spending import sum_joules
-from fastgate.training.trainer import Trainer, build_network, evaluate
+from fastgate.training.trainer import Trainer
 
 CONFIG, SUMMARY, DECISIONS, NETWORK = "config.json", "summary.json", "decisions.json", "model.safetensors"
-CONTROL = "control-unpruned"
+CONTROL_PREFIX = "control-"
 
 _LATENCY_BATCH = 256
 
@@ -38,6 +40,7 @@ class Run:
     data_root: str | None = None
     download: bool = False
     device: str = "cpu"
+    control: str | None = None  # what kind of control of another run this one is
 
     def load_data(self) -> Dataset:
         """The run's data set, on its device."""
@@ -49,10 +52,11 @@ class Run:
 
 def start_trainer(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
     """A trainer for the run; of a new run the folder is made, once everything else about it has proved possible."""
-    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume)
+    title = None if run.control is None else f"{run.recipe.network} {run.control}"
+    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title)
     if not resume:
         run.folder.mkdir(parents=True, exist_ok=True)
-        content = {"recipe": asdict(run.recipe), "environment": describe_environment()}
+        content = {"recipe": asdict(run.recipe), "control": run.control, "environment": describe_environment()}
         write_atomically(run.folder / CONFIG, json.dumps(content, indent=2))
     return trainer
 
@@ -91,60 +95,79 @@ def read_config(folder: Path) -> Recipe:
 
 
 def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
-    """Train a run to its end, and its control if the recipe asks for one; returns and writes the summary.
+    """Train a run to its end, and the controls that its recipe asks for; returns and writes the summary.
 
-    The summary (`summary.json`) has a row per network: "unpruned", "gated" and "compact", with test accuracy of the
-    last epoch, open ratio, MACs, parameters, latency and throughput, and the conditions they were measured under. The
-    compact network is `model.safetensors`. A plain recipe (gating "none") has the first row only. The gated row is what
-    training ends with; where every gate has left the network during training that is the compact network, and there is
-    no gated row.
+    The summary (`summary.json`) has a row per network: "unpruned", "gated", "compact" and the other controls, with test
+    accuracy of the last epoch, open ratio, MACs, parameters, latency and throughput, what training took, and the
+    conditions they were measured under. The compact network is `model.safetensors`; controls lie in folders of their
+    own inside the run's. A plain recipe (gating "none") has the first row only. The gated row is what training ends
+    with; where every gate has left the network during training that is the compact network, and there is no gated row.
     """
     run = check_folder(run, resume=resume)
     dataset = run.load_data()
     trainer = start_trainer(run, dataset, resume=resume)
     trainer.fit()
     test = trainer.batches(dataset.test)
-    if not trainer.gates:
+    if not trainer.search.gates:
         save(trainer.model, run.folder / NETWORK, metadata=_network_metadata(run.recipe))
         return _write_summary(run, dataset, {"unpruned": trainer.model}, {"unpruned": trainer}, None)
 
     gated = evaluate(trainer.model, test, trainer.dtype)
     decisions = _final_decisions(trainer, run.folder)
-    small, difference = trainer.model, trainer.difference
-    if trainer.live:
-        freeze(trainer.model, {name: decisions[name] for name in trainer.live})
+    small, difference = trainer.model, trainer.search.difference
+    if trainer.search.live:
+        freeze(trainer.model, {name: decisions[name] for name in trainer.search.live})
         small = compact(trainer.model)
         x, _ = next(iter(test))
         difference = max(difference, check_equal(trainer.model, small, x, run.recipe.gating))
     save(small, run.folder / NETWORK, metadata=_network_metadata(run.recipe))
 
-    trainers = {"gated" if trainer.live else "compact": trainer}
-    networks = {**({"gated": trainer.model} if trainer.live else {}), "compact": small}
-    if run.recipe.control == "unpruned":
-        control = train_control(run, dataset, resume=resume)
-        trainers["unpruned"] = control
-        networks = {"unpruned": control.model, **networks}
-    else:
-        plain = build_network(replace(run.recipe, gating="none"), dataset.image_size, dataset.num_classes)
-        networks = {"unpruned": plain.to(run.device).to(memory_format=torch.channels_last), **networks}
-    for gate in trainer.live.values():
+    controls = {
+        kind: train_control(kind, run, dataset, decisions, macs(small, dataset.image_size), resume=resume)
+        for kind in run.recipe.controls
+    }
+    trainers = {"gated" if trainer.search.live else "compact": trainer, **controls}
+    networks = {kind: control.model for kind, control in controls.items()}
+    if "unpruned" not in networks:
+        plain = build_network(
+            replace(run.recipe, gating="none", control="none"), dataset.image_size, dataset.num_classes
+        )
+        networks["unpruned"] = plain.to(run.device).to(memory_format=torch.channels_last)
+    own = {**({"gated": trainer.model} if trainer.search.live else {}), "compact": small}
+    networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
+    for gate in trainer.search.live.values():
         gate.unfreeze()  # the gated row is timed as it trained: with its heads
     return _write_summary(run, dataset, networks, trainers, decisions, gated=gated, difference=difference)
 
 
-def train_control(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
-    """Train the same network without gates, with the same recipe and seed, in a folder inside the run's."""
-    control = replace(run, recipe=replace(run.recipe, gating="none", control="none"), folder=run.folder / CONTROL)
-    resume = resume and (control.folder / CONFIG).exists()
+def train_control(kind: str, run: Run, dataset: Dataset, decisions: Decisions, wanted: int, *, resume: bool) -> Trainer:
+    """Train a control of a run, see :data:`~fastgate.training.presets.CONTROLS`, in a folder inside the run's.
+
+    Args:
+        kind: of control.
+        run: the gated run.
+        dataset: its data.
+        decisions: what its search found.
+        wanted: MACs of its compact network.
+        resume: go on with what is in the folder, if anything is.
+    """
+    folder = run.folder / f"{CONTROL_PREFIX}{kind}"
+    recipe = control_recipe(kind, run.recipe, dataset.image_size, dataset.num_classes, wanted)
+    control = replace(run, recipe=recipe, folder=folder, control=kind)
+    resume = resume and (folder / CONFIG).exists()
     trainer = start_trainer(check_folder(control, resume=resume), dataset, resume=resume)
+    if trainer.search.gates and not trainer.search.over:
+        if kind == "random":
+            decisions = draw_decisions(decisions, trainer.search.macs_of, wanted, trainer.search.macs, recipe.seed)
+        decisions.to_json(folder / DECISIONS)
+        trainer.make_final({name: gate.open for name, gate in decisions.items()})
     trainer.fit()
     return trainer
 
 
 def _final_decisions(trainer: Trainer, folder: Path) -> Decisions:
     """The decisions of the settle epoch if there was one, else those of the trained gates over the training images."""
-    settled = all(gate.frozen for gate in trainer.gates.values())
-    if settled and (folder / DECISIONS).exists():
+    if trainer.search.over and (folder / DECISIONS).exists():
         return Decisions.from_json(folder / DECISIONS)
     decisions = trainer.decide()
     decisions.to_json(folder / DECISIONS)
@@ -171,13 +194,15 @@ def _write_summary(
     for name, row in rows.items():
         if name == "gated":
             row["accuracy"] = gated["accuracy"] if gated else None
-            row["open_ratio"] = trainers["gated"].history[-1]["open_ratio"]
         elif name == "compact" or name in trainers:
             row["accuracy"] = evaluate(networks[name], test, any_trainer.dtype)["accuracy"]
-        if name == "compact" and decisions is not None:
+        if name in trainers:
+            row["open_ratio"] = trainers[name].history[-1]["open_ratio"]
+        elif name == "compact" and decisions is not None:
             row["open_ratio"] = decisions.open_ratio
         if name in trainers:
             history = trainers[name].history
+            row["validation_accuracy"] = history[-1]["eval"]["accuracy"] if dataset.validation is not None else None
             row["macs_training"] = history[-1]["macs_training"]["total"]
             row["seconds_training"] = sum(line["seconds"]["train"] for line in history)
             row["joules_training"], row["joules_evaluation"] = sum_joules(history, "train"), sum_joules(history, "eval")
@@ -185,6 +210,7 @@ def _write_summary(
         "rows": rows,
         "recipe": asdict(run.recipe),
         "image_size": list(dataset.image_size),
+        "images_trained": run.recipe.epochs * len(any_trainer.train_batches) * run.recipe.batch_size,
         "device": run.device,
         "precision": str(any_trainer.dtype).removeprefix("torch."),
         "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {_LATENCY_BATCH}",

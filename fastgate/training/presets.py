@@ -12,10 +12,11 @@ from fastgate.models.attachment import GATINGS
 from fastgate.models.block import POSITIONS
 from fastgate.models.resnet import SHORTCUTS
 from fastgate.ops.gate_head import check_window
+from fastgate.pruning.costs import COSTS
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 GATE_INPUTS = ("pool", "flatten")
-CONTROLS = ("none", "unpruned")
+CONTROLS = ("unpruned", "equal-macs", "random", "retrain")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -31,6 +32,7 @@ class Recipe:
 
     dataset: str = _option("cifar10", "digits, cifar10 or cifar100")
     network: str = _option("resnet110", "resnet20, resnet32, ... (any depth 6n + 2)")
+    width: float = _option(1.0, "factor on the network's 16, 32 and 64 channels")
     shortcut: str = _option("conv", "shortcut of downsampling blocks: conv or pad")
 
     gating: str = _option("layer", "layer, channel, or none for the plain network")
@@ -56,7 +58,8 @@ class Recipe:
     lambda_polar: str = _option("1", "weight of the polarization loss, a number or a schedule over epochs")
     lambda_activation: str = _option("0", "weight of the activation loss, a number or a schedule over epochs")
     lambda_budget: str = _option("16", "weight of the budget loss, a number or a schedule over epochs")
-    target_macs: float | None = _option(0.5, "share of MACs that the compact network has; none for no target")
+    target_macs: float | None = _option(0.5, "share of the cost that the compact network has; none for no target")
+    cost: str = _option("macs", "what target_macs is a share of: macs, params, or latency (measured on this device)")
     open_until: float = _option(0.1, "gates are held open for this share of the epochs")
     anneal_until: float = _option(0.45, "the target falls from 1 to target_macs until this share of the epochs")
     settle_at: float | None = _option(0.6, "gates are decided and frozen at this share of the epochs; none: at the end")
@@ -68,7 +71,11 @@ class Recipe:
     validation: int = _option(0, "training images held out for validation")
     precision: str = _option("auto", "auto, fp32, fp16 or bf16; auto is fp32 on a CPU, fp16 on sm_75, else bf16")
     seed: int = _option(1, "of initialisation, data order and augmentation")
-    control: str = _option("none", "unpruned: also train the network without gates, the same way")
+    control: str = _option(
+        "none",
+        "also train, the same way: unpruned (no gates), equal-macs (a plain ResNet of the compact network's MACs), "
+        "random (a random sub-network of its MACs), retrain (the compact network from scratch); several with commas",
+    )
 
     def __post_init__(self) -> None:
         choices = {
@@ -78,12 +85,22 @@ class Recipe:
             "position": POSITIONS,
             "gate_input": GATE_INPUTS,
             "precision": PRECISIONS,
-            "control": CONTROLS,
+            "cost": COSTS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self.depth  # noqa: B018 (checks the name)
+        names = self.controls
+        if len(set(names)) < len(names) or not set(names) <= set(CONTROLS):
+            raise ValueError(
+                f"control: expected none, or some of {', '.join(CONTROLS)} with commas between, got {self.control!r}"
+            )
+        if self.gating == "none" and set(names) - {"unpruned"}:
+            raise ValueError(
+                f"control: expected none for a network without gates, got {self.control!r}; set gating to layer or "
+                "channel"
+            )
         check_estimator(self.estimator)
         check_window(self.window)
         for name in ("lambda_polar", "lambda_activation", "lambda_budget"):
@@ -94,6 +111,7 @@ class Recipe:
             "gate_depth": (1, 2),
             "hidden_features": (1, math.inf),
             "temperature": (1e-6, math.inf),
+            "width": (1 / 64, 64),
             "epochs": (1, math.inf),
             "batch_size": (2, math.inf),
             "learning_rate": (0, math.inf),
@@ -129,8 +147,14 @@ class Recipe:
             )
         return int(number)
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The controls asked for, in the order of CONTROLS where they are known ones."""
+        names = [] if self.control == "none" else [name.strip() for name in self.control.split(",")]
+        return tuple(sorted(names, key=lambda name: CONTROLS.index(name) if name in CONTROLS else len(CONTROLS)))
+
     def target_at(self, epoch: float) -> float | None:
-        """The MAC fraction asked for at an epoch: 1 while gates are held open, then falling linearly."""
+        """The share of the cost asked for at an epoch: 1 while gates are held open, then falling linearly."""
         if self.target_macs is None:
             return None
         start, end = self.open_until * self.epochs, self.anneal_until * self.epochs

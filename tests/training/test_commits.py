@@ -14,12 +14,13 @@ import fastgate as fg
 from fastgate.pruning.decisions import GateDecision
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Dataset, load_dataset
+from fastgate.training.networks import evaluate, load_network
 from fastgate.training.pipeline import Run, train
-from fastgate.training.trainer import Interrupted, Trainer, evaluate, load_network
+from fastgate.training.trainer import Interrupted, Trainer
 from tests.training.runs import TINY, TINY_OPTIONS, checkpoint_state, differences, run_cli
 
-# after four epochs all samples close the first block and open the last one: committed; the other is settled after six
-EARLY = replace(TINY, epochs=7, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)
+# after four epochs all samples close the first block: committed, a second gate an epoch later; all is settled after six
+EARLY = replace(TINY, epochs=7, target_macs=0.33, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
     trainer = fit(EARLY, digits, tmp_path)
     lines = metrics(tmp_path)
     costs = [line["macs_training"]["per_image"] for line in lines]
-    assert costs[0] == trainer.macs and costs == sorted(costs, reverse=True)
-    assert costs[3] == trainer.macs > costs[4]  # the early commit
+    assert costs[0] == trainer.search.macs and costs == sorted(costs, reverse=True)
+    assert costs[3] == trainer.search.macs > costs[4]  # the early commit
     assert costs[-1] == fg.macs(trainer.model, digits.image_size) == lines[-1]["macs"]
     images = len(trainer.train_batches) * EARLY.batch_size
     assert [line["macs_training"]["total"] for line in lines] == [
@@ -54,7 +55,7 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
         id(p) for p in trainer.model.parameters()
     }
     # every line and the decisions speak of all gates, also of those that are gone
-    assert all(list(line["gates"]) == list(trainer.gates) for line in lines)
+    assert all(list(line["gates"]) == list(trainer.search.gates) for line in lines)
     decisions = fg.Decisions.from_json(tmp_path / "decisions.json")
     assert lines[-1]["gates"] == {name: gate.open.double().tolist() for name, gate in decisions.items()}
     assert lines[-1]["open_ratio"] == decisions.open_ratio and lines[-1]["polarization"] == 0.0
@@ -64,20 +65,20 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_a_commit_changes_nothing_in_what_the_network_says(gating: str, digits: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
-    cut, seen = trainer._cut, []
+    cut, seen = trainer.search._cut, []
 
-    def watched_cut() -> None:
+    def watched_cut(optimizer: torch.optim.Optimizer) -> None:
         before = evaluate(trainer.model, trainer.batches(digits.test))
-        cut()
+        cut(optimizer)
         seen.append((before, evaluate(trainer.model, trainer.batches(digits.test))))
 
-    trainer._cut = watched_cut  # type: ignore[method-assign]
+    trainer.search._cut = watched_cut  # type: ignore[method-assign]
     trainer.fit()
-    assert len(seen) == (2 if gating == "layer" else 1)
+    assert len(seen) == (3 if gating == "layer" else 1)
     for before, after in seen:
         assert after["accuracy"] == before["accuracy"]
         assert after["loss"] == pytest.approx(before["loss"], rel=0.0 if gating == "layer" else 1e-5)
-    assert trainer.difference <= (0.0 if gating == "layer" else 1e-4)
+    assert trainer.search.difference <= (0.0 if gating == "layer" else 1e-4)
 
 
 def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(digits: Dataset, tmp_path: Path) -> None:
@@ -88,27 +89,26 @@ def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(d
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     for a, b in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "kept"), strict=True):
         assert [a[key] for key in ("eval", "gates", "macs")] == [b[key] for key in ("eval", "gates", "macs")]
-    assert {line["macs_training"]["per_image"] for line in metrics(tmp_path / "kept")} == {kept.macs}
+    assert {line["macs_training"]["per_image"] for line in metrics(tmp_path / "kept")} == {kept.search.macs}
 
 
 def test_gates_are_open_for_the_target_before_it_stands_still(digits: Dataset, tmp_path: Path) -> None:
     """At the start of the search every gate is open for every sample: that decides nothing."""
     trainer = Trainer(EARLY, digits, tmp_path)
-    names = list(trainer.gates)
-    trainer.history = [{"gates": dict(zip(names, ([1.0], [1.0], [0.0]), strict=True))}] * 3
-    trainer.epoch = 2  # the target falls from epoch 1 to 2.8
-    assert {name: opened.tolist() for name, opened in trainer._find_unanimous().items()} == {names[2]: [False]}
-    trainer.epoch = 4
-    assert list(trainer._find_unanimous()) == [names[0], names[2]]  # all three are too much: 0.58 for 0.5
+    names = list(trainer.search.gates)
+    trainer.history = [{"gates": dict(zip(names, ([0.0], [1.0], [1.0]), strict=True))}] * 3
+    found = trainer.search.enter(2, trainer.history)  # the target falls from epoch 1 to 2.8
+    assert {name: opened.tolist() for name, opened in found.items()} == {names[0]: [False]}
+    found = trainer.search.enter(4, trainer.history)
+    assert list(found) == names[:2]  # all three are too much: 0.61 for 0.33
 
 
 def test_commits_leave_the_target_within_reach(digits: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(EARLY, digits, tmp_path)
     for flag in (0.0, 1.0):
-        trainer.history = [{"gates": {name: [flag] for name in trainer.gates}}] * 3
-        trainer.epoch = 5
-        found = trainer._find_unanimous()
-        assert 0 < len(found) < len(trainer.gates) and all(bool(o) == bool(flag) for o in found.values())
+        trainer.history = [{"gates": {name: [flag] for name in trainer.search.gates}}] * 3
+        found = trainer.search.enter(5, trainer.history)
+        assert 0 < len(found) < len(trainer.search.gates) and all(bool(o) == bool(flag) for o in found.values())
 
 
 def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
@@ -125,7 +125,7 @@ def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
 @pytest.mark.parametrize("epoch", [4, 6])
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tmp_path: Path) -> None:
-    """Epoch 4 (from 0) begins with the early commit of the layer gates, epoch 6 with that of all gates."""
+    """Epoch 4 (from 0) begins with the early commit of a layer gate, epoch 6 with that of all gates."""
     recipe = replace(EARLY, gating=gating)
     whole = fit(recipe, digits, tmp_path / "whole")
     (tmp_path / "parts").mkdir()
@@ -135,7 +135,7 @@ def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tm
         first.fit()
     saved = load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
     assert (saved["epoch"], saved["step"]) == (epoch, 1)
-    assert len(saved["decided"]) == (3 if epoch == 6 else 2 if gating == "layer" else 0)
+    assert len(saved["search"]["decided"]) == (3 if epoch == 6 else 1 if gating == "layer" else 0)
     second = Trainer(recipe, digits, tmp_path / "parts", resume=True)
     second.fit()
     assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts")) == []
@@ -144,28 +144,34 @@ def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tm
         assert [a[key] for key in a if key not in ("seconds", "joules", "energy")] == [
             b[key] for key in b if key not in ("seconds", "joules", "energy")
         ]
-    assert second.difference == whole.difference
+    assert second.search.difference == whole.search.difference
 
 
-@pytest.mark.parametrize("when", ["commit(self.model, self.optimizer)", "epoch"])
+@pytest.mark.parametrize("when", ["commit", "epoch"])
 def test_killed_after_a_commit(when: str, tmp_path: Path) -> None:
     """SIGKILL between the settle commit and its first step, or right after the epoch behind it was saved."""
     options = [*TINY_OPTIONS, "--gating", "channel", "--epochs", "5"]
     undisturbed = run_cli("train", *options, "--output", tmp_path / "whole")
     assert undisturbed.returncode == 0, undisturbed.stderr
-    method, condition = ("_cut", "True") if when != "epoch" else ("_save_checkpoint", "self.decided and not self.step")
+    if when == "commit":
+        owner, method, condition = "search import Search", "Search._cut", "True"
+    else:
+        owner, method = "trainer import Trainer", "Trainer._save_checkpoint"
+        condition = "self.search.decided and not self.step"
     code = f"""
 import os, signal
-from fastgate.training.trainer import Trainer
-method = Trainer.{method}
-def dying(self):
-    method(self)
+from fastgate.training.{owner}
+method = {method}
+def dying(self, *arguments):
+    method(self, *arguments)
     if {condition}:
         os.kill(os.getpid(), signal.SIGKILL)
-Trainer.{method} = dying
+{method} = dying
 """
     assert run_cli("train", *options, "--output", tmp_path / "run", code=code).returncode == -signal.SIGKILL
-    assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["decided"]) == (3 if when == "epoch" else 0)
+    assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["search"]["decided"]) == (
+        3 if when == "epoch" else 0
+    )
     resumed = run_cli("train", "--output", tmp_path / "run", "--resume", "--device", "cpu")
     assert resumed.returncode == 0, resumed.stderr
     assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "run")) == []
@@ -185,10 +191,11 @@ def test_a_checkpoint_gives_the_cut_network(gating: str, epochs: int, digits: Da
     model, _ = load_network(tmp_path / "checkpoint.pt")
     ours, theirs = trainer.model.state_dict(), model.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert dict(fg.named_gates(model)).keys() == trainer.live.keys()
+    assert dict(fg.named_gates(model)).keys() == trainer.search.live.keys()
     # decisions of all gates: those that are gone have theirs
     closed = {
-        name: (gate.open if gate.frozen else torch.zeros(gate.gates) == 1) for name, gate in trainer.gates.items()
+        name: (gate.open if gate.frozen else torch.zeros(gate.gates) == 1)
+        for name, gate in trainer.search.gates.items()
     }
     decisions = fg.Decisions({name: GateDecision(o.double(), o) for name, o in closed.items()})
     frozen, _ = load_network(tmp_path / "checkpoint.pt", decisions)
@@ -209,4 +216,4 @@ def test_early_commits_without_a_settle_epoch(tmp_path: Path) -> None:
 
 def test_no_commit_before_the_settle_epoch_where_none_is_asked_for(digits: Dataset, tmp_path: Path) -> None:
     trainer = fit(replace(EARLY, commit_after=None), digits, tmp_path)
-    assert [line["macs_training"]["per_image"] for line in metrics(tmp_path)][:6] == [trainer.macs] * 6
+    assert [line["macs_training"]["per_image"] for line in metrics(tmp_path)][:6] == [trainer.search.macs] * 6

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import fastgate as fg
 from fastgate.gates import Gate
-from fastgate.training import pipeline, trainer
+from fastgate.training import pipeline, search
 from fastgate.training.equality import NotEqual
 from fastgate.training.pipeline import Run, train
 from tests.training.runs import TINY
@@ -88,7 +88,7 @@ def test_channel_gates_live_to_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "during_training"), [(pipeline, "compact", False), (trainer, "commit", True)]
+    ("module", "name", "during_training"), [(pipeline, "compact", False), (search, "commit", True)]
 )
 def test_a_network_that_differs_is_not_saved(
     module: Any, name: str, during_training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -42,12 +42,12 @@ os.fsync = dying_fsync
 KILL_AFTER_SETTLING = """
 import os, signal
 from fastgate.training.trainer import Trainer
-make_final = Trainer._make_final
+make_final = Trainer.make_final
 def dying_make_final(self, decisions):
-    if len(decisions) == len(self.gates):
+    if len(decisions) == len(self.search.gates):
         os.kill(os.getpid(), signal.SIGKILL)
     make_final(self, decisions)
-Trainer._make_final = dying_make_final
+Trainer.make_final = dying_make_final
 """
 
 
