@@ -43,33 +43,42 @@ def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_cla
 def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
     """A plain network of the wanted MACs: of the depth that comes closest at the recipe's width, then of the width.
 
+    Where no width of that depth has them within 2 %, the next depth is tried: few widths round to few channels.
+
     Raises:
-        ValueError: none has the wanted MACs within 2 %.
+        ValueError: no network has the wanted MACs within 2 %.
     """
 
     def count(network: Recipe) -> int:
         return macs(build_network(network, image_size, num_classes), image_size)
 
+    def match_width(network: Recipe) -> Recipe:
+        low, high = 1, math.ceil(2 * recipe.width * _STEPS_PER_WIDTH)
+        while low < high:  # the narrowest network that has at least the wanted MACs
+            middle = (low + high) // 2
+            if count(replace(network, width=middle / _STEPS_PER_WIDTH)) < wanted:
+                low = middle + 1
+            else:
+                high = middle
+        return min((replace(network, width=step / _STEPS_PER_WIDTH) for step in (low - 1, low) if step > 0), key=miss)
+
+    def miss(network: Recipe) -> int:
+        return abs(count(network) - wanted)
+
     depths = [replace(recipe, network=f"resnet{depth}") for depth in range(8, recipe.depth + 1, 6)]
     # MACs rise by the same amount with every six layers
     first, last = count(depths[0]), count(depths[-1])
     rises = [first + (last - first) * i / max(len(depths) - 1, 1) for i in range(len(depths))]
-    nearest = min(range(len(depths)), key=lambda i: abs(math.log(rises[i] / wanted)))
-    low, high = 1, math.ceil(2 * recipe.width * _STEPS_PER_WIDTH)
-    while low < high:  # the narrowest network that has at least the wanted MACs
-        middle = (low + high) // 2
-        if count(replace(depths[nearest], width=middle / _STEPS_PER_WIDTH)) < wanted:
-            low = middle + 1
-        else:
-            high = middle
-    tried = [replace(depths[nearest], width=step / _STEPS_PER_WIDTH) for step in (low - 1, low) if step > 0]
-    found = min(tried, key=lambda network: abs(count(network) - wanted))
-    if abs(count(found) - wanted) > _TOLERANCE * wanted:
-        raise ValueError(
-            f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, the nearest is "
-            f"{found.network} of width {found.width:.4g} with {count(found)}; ask for a larger target_macs"
-        )
-    return found
+    tried: list[Recipe] = []
+    for i in sorted(range(len(depths)), key=lambda i: abs(math.log(rises[i] / wanted))):
+        tried.append(match_width(depths[i]))
+        if miss(tried[-1]) <= _TOLERANCE * wanted:
+            return tried[-1]
+    nearest = min(tried, key=miss)
+    raise ValueError(
+        f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, the nearest is "
+        f"{nearest.network} of width {nearest.width:.4g} with {count(nearest)}; ask for a larger target_macs"
+    )
 
 
 def draw_decisions(found: Decisions, costs: Mapping[str, Tensor], wanted: int, total: int, seed: int) -> Decisions:
