@@ -90,8 +90,7 @@ TABLE3 = PrintedTable(
         "0.90, not 1.10.",
         "The caption announces about 50 % fewer FLOPs; the rows range from 20.3 to 52.6 %, the paper's own is 41.8 %.",
         "The method is the straight-through estimator, but this comparison uses Gumbel-softmax (section 5.3).",
-        "Neither lambda_act nor the epochs of these runs are printed, nor whether the 5 trials are seeds: ours are "
-        "seeds, at lambda_act 0.5.",
+        "Neither lambda_act nor the epochs of these runs are printed, nor whether the 5 trials are seeds.",
     ),
 )
 

@@ -12,7 +12,7 @@ FORMAT, VERSION = "fastgate-paper", 1
 
 _AVERAGED = (
     *("accuracy", "live_accuracy", "open_ratio", "polarization", "flops", "macs", "parameters", "seconds", "joules"),
-    *("drop", "flops_share", "flops_cut", "unpruned"),
+    *("drop", "flops_share", "flops_cut"),
 )
 # epochs of a gate map: the first ones, or those around the step of a rising lambda
 _MAP_EPOCHS = 50
@@ -30,12 +30,12 @@ def collect(
 
     Returns:
         `rows`: each with `dataset`, `name`, `paper` and `ours` (None: nothing printed, or no run: it is `pending`,
-        or there is a `reason`); `notes`; `conditions` of the runs; `unfinished`, the number of runs still to come; `naive`; and `maps` of
-        gates over the epochs.
+        or there is a `reason`); `ran`, our runs in short; their `conditions`; `notes`; `unfinished`, the number of runs
+        still to come; `naive`; and `maps` of gates over the epochs.
     """
     baselines = {row.dataset: measured.get(row.runs[0].name) for row in plan.rows if row.name == "baseline"}
     rows = [_describe(row, measured, baselines[row.dataset]) for row in plan.rows]
-    conditions = [run["conditions"] for run in measured.values() if "conditions" in run]
+    finished = [run for run in measured.values() if "reason" not in run]
     result = {
         "format": FORMAT,
         "version": VERSION,
@@ -43,7 +43,8 @@ def collect(
         "title": plan.title,
         "rows": rows,
         "notes": list(plan.notes),
-        "conditions": list(dict.fromkeys(conditions)),
+        "ran": _summarize(finished),
+        "conditions": list(dict.fromkeys(run["conditions"] for run in finished)),
         "unfinished": sum(run.name not in measured for run in plan.runs),
     }
     if naive is not None:
@@ -51,6 +52,14 @@ def collect(
     if plan.maps:
         result["maps"] = [_map(row, measured[row.runs[0].name]) for row in plan.rows if _has_map(row, measured)]
     return result
+
+
+def _summarize(runs: list[Mapping[str, Any]]) -> str:
+    """Networks before pruning, data sets and epochs, each once."""
+    recipes = [run["recipe"] for run in runs if run["control"] is None]
+    parts = ([recipe[name] for recipe in recipes] for name in ("network", "dataset", "epochs"))
+    networks, datasets, epochs = (", ".join(dict.fromkeys(map(str, part))) for part in parts)
+    return f"{networks} on {datasets}, {epochs} epochs"
 
 
 def _describe(
@@ -83,9 +92,9 @@ def _average(runs: list[Mapping[str, Any]], baseline: Mapping[str, Any]) -> dict
         ours[name] = statistics.fmean(values) if len(values) > 1 else values[0]
         if len(values) > 1:
             ours["spread"][name] = statistics.stdev(values)
-    first = each[0]
-    kept = ("network", "control", "open_range", "energy", "recipe")
-    return {**ours, **{name: first[name] for name in kept}, "seeds": [run["recipe"]["seed"] for run in each]}
+    kept = {name: each[0][name] for name in ("unpruned", "network", "control", "energy", "recipe")}
+    open_range = each[0]["open_range"] if len(each) == 1 else None
+    return {**ours, **kept, "open_range": open_range, "seeds": [run["recipe"]["seed"] for run in each]}
 
 
 def _against(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
@@ -103,13 +112,12 @@ def _has_map(row: Row, measured: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _map(row: Row, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Open ratio of every gate in the epochs that Figure 6 shows; `change`: the epoch at whose start lambda changed."""
-    points = schedules.parse(run["recipe"]["lambda_polar"]).points
-    change = points[1][0] if len(points) > 1 else None
-    first = max(round(change) - _MAP_EPOCHS // 2, 0) if change is not None else 0
+    """Open ratio of every gate in the epochs that Figure 6 shows; `changes`: epochs before a change of lambda."""
+    changes = [epoch for epoch, _ in schedules.parse(run["recipe"]["lambda_polar"]).points[1:]]
+    first = max(round(changes[0]) - _MAP_EPOCHS // 2, 0) if changes else 0
     return {
         "name": row.name,
         "first_epoch": first + 1,
-        "change": change,
+        "changes": [epoch for epoch in changes if epoch < first + _MAP_EPOCHS],
         "open_ratios": run["gates"][first : first + _MAP_EPOCHS],
     }

@@ -12,7 +12,7 @@ def draw_gate_map(maps: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
 
     Args:
         maps: each with its `name`, the `first_epoch` (counted from 1), `open_ratios` `[epochs][layers]` from 0 to 1 and
-            `change`, the epoch after which something changed, marked by a pink line; None for nothing.
+            `changes`, how many epochs lay before lambda changed, marked by pink lines.
         title: of the figure.
         path: the image to write; its suffix says the format.
     """
@@ -37,8 +37,9 @@ def draw_gate_map(maps: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         axis.set(title=one["name"], xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(10, integer=True))
-        if one["change"] is not None:
-            axis.axvline(one["change"] + 0.5, color="deeppink", linewidth=2, label="λ changes")
+        for index, epochs_before in enumerate(one["changes"]):
+            axis.axvline(epochs_before + 0.5, color="deeppink", linewidth=2, label=None if index else "λ changes")
+        if one["changes"]:
             axis.legend(loc="lower right", fontsize="small")
     axes[0].set_ylabel("residual layer")
     figure.colorbar(image, ax=list(axes), label="open ratio over the training images")

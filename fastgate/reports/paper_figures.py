@@ -7,21 +7,26 @@ from typing import Any
 from fastgate.files import write_atomically
 from fastgate.reports.gate_maps import draw_gate_map
 
-_OURS, _PAPER, _PLAIN, _OTHERS = "tab:blue", "black", "tab:orange", "tab:gray"
+_OURS, _PAPER, _PLAIN, _OTHERS = "tab:blue", "black", "tab:orange", "dimgray"
+_MARKERS = "ov<>sPXd"
 
 
 def draw_result(result: Mapping[str, Any], path: Path) -> None:
     """Draw a finished result of :func:`fastgate.paper.results.collect` to an image; its suffix says the format."""
     if "maps" in result:
-        draw_gate_map(result["maps"], result["title"], path)
+        draw_gate_map(result["maps"], _title(result), path)
         return
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     draw = {"figure4": _draw_naive, "figure5": _draw_literature}.get(result["target"], _draw_table)
     figure = Figure(layout="constrained")
-    figure.suptitle(result["title"])
+    figure.suptitle(_title(result))
     draw(figure, result)
     write_atomically(path, lambda file: figure.savefig(file, format=path.suffix.removeprefix("."), dpi=120))
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['title']}\nours: {result['ran']}"
 
 
 def _kind(row: Mapping[str, Any]) -> str:
@@ -43,6 +48,8 @@ def _draw_table(figure: Any, result: Mapping[str, Any]) -> None:
     for axis, (measure, label) in zip(axes, used, strict=True):
         for y, row in enumerate(rows):
             paper, ours = _value(row, "paper", measure), _value(row, "ours", measure)
+            if row["reason"] and axis is axes[0]:
+                axis.text(0.5, y, "no such network", transform=axis.get_yaxis_transform(), ha="center", va="center")
             if isinstance(paper, list | tuple):
                 axis.plot(paper, [y, y], "|-", color=_PAPER, markersize=9)
             elif paper is not None:
@@ -53,13 +60,11 @@ def _draw_table(figure: Any, result: Mapping[str, Any]) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(rows)), names)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    for style in (
-        {"color": _PAPER, "markerfacecolor": "none", "markersize": 9, "label": "paper"},
-        {"color": _OURS, "markersize": 5, "label": "ours"},
-        {"color": _PLAIN, "markersize": 5, "label": "plain ResNet of equal MACs, ours"},
-    ):
-        axes[0].plot([], [], "o", **style)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    axes[0].plot([], [], "o", color=_PAPER, markerfacecolor="none", markersize=9, label="paper")
+    axes[0].plot([], [], "o", color=_OURS, markersize=5, label="ours")
+    if any(_kind(row) == "plain" for row in rows):
+        axes[0].plot([], [], "o", color=_PLAIN, markersize=5, label="plain ResNet of equal MACs, ours")
+    _add_legend(figure, axes[0])
 
 
 def _value(row: Mapping[str, Any], by: str, measure: str) -> Any:
@@ -91,20 +96,21 @@ def _draw_literature(figure: Any, result: Mapping[str, Any]) -> None:
     left, right = _two_panels(figure)
     _plot_ours(left, result, lambda row: 100 - row["open_ratio"], "accuracy")
     _plot_ours(right, result, lambda row: row["flops_cut"], "drop", plain=True)
-    for row in result["rows"]:
-        if row["paper"] is None:
-            continue
-        x, y, is_paper = row["paper"]["flops_cut"], row["paper"]["drop"], row["paper"]["source"] is None
-        style = {"color": _PAPER, "marker": "*", "s": 90} if is_paper else {"color": _OTHERS, "marker": "o", "s": 25}
-        right.scatter([x], [y], label="the paper" if is_paper else "literature, as quoted in Table 3", **style)
-        right.annotate("paper" if is_paper else row["name"], (x, y), (4, 4), textcoords="offset points", fontsize=8)
+    printed = {row["name"]: row["paper"] for row in result["rows"] if row["paper"] is not None}
+    others = [name for name, paper in printed.items() if paper["source"] is not None]
+    for name, paper in printed.items():
+        # markers, not labels: the methods lie too close together
+        style = {"color": _PAPER, "marker": "*", "markersize": 11, "label": "the paper"}
+        if name in others:
+            style = {"color": _OTHERS, "marker": _MARKERS[others.index(name)], "label": f"{name} (quoted in Table 3)"}
+        right.plot(paper["flops_cut"], paper["drop"], linestyle="none", **style)
     left.set(xlabel="pruning rate, %", ylabel="top-1 accuracy, %")
     right.set(xlabel="FLOPs saved, %", ylabel="points below unpruned")
     _add_legend(figure, left, right)
 
 
 def _two_panels(figure: Any) -> Any:
-    figure.set_size_inches(10, 4.4)
+    figure.set_size_inches(10, 4.8)
     axes = figure.subplots(1, 2)
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -117,8 +123,8 @@ def _plot_ours(axis: Any, result: Mapping[str, Any], x: Any, measure: str, *, pl
     for kind, (style, color, label) in _STYLES.items():
         if kind == "plain" and not plain:
             continue
-        points = sorted((x(row), row[measure]) for row in ours[kind])
-        axis.plot(*zip(*points, strict=True), style, color=color, label=label) if points else None
+        if points := sorted((x(row), row[measure]) for row in ours[kind]):
+            axis.plot(*zip(*points, strict=True), style, color=color, label=label)
 
 
 _STYLES = {
@@ -134,4 +140,4 @@ def _add_legend(figure: Any, *axes: Any) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")

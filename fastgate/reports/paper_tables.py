@@ -80,6 +80,7 @@ _COLUMNS = (
     _Column("training", _seconds),
     _Column("energy", _joules),
 )
+_WORDS = ("data set", "model", "by")
 # columns that belong to one table of the paper; the others go with every table
 _SPECIAL = {"table3": {"unpruned %", "FLOPs cut %"}, "table4": {"R_polar"}}
 _SPECIAL |= {"figure4": {"FLOPs cut %"}, "figure5": _SPECIAL["table3"]}
@@ -106,8 +107,11 @@ def _write_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for index, (by, values) in enumerate(shown):
             name = (row["dataset"], row["name"]) if index == 0 else ("", "")
             lines.append([*name, by, *("" if values is None else column.cell(values) for column in columns)])
-    kept = [i for i in range(3 + len(columns)) if i < 3 or any(line[i] for line in lines)]
-    headings = ["data set", "model", "by", *(column.heading for column in columns)]
+    headings = [*_WORDS, *(column.heading for column in columns)]
+    # a column that says nothing goes: what was not metered is explained below the table
+    kept = [i for i in range(len(headings)) if i in (1, 2) or {line[i] for line in lines} - {"", "unknown"}]
+    if len({row["dataset"] for row in result["rows"]}) == 1:
+        kept.remove(0)
     return [headings[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
@@ -145,11 +149,11 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
         console = Console(file=console.file, width=_WIDTH)
     headings, lines = _write_rows(result)
     table = Table(title=result["title"])
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index > 2 else "left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in _WORDS else "right")
     for index, line in enumerate(lines):
-        is_last = index + 1 == len(lines) or bool(lines[index + 1][1])
-        table.add_row(*line, end_section=is_last)
+        last_of_row = index + 1 == len(lines) or bool(lines[index + 1][headings.index("model")])
+        table.add_row(*line, end_section=last_of_row)
     console.print(table)
     for remark in _remarks(result):
         console.print(f"- {remark}", highlight=False, markup=False, soft_wrap=True)
@@ -158,8 +162,8 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
 def to_markdown(result: Mapping[str, Any], figure: Path | None = None) -> str:
     """The same as Markdown, with a link to the figure beside it."""
     headings, lines = _write_rows(result)
-    table = [headings, ["---" if index < 3 else "---:" for index in range(len(headings))], *lines]
-    parts = [f"# {result['title']}", "\n".join(f"| {' | '.join(line)} |" for line in table)]
+    table = [headings, ["---" if heading in _WORDS else "---:" for heading in headings], *lines]
+    parts = [f"# {result['title']}", f"Ours: {result['ran']}.", "\n".join(f"| {' | '.join(line)} |" for line in table)]
     if figure is not None:
         parts.append(f"![{result['title']}]({figure.name})")
     parts.append("\n".join(f"- {remark}" for remark in _remarks(result)))
