@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from fastgate.training.presets import Recipe, recipe_from_dict
 def build_network(recipe: Recipe, image_size: Sequence[int], num_classes: int) -> nn.Module:
     """The network of a recipe for images of `image_size` (C, H, W), gated as the recipe says."""
     channels, height, width = image_size
+    build = partial(
+        resnet, recipe.depth, num_classes, in_channels=channels, widths=recipe.stage_widths, shortcut=recipe.shortcut
+    )
     if recipe.gating == "none":
-        return resnet(recipe.depth, num_classes, in_channels=channels, width=recipe.width, shortcut=recipe.shortcut)
+        return build()
     options: dict[str, Any] = {
         "hidden_features": recipe.hidden_features,
         "estimator": recipe.estimator,
@@ -35,16 +39,7 @@ def build_network(recipe: Recipe, image_size: Sequence[int], num_classes: int) -
         options["depth"] = recipe.gate_depth
         if recipe.gate_input == "flatten":
             options["spatial_size"] = (height, width)
-    return resnet(
-        recipe.depth,
-        num_classes,
-        in_channels=channels,
-        width=recipe.width,
-        gating=recipe.gating,
-        position=recipe.position,
-        shortcut=recipe.shortcut,
-        **options,
-    )
+    return build(gating=recipe.gating, position=recipe.position, **options)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:

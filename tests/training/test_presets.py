@@ -103,7 +103,7 @@ def test_unreadable_values(name: str, text: str, message: str) -> None:
         ({"control": "random,random"}, "control: expected none, or some of"),
         ({"control": "random", "gating": "none"}, "control: expected none for a network without gates"),
         ({"cost": "joules"}, "cost: expected one of macs, params, latency, got 'joules'"),
-        ({"width": 0.0}, "width: expected a number from 0.015625 to 64, got 0.0"),
+        ({"widths": "16,32"}, "widths: expected three numbers of channels such as 16,32,64, got '16,32'"),
         ({"commit_after": 0}, "commit_after: expected a number from 1 to inf, got 0"),
         ({"gate_depth": 3}, "gate_depth: expected a number from 1 to 2"),
     ],
