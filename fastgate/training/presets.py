@@ -61,8 +61,8 @@ class Recipe:
     target_macs: float | None = _option(0.5, "share of the cost that the compact network has; none for no target")
     cost: str = _option("macs", "what target_macs is a share of: macs, params, or latency (measured on this device)")
     open_until: float = _option(0.1, "gates are held open for this share of the epochs")
-    anneal_until: float = _option(0.45, "the target falls from 1 to target_macs until this share of the epochs")
-    settle_at: float | None = _option(0.6, "gates are decided and frozen at this share of the epochs; none: at the end")
+    anneal_until: float = _option(0.25, "the target falls from 1 to target_macs until this share of the epochs")
+    settle_at: float | None = _option(0.4, "gates are decided and frozen at this share of the epochs; none: at the end")
     commit_after: int | None = _option(
         5, "a gate is frozen earlier once all samples of this many epochs agree; none: no"
     )

@@ -97,7 +97,7 @@ def test_unreadable_values(name: str, text: str, message: str) -> None:
         ({"batch_size": 1}, "batch_size: expected a number from 2"),
         ({"target_macs": 1.5}, "target_macs: expected a number from 0 to 1, got 1.5"),
         ({"open_until": 0.7}, "expected increasing shares of the epochs"),
-        ({"settle_at": 0.3}, "expected increasing shares of the epochs"),
+        ({"settle_at": 0.2}, "expected increasing shares of the epochs"),
         ({"precision": "fp8"}, "precision: expected one of auto, fp32, fp16, bf16"),
         ({"control": "plain"}, "control: expected none, or some of unpruned, equal-macs, random, retrain"),
         ({"control": "random,random"}, "control: expected none, or some of"),
