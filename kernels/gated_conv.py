@@ -230,7 +230,8 @@ def _rows(lists: Tensor | None) -> str:
 
 def _empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return like.new_empty((like.shape[0], channels, height, width)).to(memory_format=layout)
+    size = (like.shape[0], channels, height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _dot_plan(x: Tensor) -> tuple[Any, int, str]:
