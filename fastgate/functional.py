@@ -220,6 +220,7 @@ def gated_conv2d(
     out_gate: Tensor | None = None,
     stride: int = 1,
     padding: int = 1,
+    write_closed: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Convolve only what gates leave open: conv2d(x * in_gate, weight) * out_gate.
@@ -236,6 +237,10 @@ def gated_conv2d(
         out_gate: the same for the output, with `C_out`.
         stride: of both dimensions.
         padding: zeros on every side.
+        write_closed: write zeros where `out_gate` is closed. With False the values there are unspecified: `"triton"`
+            leaves the memory as it was, NaN included, and saves writing it, so select what is open instead of
+            multiplying by the gate. Gradients are the same either way: they do not depend on closed outputs, and a
+            gradient that arrives for one counts only for the gate that closed it, where that requires grad.
         impl: `"triton"` (closed input is not read, so its NaN and infinities stay there), `"torch"` (dense), or
             `"auto"`: what was measured fastest on this device (`fastgate/ops/measured.json`). On a CPU that is a
             convolution of the open channels or samples alone, where gates do not require grad.
@@ -276,7 +281,7 @@ def gated_conv2d(
     if path == "auto":
         path = choose_path(*arguments)
     if path == "triton":
-        y: Tensor = GatedConv2d.apply(*arguments)
+        y: Tensor = GatedConv2d.apply(*arguments, write_closed)
         return y
     return (gated_conv2d_gathered if path == "gathered" else gated_conv2d_torch)(*arguments)
 
