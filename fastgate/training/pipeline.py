@@ -33,14 +33,20 @@ _LATENCY_BATCH = 256
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lies and what it works on."""
+    """Where a run lies and what it works on.
+
+    Attributes:
+        control: what kind of control of another run this one is.
+        command: the command line that started it, for its `config.json`; None where there was none.
+    """
 
     recipe: Recipe
     folder: Path
     data_root: str | None = None
     download: bool = False
     device: str = "cpu"
-    control: str | None = None  # what kind of control of another run this one is
+    control: str | None = None
+    command: str | None = None
 
     def load_data(self) -> Dataset:
         """The run's data set, on its device."""
@@ -56,7 +62,12 @@ def start_trainer(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
     trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title)
     if not resume:
         run.folder.mkdir(parents=True, exist_ok=True)
-        content = {"recipe": asdict(run.recipe), "control": run.control, "environment": describe_environment()}
+        content = {
+            "recipe": asdict(run.recipe),
+            "control": run.control,
+            "command": run.command,
+            "environment": describe_environment(),
+        }
         write_atomically(run.folder / CONFIG, json.dumps(content, indent=2))
     return trainer
 
