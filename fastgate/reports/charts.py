@@ -76,19 +76,18 @@ def draw_curves(curves: Sequence[Curve], epochs: int, form: Callable[[float], st
     return "".join([*parts, "</svg>"])
 
 
-def draw_gate_map(rows: Sequence[Sequence[float | None]], epochs: int) -> str:
-    """A row per gate and a column per epoch, the stronger the more open; None leaves the cell empty.
+def draw_gate_map(rows: Sequence[Sequence[float]], epochs: int) -> str:
+    """A row per gate and a column per epoch, the stronger the more open; epochs to come are empty.
 
     The picture is stretched to the width it is given; every row is one unit high.
     """
     shades: defaultdict[int, list[str]] = defaultdict(list)
     for y, row in enumerate(rows):
         start = 0
-        levels = [None if value is None else round(value * _SHADES) for value in row]
+        levels = [round(value * _SHADES) for value in row]
         for x, level in enumerate(levels):
             if x + 1 == len(levels) or levels[x + 1] != level:  # equal neighbours are one piece
-                if level is not None:
-                    shades[level].append(f"M{start} {y}.08h{x + 1 - start}v.84H{start}z")
+                shades[level].append(f"M{start} {y}.08h{x + 1 - start}v.84H{start}z")
                 start = x + 1
     parts = [f'<svg viewBox="0 0 {epochs} {len(rows)}" preserveAspectRatio="none">']
     parts.append(f'<path class="closed" d="{"".join(piece for pieces in shades.values() for piece in pieces)}"/>')

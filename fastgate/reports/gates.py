@@ -8,7 +8,7 @@ from fastgate.pruning.costs import gate_costs
 from fastgate.pruning.decisions import GateDecision
 from fastgate.reports.quantities import format_si
 from fastgate.reports.runs import RunRecord
-from fastgate.training.trainer import build_network
+from fastgate.training.networks import build_network
 
 
 class SortableCell(NamedTuple):
@@ -21,10 +21,10 @@ class SortableCell(NamedTuple):
 _UNKNOWN = SortableCell("—", None)
 
 
-def trace_gates(run: RunRecord) -> dict[str, list[float | None]]:
-    """Gate -> its open ratio in every epoch, in forward order; None once the gate has left the network."""
-    names = {name: None for line in run.history for name in line["gates"]}
-    return {name: [_mean(line["gates"].get(name)) for line in run.history] for name in names}
+def trace_gates(run: RunRecord) -> dict[str, list[float]]:
+    """Gate -> its open ratio in every epoch, in forward order; a decided gate's stays what it is."""
+    names = run.history[-1]["gates"] if run.history else ()
+    return {name: [_mean(line["gates"][name]) for line in run.history] for name in names}
 
 
 def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
@@ -35,9 +35,9 @@ def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
         decision = run.decisions.get(name) if run.decisions else None
         row = {"#": SortableCell(str(index), index), "gate": SortableCell(name.removesuffix(".gate"), index)}
         if run.recipe.gating == "channel":
-            channels = max(len(line["gates"].get(name, ())) for line in run.history)
+            channels = len(run.history[-1]["gates"][name])
             row["channels"] = SortableCell(str(channels), channels)
-        row["open"] = _UNKNOWN if trace[-1] is None else SortableCell(f"{trace[-1]:.1%}", trace[-1])
+        row["open"] = SortableCell(f"{trace[-1]:.1%}", trace[-1])
         row["decision"] = _UNKNOWN if decision is None else _describe_decision(decision)
         row["unanimity"] = _UNKNOWN if decision is None else _describe_unanimity(decision)
         row["MACs"] = _UNKNOWN if name not in costs else SortableCell(format_si(costs[name]), costs[name])
@@ -45,8 +45,8 @@ def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
     return rows
 
 
-def _mean(values: list[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _describe_decision(decision: GateDecision) -> SortableCell:

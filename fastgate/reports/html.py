@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +141,7 @@ def _draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
     """The chart of a quantity; None where no run knows it."""
     curves = []
     for track in tracks:
-        values = [(line["epoch"], _look_up(line, quantity.path)) for line in track.run.history]
+        values = [(line["epoch"], reduce(getitem, quantity.path, line)) for line in track.run.history]
         curves.append(Curve(track.style, [(epoch, value) for epoch, value in values if value is not None]))
     if not any(curve.points for curve in curves):
         return None
@@ -147,13 +149,7 @@ def _draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
     return draw_curves(curves, epochs, quantity.form, from_zero=quantity.from_zero)
 
 
-def _look_up(record: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        record = record.get(name) if isinstance(record, dict) else None
-    return record
-
-
-def _show_gates(label: str, run: RunRecord, trace: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+def _show_gates(label: str, run: RunRecord, trace: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     epochs = run.recipe.epochs
     return {
         "label": label,

@@ -68,14 +68,14 @@ def collect_rows(run: RunRecord) -> Rows:
 
 def _last_epoch(run: RunRecord) -> dict[str, Any]:
     last = run.history[-1]
-    row = {
+    return {
         "accuracy": last["eval"]["accuracy"],
         "open_ratio": last["open_ratio"],
         "macs": last["macs"],
         "seconds_training": sum(line["seconds"]["train"] for line in run.history),
+        "macs_training": last["macs_training"]["total"],
         "joules_training": sum_joules(run.history, "train"),
     }
-    return row | ({"macs_training": last["macs_training"]["total"]} if "macs_training" in last else {})
 
 
 def choose_columns(groups: Sequence[Rows]) -> list[Column]:
@@ -119,13 +119,10 @@ def explain_energy(runs: Sequence[RunRecord]) -> str:
     remarks: dict[str, None] = {}  # each once
     for track in [track for run in runs for track in (run, *run.controls.values())]:
         rows = track.summary["rows"].values() if track.summary else ()
-        records = [record["energy"] for record in (*track.history, *rows) if record.get("energy")]
-        for record in records:
-            if record["source"] not in (None, "unavailable"):
-                sources[record["source"]] = None
-            remarks |= dict.fromkeys(record["warnings"])
-        if track.history and not records:
-            remarks[f"{track.folder.name} was trained without a meter"] = None
+        for energy in [record["energy"] for record in (*track.history, *rows)]:
+            if energy["source"] != "unavailable":
+                sources[energy["source"]] = None
+            remarks |= dict.fromkeys(energy["warnings"])
     if not sources and not remarks:
         return "no epoch is finished"
     if not sources:

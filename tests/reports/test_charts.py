@@ -43,7 +43,7 @@ def test_points_are_where_their_values_are(values: list[float], from_zero: bool)
 
 
 def test_the_gate_map_covers_what_was_seen() -> None:
-    rows = [[1.0, 1.0, 0.5, 0.0], [0.25, None, None, None]]
+    rows = [[1.0, 1.0, 0.5, 0.0], [0.25]]
     svg = draw_gate_map(rows, 6)
     assert 'viewBox="0 0 6 2"' in svg
     cells = {}
