@@ -54,11 +54,12 @@ def train(
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
+    logger: Annotated[str, typer.Option(help="where metrics go beside metrics.jsonl: none or tensorboard")] = "none",
     **overrides: str | None,
 ) -> None:
     """Train a network with gates, decide, compact, check, save, and print the table.
 
-    Every option below --device overrides a field of the preset.
+    Every option under Recipe overrides a field of the preset.
     """
     from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
@@ -84,13 +85,14 @@ def train(
         recipe = replace(get_preset(preset), **given)
     folder = output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
     command = shlex.join(["fastgate", *sys.argv[1:]])
-    run = Run(recipe, folder, data_root, download, resolve_device(device), command)
+    run = Run(recipe, folder, data_root, download, resolve_device(device), command=command, logger=logger)
     try:
         summary = train_run(run, resume=resume)
     except (Interrupted, KeyboardInterrupt):  # the second comes from deciding or measuring, after a checkpoint
-        data = f" --data-root {data_root}" if data_root else ""
+        options = f" --data-root {data_root}" if data_root else ""
+        options += f" --logger {logger}" if logger != "none" else ""
         typer.echo(
-            f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True
+            f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{options}", err=True
         )
         raise typer.Exit(130) from None
     print_summary(summary)
