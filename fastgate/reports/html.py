@@ -37,7 +37,6 @@ class Quantity(NamedTuple):
 
 QUANTITIES = (
     Quantity("Accuracy", ("eval", "accuracy"), lambda share: f"{share * 100:.4g}%", from_zero=False),
-    Quantity("Training loss", ("train", "loss"), lambda loss: f"{loss:.3g}"),
     Quantity("Open gates", ("open_ratio",), lambda share: f"{share * 100:.4g}%"),
     Quantity("MACs per image, closed gates left out", ("macs",), format_si),
     Quantity("MACs computed per training image", ("macs_training", "per_image"), format_si),
@@ -141,8 +140,12 @@ def _draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
     """The chart of a quantity; None where no run knows it."""
     curves = []
     for track in tracks:
-        values = [(line["epoch"], reduce(getitem, quantity.path, line)) for line in track.run.history]
-        curves.append(Curve(track.style, [(epoch, value) for epoch, value in values if value is not None]))
+        points: list[tuple[float, float]] = []
+        for line in track.run.history:
+            value: Any = reduce(getitem, quantity.path, line)
+            if value is not None:  # joules that were not metered
+                points.append((line["epoch"], value))
+        curves.append(Curve(track.style, points))
     if not any(curve.points for curve in curves):
         return None
     epochs = max(track.run.recipe.epochs for track in tracks)

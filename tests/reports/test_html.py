@@ -132,7 +132,7 @@ def test_curves_of_the_run_and_its_control(layer: Path) -> None:
     history = [json.loads(line) for line in (layer / "metrics.jsonl").read_text().splitlines()]
     said = ";".join(f"epoch {line['epoch']}: {line['eval']['accuracy'] * 100:.4g}%" for line in history)
     assert f'data-said="{said}"' in text
-    assert text.count('<polyline class="curve c0"') == text.count('<polyline class="curve c1 dashed"') == 6
+    assert text.count('<polyline class="curve c0"') == text.count('<polyline class="curve c1 dashed"') == 5
     assert "layer, unpruned control" in text
 
 
@@ -255,7 +255,7 @@ def test_a_browser_shows_everything(layer: Path, channel: Path) -> None:
     page = write_report([layer, channel])
     seen, errors = inspect_page(page, LOOK)
     assert errors == []
-    assert seen["charts"] == [True] * 6 and seen["maps"] == [True] * 2
+    assert seen["charts"] == [True] * 5 and seen["maps"] == [True] * 2
     assert seen["rising"] == sorted(seen["rising"]) and len(set(seen["rising"])) > 1
     assert seen["falling"] == sorted(seen["rising"], reverse=True)
     assert seen["sorted"] == "MACs"
