@@ -1,8 +1,9 @@
-"""The command line: `fastgate train | evaluate | compact | compare | energy probe | env`."""
+"""The command line: `fastgate train | evaluate | compact | compare | report | energy probe | env`."""
 
 import inspect
 import json
 import os
+import shlex
 import sys
 from dataclasses import fields, replace
 from datetime import datetime
@@ -53,11 +54,12 @@ def train(
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
+    logger: Annotated[str, typer.Option(help="where metrics go beside metrics.jsonl: none or tensorboard")] = "none",
     **overrides: str | None,
 ) -> None:
     """Train a network with gates, decide, compact, check, save, and print the table.
 
-    Every option below --device overrides a field of the preset.
+    Every option under Recipe overrides a field of the preset.
     """
     from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
@@ -82,13 +84,15 @@ def train(
             raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
         recipe = replace(get_preset(preset), **given)
     folder = output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    run = Run(recipe, folder, data_root, download, resolve_device(device))
+    command = shlex.join(["fastgate", *sys.argv[1:]])
+    run = Run(recipe, folder, data_root, download, resolve_device(device), command=command, logger=logger)
     try:
         summary = train_run(run, resume=resume)
     except (Interrupted, KeyboardInterrupt):  # the second comes from deciding or measuring, after a checkpoint
-        data = f" --data-root {data_root}" if data_root else ""
+        options = f" --data-root {data_root}" if data_root else ""
+        options += f" --logger {logger}" if logger != "none" else ""
         typer.echo(
-            f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True
+            f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{options}", err=True
         )
         raise typer.Exit(130) from None
     print_summary(summary)
@@ -184,6 +188,17 @@ def compare(
     if output is not None:
         write_atomically(output, json.dumps(comparison, indent=2) + "\n")
         typer.echo(f"wrote {output}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, all of one data set", metavar="RUN...")],
+    output: Annotated[Path | None, typer.Option(help="the page; default: report.html in the first run")] = None,
+) -> None:
+    """Write one HTML page on one run or several: tables, curves, gates, conditions. It needs no network."""
+    from fastgate.reports.html import write_report
+
+    typer.echo(f"wrote {write_report(runs, output)}")
 
 
 @energy.command()

@@ -20,6 +20,7 @@ from fastgate.pruning.storage import save
 from fastgate.training.controls import control_recipe, draw_decisions
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.equality import check_equal
+from fastgate.training.loggers import open_logger
 from fastgate.training.networks import build_network, evaluate
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.spending import sum_joules
@@ -33,14 +34,22 @@ _LATENCY_BATCH = 256
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lies and what it works on."""
+    """Where a run lies and what it works on.
+
+    Attributes:
+        control: what kind of control of another run this one is.
+        command: the command line that started it, for its `config.json`; None where there was none.
+        logger: where its metrics go beside `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
+    """
 
     recipe: Recipe
     folder: Path
     data_root: str | None = None
     download: bool = False
     device: str = "cpu"
-    control: str | None = None  # what kind of control of another run this one is
+    control: str | None = None
+    command: str | None = None
+    logger: str = "none"
 
     def load_data(self) -> Dataset:
         """The run's data set, on its device."""
@@ -53,10 +62,16 @@ class Run:
 def start_trainer(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
     """A trainer for the run; of a new run the folder is made, once everything else about it has proved possible."""
     title = None if run.control is None else f"{run.recipe.network} {run.control}"
-    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title)
+    logger = open_logger(run.logger, run.folder)
+    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title, logger=logger)
     if not resume:
         run.folder.mkdir(parents=True, exist_ok=True)
-        content = {"recipe": asdict(run.recipe), "control": run.control, "environment": describe_environment()}
+        content = {
+            "recipe": asdict(run.recipe),
+            "control": run.control,
+            "command": run.command,
+            "environment": describe_environment(),
+        }
         write_atomically(run.folder / CONFIG, json.dumps(content, indent=2))
     return trainer
 

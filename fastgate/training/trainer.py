@@ -18,6 +18,7 @@ from fastgate.files import write_atomically
 from fastgate.pruning.decisions import Decisions
 from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
 from fastgate.training.data import Batches, Dataset, ImageSet
+from fastgate.training.loggers import TensorBoardLogger
 from fastgate.training.networks import build_network, evaluate, resolve_precision
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.progress import RunProgress
@@ -46,12 +47,20 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, folder: Path, *, resume: bool = False, title: str | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        folder: Path,
+        *,
+        resume: bool = False,
+        title: str | None = None,
+        logger: TensorBoardLogger | None = None,
     ) -> None:
         self.recipe = recipe
         self.title = title or f"{recipe.network} {'plain' if recipe.gating == 'none' else recipe.gating}"
         self.dataset = dataset
         self.folder = folder
+        self.logger = logger
         self.device = dataset.train.labels.device
         self.dtype = resolve_precision(recipe.precision, self.device)
         # on two CPU cores (AMD EPYC, torch 2.15, ResNet-20, batch 256) channels_last is 1.4x faster than NCHW
@@ -215,6 +224,8 @@ class Trainer:
         self.epoch, self.step, self.sums, self.spending = self.epoch + 1, 0, self._new_sums(), Spending()
         # metrics first: a kill between the two repeats the epoch, and its line is then replaced
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        if self.logger is not None:
+            self.logger.log(record)
         self._save_checkpoint()
         return record
 
