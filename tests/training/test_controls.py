@@ -1,6 +1,5 @@
 """What the compact network is compared with: the networks of the controls, their runs, and the comparison."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -213,9 +212,7 @@ def test_a_target_in_measured_time(tmp_path: Path) -> None:
     train(Run(recipe, tmp_path / "run"))
     state = search_state(tmp_path / "run")
     costs = [int(cost) for cost in state["costs"].values()]
-    sums = itertools.chain.from_iterable(itertools.combinations(costs, k) for k in range(len(costs) + 1))
-    wanted = 0.9 * state["total"]
-    assert abs(state["left"] - wanted) == min(abs(state["total"] - sum(closed) - wanted) for closed in sums)
+    assert abs(state["left"] - 0.9 * state["total"]) <= max(costs) / 2
     resumed = Trainer(recipe, load_dataset("digits"), tmp_path / "run", resume=True)
     assert {name: int(cost) for name, cost in resumed.search.costs.items()} == dict(
         zip(state["costs"], costs, strict=True)
