@@ -41,10 +41,11 @@ class Spending:
 
 def describe_epoch(train: Spending, evaluation: Spending, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Seconds and joules of an epoch for its line of metrics; `total` adds up this and all earlier epochs."""
+    seconds = train.seconds + evaluation.seconds + (history[-1]["seconds"]["total"] if history else 0.0)
     joules = {"train": train.joules, "eval": evaluation.joules}
     total = _sum([*joules.values(), history[-1].get("joules", {}).get("total") if history else 0.0])
     return {
-        "seconds": {"train": train.seconds, "eval": evaluation.seconds},
+        "seconds": {"train": train.seconds, "eval": evaluation.seconds, "total": seconds},
         "joules": {**joules, "total": total},
         "energy": {
             "source": train.source,

@@ -212,11 +212,7 @@ class Trainer:
             },
             "eval": {"split": split, **evaluated},
             **self.search.describe(means),
-            "macs_training": {
-                "per_image": self.search.macs_training,
-                "total": self.search.macs_training * steps * self.recipe.batch_size
-                + (self.history[-1]["macs_training"]["total"] if self.history else 0),
-            },
+            "macs_training": self._macs_so_far(steps * self.recipe.batch_size),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **describe_epoch(self.spending, evaluation, self.history),
         }
@@ -228,6 +224,15 @@ class Trainer:
             self.logger.log(record)
         self._save_checkpoint()
         return record
+
+    def _macs_so_far(self, images: int) -> dict[str, int]:
+        """MACs of training, forward passes: per image now, in all epochs so far, and in all with every gate open."""
+        before = self.history[-1]["macs_training"] if self.history else {"total": 0, "all_open_total": 0}
+        return {
+            "per_image": self.search.macs_training,
+            "total": before["total"] + self.search.macs_training * images,
+            "all_open_total": before["all_open_total"] + self.search.macs * images,
+        }
 
     def _new_sums(self) -> dict[str, Tensor]:
         sums = {name: torch.zeros((), device=self.device) for name in _SUMS}

@@ -50,6 +50,10 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
     assert [line["macs_training"]["total"] for line in lines] == [
         images * total for total in itertools.accumulate(costs)
     ]
+    # next to what the unpruned network would have taken
+    assert [line["macs_training"]["all_open_total"] for line in lines] == [images * costs[0] * n for n in range(1, 8)]
+    spent = [line["seconds"] for line in lines]
+    assert spent[-1]["total"] == pytest.approx(sum(each["train"] + each["eval"] for each in spent))
     assert list(fg.named_gates(trainer.model)) == [] and not any("gate" in name for name in trainer.model.state_dict())
     assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == {
         id(p) for p in trainer.model.parameters()
