@@ -50,7 +50,13 @@ def activation(gates: GateSource) -> Tensor:
     return torch.stack([g.mean() for g in gate_means(gates).values()]).mean()
 
 
-def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None = None) -> Tensor:
+def budget(
+    gates: GateSource,
+    target: float | Tensor,
+    costs: Mapping[str, Tensor] | None = None,
+    *,
+    total: float | None = None,
+) -> Tensor:
     """(open fraction - target)^2, the fraction weighted by what each gate (channel) switches.
 
     fraction = sum(costs * g) / sum(costs), g the mean decisions, so it is the share of the *gated* work; what ungated
@@ -58,13 +64,15 @@ def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None 
 
     Args:
         gates: a model, an iterable of gates, or their means.
-        target: wanted fraction, 0 to 1.
+        target: wanted fraction, 0 to 1. A tensor (scalar, on the gates' device) is taken as it is: to check it would
+            mean to wait for the device.
         costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) alike.
+        total: sum(costs), where the caller knows it: costs on a GPU have to be waited for to add them up.
 
     Raises:
         ValueError: a target outside 0 to 1, or costs of other gates than the model's.
     """
-    if not 0 <= target <= 1:
+    if not isinstance(target, Tensor) and not 0 <= target <= 1:
         raise ValueError(f"target: expected a fraction between 0 and 1, got {target}")
     means = gate_means(gates)
     if costs is None:
@@ -74,6 +82,7 @@ def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None 
             f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)}; compute them for this model with "
             "fastgate.gate_costs(model, input_size)"
         )
-    total = sum(float(c.sum()) for c in costs.values())
+    if total is None:
+        total = sum(float(c.sum()) for c in costs.values())
     used = torch.stack([(g * costs[name].to(g)).sum() / total for name, g in means.items()]).sum()
     return (used - target) ** 2

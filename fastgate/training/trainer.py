@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgate.energy import EnergyMeter
@@ -24,10 +23,7 @@ from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.progress import RunProgress
 from fastgate.training.search import Search
 from fastgate.training.spending import Spending, describe_epoch
-
-# how often a GPU run looks whether its loss is still finite; a CPU run looks at every step, where it costs nothing
-_STEPS_BETWEEN_CHECKS = 50
-_SUMS = ("loss", "task", "polarization", "activation", "budget", "correct")
+from fastgate.training.step import SUMS, CudaGraphs, TrainingStep
 
 
 class Interrupted(Exception):
@@ -79,6 +75,10 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         if resume:
             self._restore()
+        graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
+        self.training_step = TrainingStep(
+            self.model, self.search, self.optimizer, self.scaler, self.dtype, self.sums, graphs
+        )
 
     def batches(self, images: ImageSet, batch_size: int = 500, *, augment: bool = False) -> Batches:
         """Batches of a split, in the memory format of this run."""
@@ -113,6 +113,7 @@ class Trainer:
                         self._train_epoch(progress, interrupted)
                 except Interrupted:
                     self.spending.add(window.result)
+                    self._check_finite(self.sums["loss"])
                     self._save_checkpoint()
                     raise
                 self.spending.add(window.result)
@@ -147,43 +148,30 @@ class Trainer:
             self.search.make_final(decisions, self.optimizer, x)
 
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
-        recipe, steps = self.recipe, len(self.train_batches)
+        schedule = self._schedule()
         self.model.train()
         for x, y in self.train_batches.start_at(self.epoch, self.step):
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(self.epoch + (self.step + 0.5) / steps)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-                scores = self.model(x)
-            means = self.search.means()
-            parts = self._losses(scores.float(), y, means)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(parts["loss"]).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self._accumulate(parts, means, scores, y)
+            self.training_step(x, y, schedule[self.step])
             self.step += 1
             progress.step()
-            if self.device.type == "cpu" or self.step % _STEPS_BETWEEN_CHECKS == 0 or self.step == steps:
+            if self.device.type == "cpu":  # a GPU would have to be waited for: there the epoch's end is soon enough
                 self._check_finite(self.sums["loss"])
             if interrupted:
                 raise Interrupted
 
-    def _losses(self, scores: Tensor, y: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        task = total = F.cross_entropy(scores, y)
-        parts = {"task": task}
-        epoch = self.epoch + self.step / len(self.train_batches)
-        for name, (weight, loss) in self.search.penalties(means, epoch).items():
-            parts[name] = loss
-            total = total + weight * loss
-        return {"loss": total, **parts}
+    def _schedule(self) -> Tensor:
+        """The numbers that the steps of this epoch take, a row for each, all copied to the device at once."""
+        steps = len(self.train_batches)
+        rows = [
+            self.training_step.schedule(self._learning_rate_at(step), self.epoch + step / steps)
+            for step in range(steps)
+        ]
+        # from pinned memory, so that the copy is not waited for
+        table = torch.tensor(rows, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        return table.to(self.device, non_blocking=True)
 
-    def _accumulate(self, parts: dict[str, Tensor], means: Mapping[str, Tensor], scores: Tensor, y: Tensor) -> None:
-        with torch.no_grad():
-            for name, value in parts.items():
-                self.sums[name] += value
-            self.sums["correct"] += (scores.argmax(1) == y).sum()
-            for name, mean in means.items():
-                self.sums[f"gate:{name}"] += mean
+    def _learning_rate_at(self, step: int) -> float:
+        return self.recipe.learning_rate_at(self.epoch + (step + 0.5) / len(self.train_batches))
 
     def _check_finite(self, total: Tensor) -> None:
         if not torch.isfinite(total):
@@ -195,6 +183,7 @@ class Trainer:
             )
 
     def _end_epoch(self, meter: EnergyMeter) -> dict[str, Any]:
+        self._check_finite(self.sums["loss"])
         steps = len(self.train_batches)
         split = "test" if self.dataset.validation is None else "validation"
         images = self.dataset.test if self.dataset.validation is None else self.dataset.validation
@@ -207,17 +196,19 @@ class Trainer:
         record = {
             "epoch": self.epoch + 1,
             "train": {
-                **{name: float(self.sums[name]) / steps for name in _SUMS[:-1]},
+                **{name: float(self.sums[name]) / steps for name in SUMS[:-1]},
                 "accuracy": float(self.sums["correct"]) / (steps * self.recipe.batch_size),
             },
             "eval": {"split": split, **evaluated},
             **self.search.describe(means),
             "macs_training": self._macs_so_far(steps * self.recipe.batch_size),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._learning_rate_at(steps - 1),
             **describe_epoch(self.spending, evaluation, self.history),
         }
         self.history.append(record)
-        self.epoch, self.step, self.sums, self.spending = self.epoch + 1, 0, self._new_sums(), Spending()
+        self.epoch, self.step, self.spending = self.epoch + 1, 0, Spending()
+        for value in self.sums.values():
+            value.zero_()  # a captured step adds to these very tensors
         # metrics first: a kill between the two repeats the epoch, and its line is then replaced
         write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         if self.logger is not None:
@@ -235,7 +226,7 @@ class Trainer:
         }
 
     def _new_sums(self) -> dict[str, Tensor]:
-        sums = {name: torch.zeros((), device=self.device) for name in _SUMS}
+        sums = {name: torch.zeros((), device=self.device) for name in SUMS}
         return sums | {
             f"gate:{name}": torch.zeros(gate.gates, device=self.device) for name, gate in self.search.gates.items()
         }
@@ -256,6 +247,7 @@ class Trainer:
             momentum=recipe.momentum,
             nesterov=recipe.nesterov and recipe.momentum > 0,
             weight_decay=recipe.weight_decay,
+            fused=True if self.device.type == "cuda" else None,
         )
 
     def _save_checkpoint(self) -> None:
