@@ -19,6 +19,7 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_torch,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
+from fastgate.ops.synchronization import statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
 
@@ -134,10 +135,14 @@ def gate_head(
     source = x if pooled is None else pooled
     parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
     options = (training, momentum, eps, window)
-    if (
-        resolve_impl(impl, "gate_head", lambda: gate_head_obstacle(source, *parameters, deep=fc2_weight is not None))
-        == "triton"
-    ):
+    deep = fc2_weight is not None
+
+    def obstacle() -> str | None:
+        return (statistics_obstacle() if training and deep else None) or gate_head_obstacle(
+            source, *parameters, deep=deep
+        )
+
+    if resolve_impl(impl, "gate_head", obstacle) == "triton":
         source = source if pooled is None else pooled.contiguous()
         decisions, logits = GateHead.apply(source, *parameters, *options)
         return decisions, logits

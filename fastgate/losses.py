@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
+from fastgate.ops.synchronization import all_mean, processes
 
 GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[str, Tensor]
 
 
 def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
     """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
+
+    Under :func:`fastgate.ops.synchronization.synchronized` these are the samples of all processes.
 
     An iterable holds gates, then named by position ("0", "1", ...), or the pairs of `named_gates`.
 
@@ -33,6 +36,9 @@ def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
         if gate.decisions is None:
             raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
         means[name] = gate.decisions.reshape(-1, gate.gates).mean(0)
+    if processes() > 1:  # one exchange for all gates
+        parts = all_mean(torch.cat(list(means.values()))).split([len(mean) for mean in means.values()])
+        means = dict(zip(means, parts, strict=True))
     return means
 
 

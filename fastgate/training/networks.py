@@ -15,6 +15,7 @@ from fastgate.models.resnet import resnet
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.decisions import GateDecision, freeze
+from fastgate.training import distributed
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Batches
 from fastgate.training.presets import Recipe, recipe_from_dict
@@ -80,6 +81,8 @@ def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None 
 def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Accuracy and mean cross-entropy over the batches, in eval mode; the mode is restored.
 
+    Of batches that are shared among processes all have to be evaluated at the same time.
+
     Raises:
         ValueError: the network has another number of classes than the data set.
     """
@@ -96,5 +99,7 @@ def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.floa
                 )
             sums[0] += (scores.argmax(1) == y).sum()
             sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
+    if batches.shard[1] > 1:
+        sums = distributed.all_sum(sums)
     correct, loss = (sums / len(batches.images)).tolist()
     return {"accuracy": correct, "loss": loss}

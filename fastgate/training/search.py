@@ -14,6 +14,7 @@ from fastgate.pruning.commitment import commit, unanimous
 from fastgate.pruning.costs import gate_costs, macs, total_cost
 from fastgate.pruning.decisions import Decisions, GateDecision, decide
 from fastgate.pruning.targets import lowest_share, meet_target, within_reach
+from fastgate.training import distributed
 from fastgate.training.data import Batches
 from fastgate.training.equality import check_equal, hold_open
 from fastgate.training.presets import Recipe
@@ -46,7 +47,8 @@ class Search:
         self._weights = [
             schedules.parse(text) for text in (recipe.lambda_polar, recipe.lambda_activation, recipe.lambda_budget)
         ]
-        self._set_costs(*self._measure_costs())
+        # measured costs differ from process to process
+        self._set_costs(*distributed.from_main(self._measure_costs))
 
     def _measure_costs(self) -> tuple[dict[str, Tensor], int]:
         """What the target is a share of: what each gate (channel) costs, and the whole network."""
@@ -67,12 +69,15 @@ class Search:
             )
 
     def decide(self, batches: Batches, dtype: torch.dtype) -> Decisions:
-        """Decisions of all gates over the batches; with a target those that meet it. Final ones stay as they are."""
+        """Decisions of all gates over the batches; with a target those that meet it. Final ones stay as they are.
+
+        Of several processes each has batches of its own: together they decide.
+        """
         gates, samples = {name: GateDecision(opened.double(), opened) for name, opened in self.decided.items()}, 0
         if len(gates) < len(self.gates):
             samples = len(batches.images)
             with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
-                gates = {**decide(self.model, batches), **gates}
+                gates = {**distributed.merge_decisions(decide(self.model, batches)), **gates}
         decisions = Decisions({name: gates[name] for name in self.gates}, samples=samples)
         target = self.recipe.target_macs
         if target is None:
@@ -157,7 +162,7 @@ class Search:
         """Bring a freshly built network and its optimizer to the shape they had in a checkpoint."""
         self.decided = {name: opened.cpu() for name, opened in state["decided"].items()}
         self.difference = state["difference"]
-        # measured costs differ from process to process: a resumed run goes on with those it began with
+        # measured costs differ from time to time: a resumed run goes on with those it began with
         self._set_costs({name: cost.cpu() for name, cost in state["costs"].items()}, state["total"])
         for name, opened in self.decided.items():
             self.gates[name].freeze(opened)

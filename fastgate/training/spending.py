@@ -1,10 +1,12 @@
-"""Seconds and joules of an epoch, kept over interruptions, and of a run."""
+"""Seconds and joules of an epoch, kept over interruptions, and of a run; of all its processes together."""
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastgate.energy import Energy
+from fastgate.training import distributed
 
 
 @dataclass
@@ -26,7 +28,9 @@ class Spending:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, energy: Energy) -> None:
-        """Add a window of work."""
+        """Add a window of work, which every process has metered on its own device."""
+        machine = platform.node()
+        energy = add_energies(distributed.gather((machine, energy)))
         self.seconds += energy.seconds
         self.microjoules = _sum([self.microjoules, energy.microjoules])
         self.error_bound_joules = _sum([self.error_bound_joules, energy.error_bound_joules])
@@ -37,6 +41,27 @@ class Spending:
     def joules(self) -> float | None:
         """None if unknown, also where the work was too short for a counter to move."""
         return self.microjoules / 1e6 if self.microjoules else None
+
+
+def add_energies(metered: Sequence[tuple[str, Energy]]) -> Energy:
+    """What processes used at the same time, each given with its machine; every device counts once.
+
+    A GPU is known by its UUID, a CPU package by its machine. Processes share all of their devices or none.
+    """
+    parts: dict[frozenset[str], Energy] = {}
+    for machine, energy in metered:
+        devices = [key if key.startswith(("GPU-", "MIG-")) else f"{machine} {key}" for key in energy.per_device]
+        parts.setdefault(frozenset(devices), energy)
+    return Energy(
+        name=metered[0][1].name,
+        seconds=max(energy.seconds for _, energy in metered),
+        items=metered[0][1].items,
+        per_device={key: part.per_device[key] for part in parts.values() for key in part.per_device},
+        sources={key: part.sources[key] for part in parts.values() for key in part.sources},
+        microjoules=_sum([part.microjoules for part in parts.values()]),
+        error_bound_joules=_sum([part.error_bound_joules for part in parts.values()]),
+        warnings=tuple(dict.fromkeys(warning for _, energy in metered for warning in energy.warnings)),
+    )
 
 
 def describe_epoch(train: Spending, evaluation: Spending, history: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgate.training import distributed
 from fastgate.training.search import Search
 
 # what an epoch adds up beside the decisions of every gate
@@ -60,7 +61,7 @@ class TrainingStep:
     A capture that fails is a warning; the phase then goes on without.
 
     Args:
-        model: the network.
+        model: the network; `network` is what runs it forward, which several processes wrap anew in every epoch.
         search: of its gates.
         optimizer: SGD; on CUDA fused, which takes a learning rate and a loss scale that only the device knows.
         scaler: of the loss.
@@ -79,7 +80,7 @@ class TrainingStep:
         sums: Mapping[str, Tensor],
         graphs: Graphs | None = None,
     ) -> None:
-        self.model = model
+        self.network = model
         self.search = search
         self.optimizer = optimizer
         self.scaler = scaler
@@ -150,7 +151,7 @@ class TrainingStep:
     def _compute(self, x: Tensor, y: Tensor, schedule: Tensor) -> None:
         self._learning_rate.copy_(schedule[0])
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            scores = self.model(x)
+            scores = self.network(x)
         means = self.search.means()
         parts = self._losses(scores.float(), y, means, schedule[1:])
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,7 +159,8 @@ class TrainingStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
-            parts["correct"] = (scores.argmax(1) == y).sum(dtype=torch.float32)
+            # sums are averaged over the processes, each of which sees its share of the batch
+            parts["correct"] = (scores.argmax(1) == y).sum(dtype=torch.float32) * distributed.count()
             parts |= {f"gate:{name}": mean for name, mean in means.items()}
             torch._foreach_add_([self.sums[name] for name in parts], list(parts.values()))
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastgate.energy import EnergyMeter
 from fastgate.files import write_atomically
+from fastgate.ops.synchronization import synchronized
 from fastgate.pruning.decisions import Decisions
+from fastgate.training import distributed
 from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
 from fastgate.training.data import Batches, Dataset, ImageSet
 from fastgate.training.loggers import TensorBoardLogger
@@ -24,6 +26,9 @@ from fastgate.training.progress import RunProgress
 from fastgate.training.search import Search
 from fastgate.training.spending import Spending, describe_epoch
 from fastgate.training.step import SUMS, CudaGraphs, TrainingStep
+
+# how often processes with GPUs ask each other whether one was interrupted: for that they wait
+_STEPS_BETWEEN_QUESTIONS = 50
 
 
 class Interrupted(Exception):
@@ -40,6 +45,9 @@ class Trainer:
     Writes `config.json`, `metrics.jsonl` (one line per epoch) and `checkpoint.pt`. Every epoch ends in a checkpoint, a
     Ctrl-C writes one in the middle of an epoch; from either, a resumed run ends with the same weights, bit by bit on a
     CPU, as an undisturbed one.
+
+    Under torchrun every process has a trainer and takes its share of every batch; up to rounding they compute what one
+    process computes, and checkpoints know nothing of their number. The first one writes.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class Trainer:
         self.dtype = resolve_precision(recipe.precision, self.device)
         # on two CPU cores (AMD EPYC, torch 2.15, ResNet-20, batch 256) channels_last is 1.4x faster than NCHW
         self.channels_last = True
-        self.train_batches = self.batches(dataset.train, recipe.batch_size, augment=True)
+        self.train_batches = self.batches(dataset.train, recipe.batch_size, augment=True, shared=True)
         torch.manual_seed(recipe.seed)
         self.model = build_network(recipe, dataset.image_size, dataset.num_classes).to(self.device)
         self.model.to(memory_format=torch.channels_last)
@@ -75,13 +83,20 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         if resume:
             self._restore()
-        graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
+        # several processes exchange statistics and gradients inside the step
+        captures = self.device.type == "cuda" and distributed.count() == 1
+        graphs = CudaGraphs(self.device) if captures else None
         self.training_step = TrainingStep(
             self.model, self.search, self.optimizer, self.scaler, self.dtype, self.sums, graphs
         )
 
-    def batches(self, images: ImageSet, batch_size: int = 500, *, augment: bool = False) -> Batches:
-        """Batches of a split, in the memory format of this run."""
+    def batches(
+        self, images: ImageSet, batch_size: int = 500, *, augment: bool = False, shared: bool = False
+    ) -> Batches:
+        """Batches of a split, in the memory format of this run; `shared` ones are this process' part of them."""
+        shard = (distributed.rank(), distributed.count()) if shared else (0, 1)
+        if not augment:  # every process has one
+            batch_size = min(batch_size, max(len(images) // shard[1], 1))
         return Batches(
             self.dataset,
             images,
@@ -89,6 +104,7 @@ class Trainer:
             augment=augment,
             seed=self.recipe.seed,
             channels_last=self.channels_last,
+            shard=shard,
         )
 
     def fit(self) -> None:
@@ -110,7 +126,8 @@ class Trainer:
                 try:
                     with window:
                         self._enter_phase()
-                        self._train_epoch(progress, interrupted)
+                        with synchronized():
+                            self._train_epoch(progress, interrupted)
                 except Interrupted:
                     self.spending.add(window.result)
                     self._check_finite(self.sums["loss"])
@@ -128,7 +145,7 @@ class Trainer:
 
     def decide(self) -> Decisions:
         """Decisions of the gates over the training images, without augmentation; with a target those that meet it."""
-        return self.search.decide(self.batches(self.dataset.train), self.dtype)
+        return self.search.decide(self.batches(self.dataset.train, shared=True), self.dtype)
 
     def _enter_phase(self) -> None:
         """At the start of an epoch: hold the gates open, let them live, or make decisions final, as the epoch asks."""
@@ -136,7 +153,8 @@ class Trainer:
             return
         if self.search.settles_at(self.epoch):
             decisions = self.decide()
-            decisions.to_json(self.folder / "decisions.json")
+            if distributed.is_main():
+                decisions.to_json(self.folder / "decisions.json")
             self.make_final({name: gate.open for name, gate in decisions.items()})
         else:
             self.make_final(self.search.enter(self.epoch, self.history))
@@ -150,13 +168,15 @@ class Trainer:
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
         schedule = self._schedule()
         self.model.train()
+        self.training_step.network = distributed.parallel(self.model)
         for x, y in self.train_batches.start_at(self.epoch, self.step):
             self.training_step(x, y, schedule[self.step])
             self.step += 1
             progress.step()
             if self.device.type == "cpu":  # a GPU would have to be waited for: there the epoch's end is soon enough
                 self._check_finite(self.sums["loss"])
-            if interrupted:
+            alone = self.device.type == "cpu" or distributed.count() == 1  # GPUs of several processes wait here
+            if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and distributed.any_process(bool(interrupted)):
                 raise Interrupted
 
     def _schedule(self) -> Tensor:
@@ -188,16 +208,17 @@ class Trainer:
         split = "test" if self.dataset.validation is None else "validation"
         images = self.dataset.test if self.dataset.validation is None else self.dataset.validation
         with meter.window("eval") as window:
-            evaluated = evaluate(self.model, self.batches(images), self.dtype)
+            evaluated = evaluate(self.model, self.batches(images, shared=True), self.dtype)
         evaluation = Spending()
         evaluation.add(window.result)
         self._check_finite(torch.tensor(evaluated["loss"]))
-        means = {name: self.sums[f"gate:{name}"] / steps for name in self.search.live}
+        sums = distributed.average(self.sums)
+        means = {name: sums[f"gate:{name}"] / steps for name in self.search.live}
         record = {
             "epoch": self.epoch + 1,
             "train": {
-                **{name: float(self.sums[name]) / steps for name in SUMS[:-1]},
-                "accuracy": float(self.sums["correct"]) / (steps * self.recipe.batch_size),
+                **{name: float(sums[name]) / steps for name in SUMS[:-1]},
+                "accuracy": float(sums["correct"]) / (steps * self.recipe.batch_size),
             },
             "eval": {"split": split, **evaluated},
             **self.search.describe(means),
@@ -210,7 +231,8 @@ class Trainer:
         for value in self.sums.values():
             value.zero_()  # a captured step adds to these very tensors
         # metrics first: a kill between the two repeats the epoch, and its line is then replaced
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        if distributed.is_main():
+            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         if self.logger is not None:
             self.logger.log(record)
         self._save_checkpoint()
@@ -261,12 +283,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
+            "sums": distributed.average(self.sums),
             "spending": asdict(self.spending),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        save_checkpoint(self.folder / "checkpoint.pt", state)
+        if distributed.is_main():
+            save_checkpoint(self.folder / "checkpoint.pt", state)
+        distributed.wait()  # nobody leaves, or ends, before it is whole
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"
