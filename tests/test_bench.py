@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import input_pipeline, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +55,10 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("name", ["test_gate_head", "test_compact"])
 def test_benchmarks_run_without_timing(name: str) -> None:
     run_benchmarks(f"bench/{name}.py", "--benchmark-disable", "-k", "stage3 or 0.5-1")
+
+
+def test_the_share_of_the_input_pipeline() -> None:
+    row = input_pipeline.measure("digits", None, "resnet8", 128)
+    made, trained = row["batch_milliseconds"], row["step_milliseconds"]
+    assert 0 < made and 0 < trained and row["share"] == pytest.approx(made / (made + trained))
+    assert len(row["rounds_milliseconds"]) == input_pipeline.ROUNDS
