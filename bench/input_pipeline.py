@@ -1,7 +1,8 @@
 """What share of an epoch the batches take: `python -m bench.input_pipeline --data-root DIR --output FILE`.
 
-Processor time of this process, which other jobs on the machine lengthen less than seconds; on one thread, since threads
-that wait for each other count as well. The steps are the trainer's on the ungated network, the cheapest one of its depth.
+Processor time of this process, which other jobs on the machine lengthen less than seconds; on one thread, since
+threads that wait for each other count as well. The steps are the trainer's on the ungated network, the cheapest one of
+its depth.
 """
 
 import argparse

@@ -60,5 +60,5 @@ def test_benchmarks_run_without_timing(name: str) -> None:
 def test_the_share_of_the_input_pipeline() -> None:
     row = input_pipeline.measure("digits", None, "resnet8", 128)
     made, trained = row["batch_milliseconds"], row["step_milliseconds"]
-    assert 0 < made and 0 < trained and row["share"] == pytest.approx(made / (made + trained))
+    assert made > 0 and trained > 0 and row["share"] == pytest.approx(made / (made + trained))
     assert len(row["rounds_milliseconds"]) == input_pipeline.ROUNDS
