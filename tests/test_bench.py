@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastgate.kernels import open_lists
 
-from bench import report
+from bench import input_pipeline, report
 from bench.record_gates import read_gates, record_gates
 from bench.test_gated_conv import LISTS, REAL, Convolution, make_gate
 from fastgate.functional import gated_conv2d
@@ -161,3 +161,10 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("name", ["test_gate_head", "test_compact"])
 def test_benchmarks_run_without_timing(name: str) -> None:
     run_benchmarks(f"bench/{name}.py", "--benchmark-disable", "-k", "stage3 or 0.5-1")
+
+
+def test_the_share_of_the_input_pipeline() -> None:
+    row = input_pipeline.measure("digits", None, "resnet8", 128)
+    made, trained = row["batch_milliseconds"], row["step_milliseconds"]
+    assert made > 0 and trained > 0 and row["share"] == pytest.approx(made / (made + trained))
+    assert len(row["rounds_milliseconds"]) == input_pipeline.ROUNDS

@@ -58,7 +58,7 @@ class TrainingStep:
 
     What differs from step to step comes in tensors, and what lasts from step to step stays where it is, so that the
     step can be captured: in each phase of the search (gates held open, alive, some or all final) after a few steps.
-    A capture that fails is a warning; the phase then goes on without.
+    A capture that fails is a warning; the run then goes on without.
 
     Args:
         model: the network; `network` is what runs it forward, which several processes wrap anew in every epoch.
@@ -96,7 +96,7 @@ class TrainingStep:
     @property
     def captured(self) -> bool:
         """Whether the next step of this phase is a replay."""
-        return self._replay is not None
+        return self.graphs is not None and self._replay is not None
 
     def schedule(self, learning_rate: float, epoch: float) -> list[float]:
         """The numbers of a step: the learning rate, and those of the search at an epoch (fractions count)."""
@@ -143,6 +143,7 @@ class TrainingStep:
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             warnings.warn(f"the training step runs without a CUDA graph, slower: {reason}", stacklevel=2)
+            self.graphs = None
             return self._compute_inputs
 
     def _compute_inputs(self) -> None:
