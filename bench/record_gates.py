@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgate.gates import named_gates
 from fastgate.modes import eval_mode
 from fastgate.training.data import Batches, load_dataset
-from fastgate.training.trainer import load_network
+from fastgate.training.networks import load_network
 
 FILE = Path(__file__).with_name("gates.npz")
 IMAGES = 256

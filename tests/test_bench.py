@@ -140,11 +140,11 @@ def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
     with torch.no_grad():
         trainer.model(next(iter(trainer.batches(dataset.test)))[0][:256])
     for stage, opened in recorded.items():
-        decisions = trainer.gates[f"layer{stage}.1.gate"].decisions
+        decisions = trainer.search.gates[f"layer{stage}.1.gate"].decisions
         assert 0 < decisions.mean() < 1
         assert torch.equal(opened, decisions == 1)
     assert conditions["recipe"] == asdict(run.recipe)
-    for gate in trainer.gates.values():
+    for gate in trainer.search.gates.values():
         gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
     trainer._save_checkpoint()
     with pytest.raises(ValueError, match="expected a run of live channel gates, got gating 'channel' or frozen ones"):
