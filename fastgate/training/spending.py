@@ -48,16 +48,18 @@ def add_energies(metered: Sequence[tuple[str, Energy]]) -> Energy:
 
     A GPU is known by its UUID, a CPU package by its machine. Processes share all of their devices or none.
     """
-    parts: dict[frozenset[str], Energy] = {}
+    several = len({machine for machine, _ in metered}) > 1
+    parts: dict[tuple[str, ...], Energy] = {}
     for machine, energy in metered:
-        devices = [key if key.startswith(("GPU-", "MIG-")) else f"{machine} {key}" for key in energy.per_device]
-        parts.setdefault(frozenset(devices), energy)
+        names = [f"{machine}/{key}" if several and key.startswith("cpu") else key for key in energy.per_device]
+        parts.setdefault(tuple(names), energy)
+    named = [(dict(zip(part.per_device, names, strict=True)), part) for names, part in parts.items()]
     return Energy(
         name=metered[0][1].name,
         seconds=max(energy.seconds for _, energy in metered),
         items=metered[0][1].items,
-        per_device={key: part.per_device[key] for part in parts.values() for key in part.per_device},
-        sources={key: part.sources[key] for part in parts.values() for key in part.sources},
+        per_device={names[key]: joules for names, part in named for key, joules in part.per_device.items()},
+        sources={names[key]: source for names, part in named for key, source in part.sources.items()},
         microjoules=_sum([part.microjoules for part in parts.values()]),
         error_bound_joules=_sum([part.error_bound_joules for part in parts.values()]),
         warnings=tuple(dict.fromkeys(warning for _, energy in metered for warning in energy.warnings)),
