@@ -1,4 +1,4 @@
-"""The command line: `fastgate train | evaluate | compact | compare | report | energy probe | env`."""
+"""The command line: `fastgate train | evaluate | compact | compare | report | reproduce | energy probe | env`."""
 
 import inspect
 import json
@@ -203,6 +203,42 @@ def report(
     from fastgate.reports.html import write_report
 
     typer.echo(f"wrote {write_report(runs, output)}")
+
+
+@app.command()
+def reproduce(
+    target: Annotated[str, typer.Argument(help="table2, ... table6, figure4, figure5 or figure6")],
+    scale: Annotated[
+        str, typer.Option(help="smoke (digits, minutes), short (CIFAR, few epochs) or full (as the paper prints it)")
+    ] = "smoke",
+    output: Annotated[Path | None, typer.Option(help="default: runs/paper-<scale>; tables share runs in it")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    device: Device = "auto",
+    epochs: Annotated[str | None, typer.Option(help="of every run, instead of the scale's")] = None,
+    network: Annotated[str | None, typer.Option(help="of every run, instead of the scale's")] = None,
+    precision: Annotated[str | None, typer.Option(help="of every run: fp32, fp16, bf16 or auto")] = None,
+) -> None:
+    """Run or resume what a table or figure of the paper needs, and print the paper's rows beside ours."""
+    from fastgate.paper.runs import Place
+    from fastgate.paper.runs import reproduce as reproduce_target
+    from fastgate.paper.targets import plan_target
+    from fastgate.reports.paper_tables import print_result, write_result
+    from fastgate.training.trainer import Interrupted
+
+    given = {"epochs": epochs, "network": network, "precision": precision}
+    plan = plan_target(target, scale, {k: parse_field(k, text) for k, text in given.items() if text is not None})
+    folder = output or Path("runs") / f"paper-{scale}"
+    try:
+        for result in reproduce_target(plan, Place(folder, data_root, download, resolve_device(device))):
+            file = write_result(result, folder)
+            done = len(plan.runs) - result["unfinished"]
+            typer.echo(f"{target}: {done} of {len(plan.runs)} runs done; so far: {file}", err=True)
+    except (Interrupted, KeyboardInterrupt):
+        typer.echo("stopped; everything is saved. Go on with the same command", err=True)
+        raise typer.Exit(130) from None
+    print_result(result)
+    typer.echo(f"wrote {folder / target}.json, .md and .png")
 
 
 @energy.command()

@@ -23,6 +23,7 @@ FLOORS = {
     "models": 5,
     "pruning": 6,
     "training": 7,
+    "paper": 8,
     "reports": 8,
     "cli": 9,
     "__main__": 9,

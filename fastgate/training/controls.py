@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -40,32 +40,33 @@ def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_cla
 def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
     """A plain network of the wanted MACs within 1 %: by its depth as far as that goes, the rest by its widths.
 
-    The depth is the one that comes closest at the recipe's widths. Of the widths at which that depth is within 1 %,
-    those are taken whose stages are scaled most alike.
+    The depth is the one that comes closest at the recipe's widths; where whole channels cannot make up for the rest,
+    the next one. Of the widths at which a depth is within 1 %, those are taken whose stages are scaled most alike.
 
     Raises:
         ValueError: none has the wanted MACs within 1 %.
     """
     full = recipe.stage_widths
-    depths = range(8, recipe.depth + 1, 6)
-    depth = min(depths, key=lambda each: abs(math.log(_count(each, full, image_size, num_classes) / wanted)))
-    scale = math.sqrt(wanted / _count(depth, full, image_size, num_classes))
-    ranges = [range(max(1, math.floor(scale * width * 0.8)), math.ceil(scale * width * 1.2) + 2) for width in full]
-    near = [
-        widths
-        for widths in itertools.product(*ranges)
-        if abs(_count(depth, widths, image_size, num_classes) - wanted) <= _TOLERANCE * wanted
-    ]
-    if not near:
-        raise ValueError(
-            f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, but resnet{depth} "
-            "of whole channels has none; ask for another target_macs"
-        )
+    counts = {depth: _count(depth, full, image_size, num_classes) for depth in range(8, recipe.depth + 1, 6)}
+    for depth in sorted(counts, key=lambda each: abs(math.log(counts[each] / wanted))):
+        scale = math.sqrt(wanted / counts[depth])
+        ranges = [range(max(1, math.floor(scale * width * 0.8)), math.ceil(scale * width * 1.2) + 2) for width in full]
+        near = [
+            widths
+            for widths in itertools.product(*ranges)
+            if abs(_count(depth, widths, image_size, num_classes) - wanted) <= _TOLERANCE * wanted
+        ]
+        if near:
+            widths = min(near, key=lambda each: _unevenness(each, full, scale))
+            return replace(recipe, network=f"resnet{depth}", widths=",".join(map(str, widths)))
+    raise ValueError(
+        f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, found none; ask for "
+        "another target_macs"
+    )
 
-    def unevenness(widths: Iterable[int]) -> float:
-        return sum(math.log(width / (scale * each)) ** 2 for width, each in zip(widths, full, strict=True))
 
-    return replace(recipe, network=f"resnet{depth}", widths=",".join(map(str, min(near, key=unevenness))))
+def _unevenness(widths: Sequence[int], full: Sequence[int], scale: float) -> float:
+    return sum(math.log(width / (scale * each)) ** 2 for width, each in zip(widths, full, strict=True))
 
 
 def _count(depth: int, widths: Sequence[int], image_size: Sequence[int], num_classes: int) -> int:

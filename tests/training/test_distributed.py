@@ -24,8 +24,8 @@ from tests.training.runs import (
     start_parallel,
 )
 
-# Sums are taken in other parts, in fp64. Before the first update gradients differ by roundings alone (seen: 4e-15 of the
-# largest one), which twenty steps multiply (seen: 2e-13); statistics of half a batch are off by 1e-2 at once.
+# Sums are taken in other parts, in fp64. Before the first update gradients differ by roundings alone (seen: 4e-15 of
+# the largest one), which twenty steps multiply (seen: 2e-13); statistics of half a batch are off by 1e-2 at once.
 AT_ONCE, LATER = 1e-12, 1e-9
 
 # process 1 dies at the beginning of the third epoch

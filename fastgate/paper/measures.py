@@ -1,0 +1,67 @@
+"""What a finished run is worth: the columns of the paper's tables, and what training it took."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgate.pruning.costs import flops
+from fastgate.pruning.decisions import Decisions
+from fastgate.pruning.storage import load
+from fastgate.training.pipeline import CONFIG, DECISIONS, NETWORK, SUMMARY
+
+
+def measure_run(folder: Path) -> dict[str, Any]:
+    """Measures of the run's final network, the compact one where there were gates; None where it has none.
+
+    Shares are in %; `flops`, `macs` and `parameters` are counts; `seconds` and `joules` those of training. `gates` is,
+    per epoch, the open ratio of every gate.
+    """
+    summary = json.loads((folder / SUMMARY).read_text())
+    control = json.loads((folder / CONFIG).read_text())["control"]
+    rows, recipe = summary["rows"], summary["recipe"]
+    gated = recipe["gating"] != "none"
+    final = rows["compact" if gated else "unpruned"]
+    trained = rows.get("gated", final)
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "accuracy": 100 * final["accuracy"],
+        "live_accuracy": 100 * rows["gated"]["accuracy"] if "gated" in rows else None,
+        "open_ratio": 100 * final["open_ratio"],
+        "open_range": _open_range(folder / DECISIONS) if gated else None,
+        "polarization": history[-1]["polarization"] if gated else None,
+        "flops": flops(load(folder / NETWORK), summary["image_size"]),
+        "macs": final["macs"],
+        "parameters": final["parameters"],
+        "seconds": trained["seconds_training"],
+        "joules": trained["joules_training"],
+        "energy": summary["energy"],
+        "network": recipe["network"] + ("" if recipe["width"] == 1 else f" x {recipe['width']:.3g}"),
+        "control": control,
+        "recipe": recipe,
+        "conditions": _conditions(summary),
+        "gates": [[_mean(gate) for gate in line["gates"].values()] for line in history],
+    }
+
+
+def _open_range(file: Path) -> tuple[float, float]:
+    """Gates open for all of the training images, and for at least one, in %: the same where all are unanimous."""
+    means = torch.cat([gate.mean for gate in Decisions.from_json(file).values()])
+    return 100 * float((means == 1).double().mean()), 100 * float((means > 0).double().mean())
+
+
+def _mean(channels: list[float]) -> float:
+    return round(sum(channels) / len(channels), 4)
+
+
+def _conditions(summary: dict[str, Any]) -> str:
+    """What the run ran on, in words."""
+    environment, recipe = summary["environment"], summary["recipe"]
+    gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
+    on_gpu = summary["device"].startswith("cuda")
+    machine = gpus if on_gpu else f"{environment['cpu']} (threads: {environment['torch_threads']})"
+    return (
+        f"{recipe['dataset']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}, {summary['precision']}, "
+        f"{machine}, torch {environment['versions']['torch']}, {summary['date'][:10]}"
+    )

@@ -1,0 +1,120 @@
+"""Run what a table needs: every run in a folder of its own, resumed or reused where it is there already."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgate.paper.baselines import measure_naive
+from fastgate.paper.measures import measure_run
+from fastgate.paper.recipes import PlannedRun
+from fastgate.paper.results import collect
+from fastgate.paper.targets import Plan
+from fastgate.pruning.storage import load
+from fastgate.training.controls import control_recipe
+from fastgate.training.data import Batches
+from fastgate.training.networks import resolve_precision
+from fastgate.training.pipeline import CONFIG, NETWORK, SUMMARY, Run, read_config, train
+from fastgate.training.presets import Recipe
+
+RUNS, NAIVE = "runs", "naive.json"
+# the control is another network of the same recipe
+_OWN_FIELDS = {"network", "width", "gating"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs lie and what they work on."""
+
+    output: Path
+    data_root: str | None = None
+    download: bool = False
+    device: str = "cpu"
+
+    def folder(self, planned: PlannedRun) -> Path:
+        """A run's folder."""
+        return self.output / RUNS / planned.name
+
+    def run(self, planned: PlannedRun, recipe: Recipe) -> Run:
+        """A planned run with the recipe in force."""
+        control = None if planned.equal_to is None else "equal-macs"
+        return Run(recipe, self.folder(planned), self.data_root, self.download, self.device, control)
+
+
+def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:
+    """Run or resume what a table or figure needs; gives the result so far after each run, see :func:`collect`.
+
+    Raises:
+        ValueError: a folder holds a run of another recipe or of another version, or there are no data; nothing has been
+            trained then.
+    """
+    _check(plan, place)
+    measured: dict[str, dict[str, Any]] = {}
+    for planned in plan.runs:
+        measured[planned.name] = _finish(planned, place)
+        naive = None
+        if plan.naive is not None and len(measured) == len(plan.runs):
+            naive = _naive_points(plan.naive, place)
+        yield collect(plan, measured, naive)
+
+
+def _check(plan: Plan, place: Place) -> None:
+    """Refuse before the first hour of training what would end it later."""
+    if place.output.exists() and not place.output.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {place.output}")
+    for planned in plan.runs:
+        folder = place.folder(planned)
+        if not (folder / CONFIG).exists():
+            continue
+        try:
+            stored = read_config(folder)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}: it holds a run of another version ({error}); choose another --output"
+            ) from error
+        ignored = _OWN_FIELDS if planned.equal_to else set()
+        names = [f.name for f in fields(Recipe) if f.name not in ignored]
+        if odd := [name for name in names if getattr(stored, name) != getattr(planned.recipe, name)]:
+            is_now = ", ".join(f"{name} {getattr(stored, name)}, not {getattr(planned.recipe, name)}" for name in odd)
+            raise ValueError(
+                f"{folder}: expected the run this table needs, got one with {is_now}; choose another --output"
+            )
+    open_runs = [planned for planned in plan.runs if not (place.folder(planned) / SUMMARY).exists()]
+    for planned in {planned.recipe.dataset: planned for planned in open_runs}.values():
+        place.run(planned, planned.recipe).load_data()
+
+
+def _finish(planned: PlannedRun, place: Place) -> dict[str, Any]:
+    """Train a run, or what is left of it; its measures, or the reason why there is no such run."""
+    folder = place.folder(planned)
+    if not (folder / SUMMARY).exists():
+        resume = (folder / CONFIG).exists()
+        try:
+            recipe = read_config(folder) if resume else _recipe(planned, place)
+        except ValueError as error:
+            if planned.equal_to is None:
+                raise
+            return {"reason": str(error)}
+        train(place.run(planned, recipe), resume=resume)
+    return measure_run(folder)
+
+
+def _recipe(planned: PlannedRun, place: Place) -> Recipe:
+    if planned.equal_to is None:
+        return planned.recipe
+    gated = place.folder(planned.equal_to)
+    dataset = place.run(planned, planned.recipe).load_data()
+    wanted = json.loads((gated / SUMMARY).read_text())["rows"]["compact"]["macs"]
+    return control_recipe("equal-macs", planned.recipe, dataset.image_size, dataset.num_classes, wanted)
+
+
+def _naive_points(planned: PlannedRun, place: Place) -> list[dict[str, Any]]:
+    run = place.run(planned, planned.recipe)
+    dataset = replace(run, recipe=replace(run.recipe, validation=0)).load_data()
+    model = load(run.folder / NETWORK).to(run.device).to(memory_format=torch.channels_last)
+    batches = Batches(dataset, dataset.test, 500, channels_last=True)
+    dtype = resolve_precision(run.recipe.precision, torch.device(run.device))
+    return measure_naive(model, batches, dataset.image_size, dtype, run.folder / NAIVE)
