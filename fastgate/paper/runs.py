@@ -22,7 +22,7 @@ from fastgate.training.presets import Recipe
 
 RUNS, NAIVE = "runs", "naive.json"
 # the control is another network of the same recipe
-_OWN_FIELDS = {"network", "width", "gating"}
+_OWN_FIELDS = {"network", "widths", "gating"}
 
 
 @dataclass(frozen=True)
