@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import CUDA, LOW_PRECISION, check_close
+from bench.record_gates import read_gates
 from fastgate.functional import gated_conv2d
 from fastgate.ops.gated_conv import gated_conv2d_torch
 
@@ -45,6 +46,8 @@ CONVOLUTIONS = [
 DTYPES = (LOW_PRECISION, torch.float32) if CUDA else (torch.float32,)
 # the channels that a training run kept in the second block of each stage, for the whole batch
 SETTLED = Path(__file__).parent / "results" / "training" / "cifar10-resnet20-channel" / "decisions.json"
+# and what the live gates there decided for each test image in another run (see `bench.record_gates`)
+REAL = ("settled", "recorded")
 RUNS = [
     (conv, dtype, kind, fraction, provider)
     for conv in CONVOLUTIONS
@@ -55,27 +58,42 @@ RUNS = [
     for fraction in ((0.5,) if provider in ("dense", "compile") else (1.0, 0.75, 0.5, 0.25, 0.0))
     if not (provider == "pruned" and (kind == "pairs" or fraction == 0.0))
 ] + [
-    (conv, dtype, "settled", None, provider)
+    (conv, dtype, kind, None, provider)
     for conv in CONVOLUTIONS
     for dtype in DTYPES
+    for kind in REAL
     for provider in PROVIDERS
     if conv.network == "resnet110"
 ]
+PER_SAMPLE = ("pairs", "recorded")
+# the gate's own list serves all three passes, but for the samples of every channel that the weight gradient wants
+LISTS = [
+    (*run, mode)
+    for *run, provider in RUNS
+    for mode in ("forward", "wgrad")
+    if provider == PROVIDERS[0] and (mode == "forward" or run[2] in PER_SAMPLE)
+]
 
 
-def settled_gate(conv: Convolution) -> Tensor:
-    """[1, C]: what a run on CIFAR-10 decided."""
-    gates = json.loads(SETTLED.read_text())["gates"]
-    return torch.tensor([gates[f"layer{conv.stage}.1.gate"]["open"]])
+def real_gate(conv: Convolution, kind: str) -> Tensor:
+    """What a run on CIFAR-10 decided, bool: settled for the batch [1, C], or recorded for real images [N, C]."""
+    if kind == "settled":
+        return torch.tensor([json.loads(SETTLED.read_text())["gates"][f"layer{conv.stage}.1.gate"]["open"]])
+    images = read_gates()[0][conv.stage]
+    return images[torch.arange(conv.batch) % len(images)]
 
 
 def make_gate(conv: Convolution, kind: str, fraction: float | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Exactly this share of the channels: other ones for every sample, or the same for the whole batch."""
-    if kind == "settled" or fraction is None:
-        return settled_gate(conv).to(device, dtype)
+    """Exactly this share of the channels, other ones for every sample or the same for all of them; or a real gate."""
+    if fraction is None:
+        return real_gate(conv, kind).to(device, dtype)
     rows = conv.batch if kind == "pairs" else 1
     rank = torch.rand(rows, conv.channels, device=device).argsort(1)
     return (rank < round(fraction * conv.channels)).to(dtype)
+
+
+def open_share(conv: Convolution, kind: str, fraction: float | None) -> float:
+    return float(real_gate(conv, kind).float().mean()) if fraction is None else fraction
 
 
 def convolve(provider: str, x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
@@ -98,7 +116,7 @@ def test_gated_conv(
     mode: str,
 ) -> None:
     torch.backends.cudnn.benchmark = True
-    share = float(settled_gate(conv).float().mean()) if fraction is None else fraction
+    share = open_share(conv, kind, fraction)
     open_channels = round(share * conv.channels)
     inputs = open_channels if provider == "pruned" else conv.channels
     function = partial(convolve, provider)
@@ -128,6 +146,31 @@ def test_gated_conv(
         make, bytes_moved=int(dense * (1 + share)) + 9 * conv.channels**2 * dtype.itemsize, op="gated_conv",
         kind=kind, case=f"{conv}-{str(dtype).removeprefix('torch.')}", mode=mode, provider=provider,
         open_fraction=share,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not CUDA, reason="the kernels that walk over lists run on a GPU")
+@pytest.mark.parametrize(("conv", "dtype", "kind", "fraction", "mode"), LISTS, ids=str)
+def test_open_lists(
+    measure: Callable[..., None],
+    device: torch.device,
+    conv: Convolution,
+    dtype: torch.dtype,
+    kind: str,
+    fraction: float | None,
+    mode: str,
+) -> None:
+    """Building the lists alone, which is part of the operation's time: `bench.report` shows its share."""
+
+    def make() -> Callable[[], Any]:
+        gate = make_gate(conv, kind, fraction, dtype, device)
+        return partial(torch.ops.fastgate.open_lists, gate.t() if mode == "wgrad" else gate)
+
+    gates = conv.channels * (conv.batch if kind in PER_SAMPLE else 1)
+    measure(
+        make, bytes_moved=gates * (dtype.itemsize + 4), op="open_lists", kind=kind,
+        case=f"{conv}-{str(dtype).removeprefix('torch.')}", mode=mode, provider="fastgate",
+        open_fraction=open_share(conv, kind, fraction),
     )  # fmt: skip
 
 

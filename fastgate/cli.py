@@ -1,8 +1,9 @@
-"""The command line: `fastgate train | evaluate | compact | compare | reproduce | energy probe | env`."""
+"""The command line: `fastgate train | evaluate | compact | compare | report | reproduce | energy probe | env`."""
 
 import inspect
 import json
 import os
+import shlex
 import sys
 from dataclasses import fields, replace
 from datetime import datetime
@@ -18,6 +19,7 @@ from fastgate.gates import named_gates
 from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
+from fastgate.training import distributed
 from fastgate.training.presets import PRESETS, Recipe, get_preset, parse_field
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -32,7 +34,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto is
 def resolve_device(device: str) -> str:
     """The device to use: "auto" is CUDA where there is one; an explicit one that is missing is an error."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -43,7 +45,7 @@ def resolve_device(device: str) -> str:
         raise ValueError(
             f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
         )
-    return device
+    return distributed.own_device(device)
 
 
 def train(
@@ -53,11 +55,12 @@ def train(
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
+    logger: Annotated[str, typer.Option(help="where metrics go beside metrics.jsonl: none or tensorboard")] = "none",
     **overrides: str | None,
 ) -> None:
     """Train a network with gates, decide, compact, check, save, and print the table.
 
-    Every option below --device overrides a field of the preset.
+    Every option under Recipe overrides a field of the preset.
     """
     from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
@@ -81,16 +84,21 @@ def train(
         if preset is None:
             raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
         recipe = replace(get_preset(preset), **given)
-    folder = output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    run = Run(recipe, folder, data_root, download, resolve_device(device))
+    folder = distributed.from_main(lambda: output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    command = shlex.join(["fastgate", *sys.argv[1:]])
+    run = Run(recipe, folder, data_root, download, resolve_device(device), command=command, logger=logger)
     try:
         summary = train_run(run, resume=resume)
     except (Interrupted, KeyboardInterrupt):  # the second comes from deciding or measuring, after a checkpoint
-        data = f" --data-root {data_root}" if data_root else ""
-        typer.echo(
-            f"stopped; everything is saved. Go on with: fastgate train --output {folder} --resume{data}", err=True
-        )
+        program = "fastgate" if distributed.count() == 1 else "torchrun ... -m fastgate"
+        options = f" --data-root {data_root}" if data_root else ""
+        options += f" --logger {logger}" if logger != "none" else ""
+        if distributed.is_main():
+            again = f"{program} train --output {folder} --resume{options}"
+            typer.echo(f"stopped; everything is saved. Go on with: {again}", err=True)
         raise typer.Exit(130) from None
+    if not distributed.is_main():
+        return
     print_summary(summary)
     curves = {"gated" if recipe.gating != "none" else "unpruned": folder}
     if recipe.gating != "none":
@@ -187,6 +195,17 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, all of one data set", metavar="RUN...")],
+    output: Annotated[Path | None, typer.Option(help="the page; default: report.html in the first run")] = None,
+) -> None:
+    """Write one HTML page on one run or several: tables, curves, gates, conditions. It needs no network."""
+    from fastgate.reports.html import write_report
+
+    typer.echo(f"wrote {write_report(runs, output)}")
+
+
+@app.command()
 def reproduce(
     target: Annotated[str, typer.Argument(help="table2, ... table6, figure4, figure5 or figure6")],
     scale: Annotated[
@@ -210,8 +229,9 @@ def reproduce(
     given = {"epochs": epochs, "network": network, "precision": precision}
     plan = plan_target(target, scale, {k: parse_field(k, text) for k, text in given.items() if text is not None})
     folder = output or Path("runs") / f"paper-{scale}"
+    command = shlex.join(["fastgate", *sys.argv[1:]])
     try:
-        for result in reproduce_target(plan, Place(folder, data_root, download, resolve_device(device))):
+        for result in reproduce_target(plan, Place(folder, data_root, download, resolve_device(device), command)):
             file = write_result(result, folder)
             done = len(plan.runs) - result["unfinished"]
             typer.echo(f"{target}: {done} of {len(plan.runs)} runs done; so far: {file}", err=True)
@@ -246,13 +266,11 @@ def main() -> Any:
     from fastgate.training.equality import NotEqual
     from fastgate.training.trainer import NonFiniteLoss
 
-    if os.environ.get("FASTGATE_TRACEBACK") == "1":
-        return app()
     try:
-        return app()
-    except (NonFiniteLoss, NotEqual) as error:
-        code, message = 1, error
-    except (ValueError, TypeError, OSError) as error:
-        code, message = 2, error  # type: ignore[assignment]
-    typer.echo(f"error: {' '.join(str(message).split())}", err=True)
-    sys.exit(code)
+        with distributed.joined():
+            return app()
+    except (NonFiniteLoss, NotEqual, distributed.ProcessLost, ValueError, TypeError, OSError) as error:
+        if os.environ.get("FASTGATE_TRACEBACK") == "1":
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2 if isinstance(error, ValueError | TypeError | OSError) else 1)

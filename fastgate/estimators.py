@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgate.ops.gate_head import StraightThrough, check_window
+from fastgate.ops.synchronization import all_mean, rand_like
 
 
 def straight_through(logits: Tensor, window: str = "clipped") -> Tensor:
@@ -38,7 +39,7 @@ def gumbel(logits: Tensor, temperature: float = 1.0, training: bool = True) -> T
     noise = torch.zeros_like(logits)
     if training:
         # g1 - g2 is logistic: log(u) - log(1 - u); the clamp keeps both logarithms finite
-        u = torch.rand_like(logits).clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
+        u = rand_like(logits).clamp(torch.finfo(logits.dtype).tiny, 1 - torch.finfo(logits.dtype).eps)
         noise = u.log() - torch.log1p(-u)
     soft = torch.sigmoid((logits + noise) / temperature)
     return _hard_with_soft_gradient(logits + noise > 0, soft)
@@ -50,7 +51,7 @@ def bernoulli(logits: Tensor, training: bool = True) -> Tensor:
     Evaluation: 1 where logit > 0, without sampling.
     """
     probability = torch.sigmoid(logits)
-    hard = torch.rand_like(probability) < probability if training else logits > 0
+    hard = rand_like(probability) < probability if training else logits > 0
     return _hard_with_soft_gradient(hard, probability)
 
 
@@ -60,7 +61,7 @@ def mean_threshold(logits: Tensor, window: str = "clipped") -> Tensor:
     The decision of a sample depends on the other samples, in evaluation too: an ablation, not a way to prune. The mean
     is a constant for the gradient.
     """
-    return straight_through(logits - logits.mean(0, keepdim=True).detach(), window)
+    return straight_through(logits - all_mean(logits.mean(0, keepdim=True).detach()), window)
 
 
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {

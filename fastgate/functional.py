@@ -19,6 +19,7 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_torch,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
+from fastgate.ops.synchronization import statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
 
@@ -134,10 +135,14 @@ def gate_head(
     source = x if pooled is None else pooled
     parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
     options = (training, momentum, eps, window)
-    if (
-        resolve_impl(impl, "gate_head", lambda: gate_head_obstacle(source, *parameters, deep=fc2_weight is not None))
-        == "triton"
-    ):
+    deep = fc2_weight is not None
+
+    def obstacle() -> str | None:
+        return (statistics_obstacle() if training and deep else None) or gate_head_obstacle(
+            source, *parameters, deep=deep
+        )
+
+    if resolve_impl(impl, "gate_head", obstacle) == "triton":
         source = source if pooled is None else pooled.contiguous()
         decisions, logits = GateHead.apply(source, *parameters, *options)
         return decisions, logits
@@ -220,6 +225,7 @@ def gated_conv2d(
     out_gate: Tensor | None = None,
     stride: int = 1,
     padding: int = 1,
+    write_closed: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Convolve only what gates leave open: conv2d(x * in_gate, weight) * out_gate.
@@ -236,6 +242,10 @@ def gated_conv2d(
         out_gate: the same for the output, with `C_out`.
         stride: of both dimensions.
         padding: zeros on every side.
+        write_closed: write zeros where `out_gate` is closed. With False the values there are unspecified: `"triton"`
+            leaves the memory as it was, NaN included, and saves writing it, so select what is open instead of
+            multiplying by the gate. Gradients are the same either way: they do not depend on closed outputs, and a
+            gradient that arrives for one counts only for the gate that closed it, where that requires grad.
         impl: `"triton"` (closed input is not read, so its NaN and infinities stay there), `"torch"` (dense), or
             `"auto"`: what was measured fastest on this device (`fastgate/ops/measured.json`). On a CPU that is a
             convolution of the open channels or samples alone, where gates do not require grad.
@@ -276,7 +286,7 @@ def gated_conv2d(
     if path == "auto":
         path = choose_path(*arguments)
     if path == "triton":
-        y: Tensor = GatedConv2d.apply(*arguments)
+        y: Tensor = GatedConv2d.apply(*arguments, write_closed)
         return y
     return (gated_conv2d_gathered if path == "gathered" else gated_conv2d_torch)(*arguments)
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
+from fastgate.ops.synchronization import all_mean, processes
 
 GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[str, Tensor]
 
 
 def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
     """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
+
+    Under :func:`fastgate.ops.synchronization.synchronized` these are the samples of all processes.
 
     An iterable holds gates, then named by position ("0", "1", ...), or the pairs of `named_gates`.
 
@@ -33,6 +36,9 @@ def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
         if gate.decisions is None:
             raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
         means[name] = gate.decisions.reshape(-1, gate.gates).mean(0)
+    if processes() > 1:  # one exchange for all gates
+        parts = all_mean(torch.cat(list(means.values()))).split([len(mean) for mean in means.values()])
+        means = dict(zip(means, parts, strict=True))
     return means
 
 
@@ -50,7 +56,13 @@ def activation(gates: GateSource) -> Tensor:
     return torch.stack([g.mean() for g in gate_means(gates).values()]).mean()
 
 
-def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None = None) -> Tensor:
+def budget(
+    gates: GateSource,
+    target: float | Tensor,
+    costs: Mapping[str, Tensor] | None = None,
+    *,
+    total: float | None = None,
+) -> Tensor:
     """(open fraction - target)^2, the fraction weighted by what each gate (channel) switches.
 
     fraction = sum(costs * g) / sum(costs), g the mean decisions, so it is the share of the *gated* work; what ungated
@@ -58,13 +70,15 @@ def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None 
 
     Args:
         gates: a model, an iterable of gates, or their means.
-        target: wanted fraction, 0 to 1.
+        target: wanted fraction, 0 to 1. A tensor (scalar, on the gates' device) is taken as it is: to check it would
+            mean to wait for the device.
         costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) alike.
+        total: sum(costs), where the caller knows it: costs on a GPU have to be waited for to add them up.
 
     Raises:
         ValueError: a target outside 0 to 1, or costs of other gates than the model's.
     """
-    if not 0 <= target <= 1:
+    if not isinstance(target, Tensor) and not 0 <= target <= 1:
         raise ValueError(f"target: expected a fraction between 0 and 1, got {target}")
     means = gate_means(gates)
     if costs is None:
@@ -74,6 +88,7 @@ def budget(gates: GateSource, target: float, costs: Mapping[str, Tensor] | None 
             f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)}; compute them for this model with "
             "fastgate.gate_costs(model, input_size)"
         )
-    total = sum(float(c.sum()) for c in costs.values())
+    if total is None:
+        total = sum(float(c.sum()) for c in costs.values())
     used = torch.stack([(g * costs[name].to(g)).sum() / total for name, g in means.items()]).sum()
     return (used - target) ** 2

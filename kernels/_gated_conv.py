@@ -55,6 +55,7 @@ def gated_conv_kernel(
     SRC_ROWS: tl.constexpr,
     DST_ROWS: tl.constexpr,
     HAS_SAMPLES: tl.constexpr,
+    WRITE_CLOSED: tl.constexpr,
     NEEDS_DGATE: tl.constexpr,
     GATE_N_STRIDE: tl.constexpr,
     GATE_C_STRIDE: tl.constexpr,
@@ -71,7 +72,8 @@ def gated_conv_kernel(
 
     SRC_ROWS and DST_ROWS say whose list of open channels counts: "none" (all channels), "shared" (one list) or "each"
     (one per sample). With NEEDS_DGATE every dst channel is computed: partial gets the sums over a tile's pixels of
-    dst * gated, and dst is then multiplied by its gate.
+    dst * gated, and dst is then multiplied by its gate. Without WRITE_CLOSED, the memory of closed channels and of
+    closed samples of dst stays as it was.
 
     The transpose of a strided convolution falls into STRIDE x STRIDE classes of result pixels, each a dense
     convolution with the taps that reach it.
@@ -135,7 +137,8 @@ def gated_conv_kernel(
         if DST_ROWS != "none":
             k_end = tl.where(any_computed, k_end, 0)
         if HAS_SAMPLES:
-            k_end = tl.where(place < tl.load(sample_count_ptr), k_end, 0)
+            n_samples = tl.load(sample_count_ptr)
+            k_end = tl.where(place < n_samples, k_end, 0)
 
         src_start = src_ptr + n * (C_SRC * H_SRC * W_SRC)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -173,7 +176,13 @@ def gated_conv_kernel(
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
             k0 += BLOCK_K
 
-        stored = inside[:, None] & (j < C_DST)[None, :]
+        written = C_DST
+        if not WRITE_CLOSED:
+            if DST_ROWS != "none":
+                written = n_dst
+            if HAS_SAMPLES:
+                written = tl.where(place < n_samples, written, 0)
+        stored = inside[:, None] & (j < written)[None, :]
         pixels = y * W_DST + x
         if NEEDS_DGATE:
             at = channel_offset(d, H_DST * W_DST, GATED_LAST)[None, :]

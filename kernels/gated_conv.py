@@ -2,7 +2,7 @@
 
 A gate reaches the kernels as lists (:mod:`fastgate.kernels.open_lists`): of a sample's open channels, or of the open
 samples. Lists have one row for the whole batch or one per sample. Nothing waits for the host, and no grid depends on
-what is open: a fixed number of programs goes round the tiles, and closed ones only write zeros.
+what is open: a fixed number of programs goes round the tiles, and closed ones only write zeros, if anything.
 """
 
 from typing import Any
@@ -30,15 +30,19 @@ def gated_conv_fwd(
     sample_count: Tensor | None,
     stride: int,
     padding: int,
+    write_closed: bool,
 ) -> Tensor:
-    """y [N, C_out, H', W'] in the layout and dtype of x, zero where an output channel or a sample is closed."""
+    """y [N, C_out, H', W'] in the layout and dtype of x.
+
+    Where an output channel or a sample is closed y is zero, or with `write_closed` False whatever was in its memory.
+    """
     height, width = x.shape[2:]
     kh, kw = weight.shape[2:]
     size = ((height + 2 * padding - kh) // stride + 1, (width + 2 * padding - kw) // stride + 1)
     y = _empty_map(x, weight.shape[0], *size)
     _launch(
         y, x, weight, (0, 1), (in_list, in_count), (out_list, out_count), (sample_list, sample_count), stride, padding,
-        transposed=False,
+        transposed=False, write_closed=write_closed,
     )  # fmt: skip
     return y
 
@@ -159,6 +163,7 @@ def _launch(
     padding: int,
     *,
     transposed: bool,
+    write_closed: bool = True,
     gate: Tensor | None = None,
     gated: Tensor | None = None,
 ) -> Tensor:
@@ -205,6 +210,7 @@ def _launch(
         SRC_ROWS=_rows(src_lists[0]),
         DST_ROWS=_rows(dst_lists[0]),
         HAS_SAMPLES=sample_lists[0] is not None,
+        WRITE_CLOSED=write_closed,
         NEEDS_DGATE=gate is not None,
         GATE_N_STRIDE=0 if gate is None or gate.shape[0] == 1 else gate.stride(0),
         GATE_C_STRIDE=0 if gate is None or gate.shape[1] == 1 else gate.stride(1),
@@ -230,7 +236,8 @@ def _rows(lists: Tensor | None) -> str:
 
 def _empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
-    return like.new_empty((like.shape[0], channels, height, width)).to(memory_format=layout)
+    size = (like.shape[0], channels, height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _dot_plan(x: Tensor) -> tuple[Any, int, str]:

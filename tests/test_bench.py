@@ -4,11 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+from fastgate.kernels import open_lists
 
-from bench import report
+from bench import input_pipeline, report
+from bench.record_gates import read_gates, record_gates
+from bench.test_gated_conv import LISTS, REAL, Convolution, make_gate
+from fastgate.functional import gated_conv2d
+from fastgate.training.pipeline import Run, start_trainer
+from tests.training.runs import TINY
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +53,104 @@ def test_a_recorded_run_becomes_a_table_and_a_picture(tmp_path: Path, capsys: py
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def made_up_file(folder: Path, rows: list[dict]) -> Path:
+    file = folder / "made-up.json"
+    benchmarks = [{"extra_info": row, "stats": {"median": row.pop("us") * 1e-6}} for row in rows]
+    file.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": {}}))
+    return file
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_lists_are_a_share_of_the_convolution(
+    measured: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conv = {"op": "gated_conv", "kind": "pairs", "case": "made-up", "open_fraction": 0.5}
+    rows = [
+        {**conv, "mode": "forward", "provider": "fastgate", "us": 80.0},
+        {**conv, "mode": "wgrad", "provider": "fastgate", "us": 200.0},
+        {**conv, "mode": "dgrad", "provider": "fastgate", "us": 100.0},
+        *({**conv, "mode": mode, "provider": "dense", "us": 100.0} for mode in ("forward", "wgrad", "dgrad")),
+    ]
+    lists = {**conv, "op": "open_lists", "provider": "fastgate"}
+    if measured:
+        rows += [{**lists, "mode": "forward", "us": 2.0}, {**lists, "mode": "wgrad", "us": 12.0}]
+        rows += [
+            {**lists, "mode": "forward", "open_fraction": 0.25, "us": 3.0}
+        ]  # of a convolution that was not measured
+    file = made_up_file(tmp_path, rows)
+    shares = {record["mode"]: record["share_of_lists"] for record in report.ratios(report.read_rows(file)[0])}
+    if measured:
+        assert shares == {"forward": pytest.approx(0.025), "wgrad": pytest.approx(0.06), "dgrad": None}
+    else:
+        assert shares == {"forward": None, "wgrad": None, "dgrad": None}
+    assert report.main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert ("2.5%" in printed and "6.0%" in printed) == measured
+    assert (" lists " in printed) == measured
+    assert "open_lists:" not in printed
+
+
+def test_gates_of_real_runs_have_no_curve(tmp_path: Path) -> None:
+    conv = {"op": "gated_conv", "case": "made-up", "mode": "forward"}
+    rows = [
+        {**conv, "kind": kind, "open_fraction": fraction, "provider": provider, "us": us}
+        for kind, fraction in (("pairs", 0.5), ("settled", 0.4), ("recorded", 0.3))
+        for provider, us in (("fastgate", 60.0), ("dense", 100.0))
+    ]
+    times = report.relative_times(report.read_rows(made_up_file(tmp_path, rows))[0])
+    assert times == {("pairs", "made-up", "forward", "fastgate"): {0.5: pytest.approx(0.6)}}
+
+
+@pytest.mark.parametrize("batch", [64, 256, 300])
+def test_recorded_gates_differ_from_sample_to_sample(batch: int) -> None:
+    for stage, channels in ((1, 16), (2, 32), (3, 64)):
+        conv = Convolution("resnet110", stage, batch, channels, 8)
+        gate = make_gate(conv, "recorded", None, torch.float32, torch.device("cpu"))
+        assert gate.shape == (batch, channels) and set(gate.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(gate[256:], gate[: max(0, batch - 256)])
+        varying = (gate.mean(0) > 0) & (gate.mean(0) < 1)
+        assert varying.sum() >= channels // 4, stage
+
+
+@pytest.mark.parametrize("kind", ["pairs", "batch", *REAL])
+def test_the_lists_that_are_timed_are_those_that_the_operation_builds(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gate = make_gate(Convolution("resnet110", 1, 3, 16, 4), kind, None if kind in REAL else 0.5, torch.float32, device)
+    built: list[torch.Tensor] = []
+    build = open_lists.open_lists
+    monkeypatch.setattr(open_lists, "open_lists", lambda gate: built.append(gate) or build(gate))
+    x, weight = (torch.randn(n, 16, 3, 3, device=device, requires_grad=True) for n in (3, 16))
+    gated_conv2d(x, weight, in_gate=gate, impl="triton").sum().backward()
+    modes = {mode for *_, its_kind, _, mode in LISTS if its_kind == kind}
+    timed = [gate.t() if mode == "wgrad" else gate for mode in sorted(modes)]
+    assert len(built) == len(timed) and all(map(torch.equal, built, timed))
+
+
+def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
+    options = {"network": "resnet14", "epochs": 1, "open_until": 0.0, "anneal_until": 0.0, "settle_at": None}
+    run = Run(replace(TINY, gating="channel", init_logit=None, **options), tmp_path)
+    dataset = run.load_data()
+    trainer = start_trainer(run, dataset, resume=False)
+    trainer.fit()
+    record_gates(tmp_path, tmp_path, tmp_path / "gates.npz")
+    recorded, conditions = read_gates(tmp_path / "gates.npz")
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.model(next(iter(trainer.batches(dataset.test)))[0][:256])
+    for stage, opened in recorded.items():
+        decisions = trainer.search.gates[f"layer{stage}.1.gate"].decisions
+        assert 0 < decisions.mean() < 1
+        assert torch.equal(opened, decisions == 1)
+    assert conditions["recipe"] == asdict(run.recipe)
+    for gate in trainer.search.gates.values():
+        gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
+    trainer._save_checkpoint()
+    with pytest.raises(ValueError, match="expected a run of live channel gates, got gating 'channel' or frozen ones"):
+        record_gates(tmp_path, tmp_path)
+
+
 def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "other.json"
     file.write_text("{}")
@@ -55,3 +161,10 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("name", ["test_gate_head", "test_compact"])
 def test_benchmarks_run_without_timing(name: str) -> None:
     run_benchmarks(f"bench/{name}.py", "--benchmark-disable", "-k", "stage3 or 0.5-1")
+
+
+def test_the_share_of_the_input_pipeline() -> None:
+    row = input_pipeline.measure("digits", None, "resnet8", 128)
+    made, trained = row["batch_milliseconds"], row["step_milliseconds"]
+    assert made > 0 and trained > 0 and row["share"] == pytest.approx(made / (made + trained))
+    assert len(row["rounds_milliseconds"]) == input_pipeline.ROUNDS

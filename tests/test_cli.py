@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def test_compact_live_gates_with_decisions(live: Path, tmp_path: Path) -> None:
     result = run_cli("compact", live, "--decisions", live / "decisions.json", "--output", tmp_path / "x.safetensors")
     assert result.returncode == 0, result.stderr
     assert fg.load(tmp_path / "x.safetensors").fc.out_features == 10
+
+
+def test_report(run: Path) -> None:
+    result = run_cli("report", run)
+    assert (result.returncode, result.stdout) == (0, f"wrote {run / 'report.html'}\n"), result.stderr
+    command = shlex.join(["fastgate", "train", *TINY_OPTIONS, "--output", str(run)])
+    assert command in (run / "report.html").read_text()
 
 
 def test_env() -> None:
@@ -119,6 +127,7 @@ def test_bad_files_are_one_line_too(run: Path, live: Path, tmp_path: Path) -> No
         (["evaluate", tmp_path / "color.safetensors", "--dataset", "digits"], "x: expected [N, 3, H, W], got [1, 1"),
         (["evaluate", tmp_path / "gray.safetensors", "--dataset", "digits"], "has 7 classes, but digits has 10"),
         (["compact", live, "--decisions", other], "these are decisions of another network"),
+        (["report", run, tmp_path], "expected a run folder with config.json"),
         (["train", "--resume", "--output", tmp_path], "expected a run folder with config.json"),
         (["train", *TINY_OPTIONS, "--output", run], "got one that holds a run"),
     ):

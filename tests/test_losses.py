@@ -72,6 +72,16 @@ def test_budget_without_costs_weighs_every_channel_alike() -> None:
     assert narrow == [pytest.approx([2 * 0.25 / 8], rel=1e-12)] * 2
 
 
+def test_budget_of_a_scheduled_target_and_a_known_total() -> None:
+    """What a captured step passes gives the bits of plain numbers."""
+    model = fg.models.resnet20(gating="channel")
+    model(torch.randn(8, 3, 32, 32))
+    costs = fg.gate_costs(model, (3, 32, 32))
+    total = float(sum(cost.sum() for cost in costs.values()))
+    scheduled = fg.budget(model, torch.tensor(0.3), costs, total=total)
+    assert torch.equal(scheduled, fg.budget(model, 0.3, costs)) and scheduled.requires_grad
+
+
 def test_budget_with_costs() -> None:
     gates = [layer_gate([1, 0, 0, 0]), layer_gate([1, 1, 1, 0])]
     costs = {"0": torch.tensor([300]), "1": torch.tensor([100])}

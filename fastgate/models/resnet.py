@@ -1,6 +1,6 @@
 """CIFAR ResNets (He et al., 2015, section 4.2; https://arxiv.org/abs/1512.03385) of depth 6n + 2, gated or plain."""
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,24 +39,29 @@ class ResNet(nn.Module):
         depth: 6n + 2, for example 20, 32, 44, 56, 110.
         num_classes: outputs.
         in_channels: channels of the image.
-        width: factor on the stages' 16, 32 and 64 channels, rounded.
+        widths: channels of the three stages.
         shortcut: `"conv"` (1x1 convolution + batch norm, option B) or `"pad"` (option A) on downsampling blocks.
 
     `forward(x [N, in_channels, H, W]) -> [N, num_classes]`, any H and W.
     """
 
     def __init__(
-        self, depth: int, num_classes: int = 10, *, in_channels: int = 3, width: float = 1.0, shortcut: str = "conv"
+        self,
+        depth: int,
+        num_classes: int = 10,
+        *,
+        in_channels: int = 3,
+        widths: Sequence[int] = WIDTHS,
+        shortcut: str = "conv",
     ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth: expected 6n + 2 (20, 32, 44, 56, 110, ...), got {depth}")
-        if not 0 < width < math.inf:
-            raise ValueError(f"width: expected a positive factor on {WIDTHS} channels, got {width}")
+        if len(widths) != len(WIDTHS) or any(width < 1 for width in widths):
+            raise ValueError(f"widths: expected {len(WIDTHS)} positive numbers of channels, got {tuple(widths)}")
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {shortcut!r}")
         self.in_channels = in_channels
-        widths = [max(1, round(channels * width)) for channels in WIDTHS]
         channels = widths[0]
         self.conv1 = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -93,7 +98,7 @@ def resnet(
     num_classes: int = 10,
     *,
     in_channels: int = 3,
-    width: float = 1.0,
+    widths: Sequence[int] = WIDTHS,
     gating: str | None = None,
     position: str = "middle",
     shortcut: str = "conv",
@@ -105,13 +110,13 @@ def resnet(
         depth: 6n + 2.
         num_classes: outputs.
         in_channels: channels of the image.
-        width: factor on the stages' 16, 32 and 64 channels, rounded.
+        widths: channels of the three stages.
         gating: None, `"layer"` or `"channel"`.
         position: of channel gates, see :func:`fastgate.attach`.
         shortcut: `"conv"` or `"pad"`.
         gate_options: passed to the gates, see :func:`fastgate.attach`.
     """
-    model = ResNet(depth, num_classes, in_channels=in_channels, width=width, shortcut=shortcut)
+    model = ResNet(depth, num_classes, in_channels=in_channels, widths=widths, shortcut=shortcut)
     if gating is None:
         if gate_options:
             raise ValueError(f"gate options without gating: {', '.join(gate_options)}; set gating to layer or channel")

@@ -1,6 +1,7 @@
 """The gated convolution: conv2d(x * in_gate, weight) * out_gate."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -147,7 +148,8 @@ def _open_lists_fake(gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(F.conv2d(x, weight, None, *rest[-2:]), memory_format=_layout(x))
+    stride, padding, _ = rest[-3:]
+    return torch.empty_like(F.conv2d(x, weight, None, stride, padding), memory_format=_layout(x))
 
 
 def _dgrad_fake(dy: Tensor, weight: Tensor, x: Tensor, in_gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,12 @@ def _layout(x: Tensor) -> torch.memory_format:
 _LISTS = "Tensor? in_list, Tensor? in_count, Tensor? out_list, Tensor? out_count"
 _SAMPLES = "Tensor? sample_list, Tensor? sample_count, int stride, int padding"
 register("open_lists", "(Tensor gate) -> (Tensor, Tensor)", "open_lists", _open_lists_fake)
-register("gated_conv_fwd", f"(Tensor x, Tensor weight, {_LISTS}, {_SAMPLES}) -> Tensor", "gated_conv", _fwd_fake)
+register(
+    "gated_conv_fwd",
+    f"(Tensor x, Tensor weight, {_LISTS}, {_SAMPLES}, bool write_closed) -> Tensor",
+    "gated_conv",
+    _fwd_fake,
+)
 register(
     "gated_conv_dgrad",
     f"(Tensor dy, Tensor weight, Tensor x, Tensor? in_gate, {_LISTS}, {_SAMPLES}) -> (Tensor, Tensor)",
@@ -191,7 +198,8 @@ class GatedConv2d(torch.autograd.Function):
 
     What a gate closes is skipped wherever its own gradient is not asked for. A gate that requires grad is skipped too,
     but for what its gradient needs: an input gate's is <dz, x> with dz computed for closed channels as well, an output
-    gate's is <dy, z> with z computed for them in the forward pass.
+    gate's is <dy, z> with z computed for them in the forward pass. Without `write_closed` the values of closed outputs
+    are unspecified; nothing here reads them.
     """
 
     @staticmethod
@@ -203,6 +211,7 @@ class GatedConv2d(torch.autograd.Function):
         out_gate: Tensor | None,
         stride: int,
         padding: int,
+        write_closed: bool,
     ) -> Tensor:
         """y [N, C_out, H', W']."""
         ctx.live_in, ctx.live_out = ctx.needs_input_grad[2:4]
@@ -211,11 +220,14 @@ class GatedConv2d(torch.autograd.Function):
         none = (None, None)
         skipped_out = none if ctx.live_out else out_lists
         samples = _sample_lists(in_gate, None if ctx.live_out else out_gate)
-        z = torch.ops.fastgate.gated_conv_fwd(x, weight, *in_lists, *skipped_out, *samples, stride, padding)
+        # a sample that the input gate alone closes is a sum of nothing: its zeros are to be written
+        write = write_closed or (in_gate is not None and in_gate.shape[1] == 1)
+        z = torch.ops.fastgate.gated_conv_fwd(x, weight, *in_lists, *skipped_out, *samples, stride, padding, write)
         ctx.options = (stride, padding)
-        lists = (*in_lists, *out_lists)
-        ctx.save_for_backward(x, weight, in_gate, out_gate, z if ctx.live_out else None, *lists)
-        if not ctx.live_out or out_gate is None:
+        ctx.save_for_backward(
+            x, weight, in_gate, out_gate, z if ctx.live_out else None, *in_lists, *out_lists, *samples
+        )
+        if not ctx.live_out or out_gate is None or not write_closed:
             return z
         return z * out_gate.to(z.dtype)[:, :, None, None]
 
@@ -224,17 +236,18 @@ class GatedConv2d(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and the gates."""
         x, weight, in_gate, out_gate, z, *lists = ctx.saved_tensors
-        in_lists, out_lists, none = lists[:2], lists[2:], (None, None)
+        in_lists, out_lists, none = lists[:2], lists[2:4], (None, None)
+        samples = _sample_lists(in_gate, out_gate) if ctx.live_out else lists[4:]
         dy = grads[0].contiguous(memory_format=_layout(x))
         dx = dw = d_in = d_out = None
         if ctx.needs_input_grad[0] or ctx.live_in:
             dx, d_in = torch.ops.fastgate.gated_conv_dgrad(
                 dy, weight, x, in_gate if ctx.live_in else None, *(none if ctx.live_in else in_lists), *out_lists,
-                *_sample_lists(None if ctx.live_in else in_gate, out_gate), *ctx.options,
+                *(_sample_lists(out_gate) if ctx.live_in else samples), *ctx.options,
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
             dw = torch.ops.fastgate.gated_conv_wgrad(
-                x, dy, weight, *_wgrad_gates(in_gate, out_gate, tuple(in_lists), tuple(out_lists)), *ctx.options
+                x, dy, weight, *_wgrad_gates(in_gate, out_gate, in_lists, out_lists, samples), *ctx.options
             )
         if ctx.live_in and d_in is not None:
             d_in = d_in.sum_to_size(in_gate.shape).to(in_gate.dtype)
@@ -245,6 +258,7 @@ class GatedConv2d(torch.autograd.Function):
             dw,
             d_in if ctx.live_in else None,
             d_out,
+            None,
             None,
             None,
         )
@@ -266,8 +280,9 @@ def _sample_lists(*gates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 def _wgrad_gates(
     in_gate: Tensor | None,
     out_gate: Tensor | None,
-    in_lists: tuple[Tensor | None, ...],
-    out_lists: tuple[Tensor | None, ...],
+    in_lists: Sequence[Tensor | None],
+    out_lists: Sequence[Tensor | None],
+    samples: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """The gates as the weight gradient wants them: lists of input and output channels, output gate, sample lists."""
     if in_gate is not None and _is_pairs(in_gate):
@@ -275,8 +290,6 @@ def _wgrad_gates(
         sample = _sample_gate(out_gate)
         samples = torch.ops.fastgate.open_lists((in_gate if sample is None else in_gate * sample).t())
         in_lists = (None, None)
-    else:
-        samples = _sample_lists(in_gate, out_gate)
     if out_gate is not None and _is_pairs(out_gate):
         return (*in_lists, None, None, out_gate.contiguous(), *samples)
     return (*in_lists, *out_lists, None, *samples)

@@ -37,7 +37,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
         "seconds": trained["seconds_training"],
         "joules": trained["joules_training"],
         "energy": summary["energy"],
-        "network": recipe["network"] + ("" if recipe["width"] == 1 else f" x {recipe['width']:.3g}"),
+        "network": recipe["network"] + ("" if recipe["widths"] == "16,32,64" else f" of {recipe['widths']} channels"),
         "control": control,
         "recipe": recipe,
         "conditions": _conditions(summary),

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastgate.pruning.decisions import Decisions, GateDecision
 
+# layer gates: what fewer samples than this disagree on is not given up for the target's sake while it is near enough
+_DISSENT = 0.01
 # channel gates: what is near enough to a MAC target, as a share of the target
 _TOLERANCE = 0.005
 # channel gates: how many channels of equal cost on either side of the ranking's border may be decided otherwise
@@ -41,7 +43,10 @@ def meet_target(
     earlier one stays open; where samples are divided the target decides; what they agree on is given up only to get
     near enough.
 
-    * Layer gates: only the nearest sum that whole layers can reach is near enough.
+    * Layer gates: the nearest sum that whole layers can reach without giving up what 99 % of the samples agree on. Only
+      where that is off by more than half the MACs of the most expensive block are such decisions given up, the cheapest
+      in votes that come so near. (Closing whatever comes nearest took two blocks that every image held open: 71 %
+      instead of 77 % validation accuracy after 7 of 8 epochs: bench/results/search.)
     * Channel gates: near enough is 0.5 % of the target. Each gate keeps its channel of the highest mean, since without
       any channel more would go than the costs say. Up to 32 channels of equal cost on either side of the ranking's
       border may leave the ranking for the target's sake, which is far more than networks need.
@@ -76,8 +81,11 @@ def meet_target(
     free = np.flatnonzero(fixed == _FREE)
     wanted = target * total - (total - cost.sum()) - cost[fixed == _OPEN].sum()
     layers = all(len(g.open) == 1 for g in decisions.values())
-    window = len(free) if layers else _WINDOW
-    fixed[free] = _choose(mean[free], cost[free], wanted, _near_enough(costs, target, total), window)
+    near_enough = _near_enough(costs, target, total)
+    if layers:
+        fixed[free] = _choose_layers(mean[free], cost[free], wanted, near_enough)
+    else:
+        fixed[free] = _choose(mean[free], cost[free], wanted, near_enough, _WINDOW)
     parts = torch.from_numpy(fixed == _OPEN).split([len(g.open) for g in decisions.values()])
     gates = {name: GateDecision(g.mean, part) for (name, g), part in zip(decisions.items(), parts, strict=True)}
     return Decisions(gates, decisions.threshold, decisions.samples)
@@ -105,7 +113,9 @@ def within_reach(
 
 def _near_enough(costs: Mapping[str, Tensor], target: float, total: int) -> float:
     """How much of the cost the target may be missed by."""
-    return 0.0 if all(len(cost) == 1 for cost in costs.values()) else _TOLERANCE * target * total
+    if all(len(cost) == 1 for cost in costs.values()):
+        return max((int(cost) for cost in costs.values()), default=0) / 2
+    return _TOLERANCE * target * total
 
 
 def _miss(held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int) -> float:
@@ -127,6 +137,16 @@ def _fixed(gate: GateDecision, held: bool) -> np.ndarray:
     if len(fixed) > 1:
         fixed[int(gate.mean.argmax())] = _OPEN
     return fixed
+
+
+def _choose_layers(mean: np.ndarray, cost: np.ndarray, wanted: float, near_enough: float) -> np.ndarray:
+    """Which layers to open, bool: what samples agree on stays if the rest can come near enough, else see `_choose`."""
+    opened = mean > 0.5
+    rest = (mean > _DISSENT) & (mean < 1 - _DISSENT)
+    opened[rest] = _choose(mean[rest], cost[rest], wanted - cost[opened & ~rest].sum(), 0.0, len(mean))
+    if abs(cost[opened].sum() - wanted) <= near_enough:
+        return opened
+    return _choose(mean, cost, wanted, near_enough, len(mean))
 
 
 def _choose(mean: np.ndarray, cost: np.ndarray, wanted: float, near_enough: float, window: int) -> np.ndarray:

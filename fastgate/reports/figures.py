@@ -1,9 +1,9 @@
 """Figures of a run."""
 
-import json
 from pathlib import Path
 
 from fastgate.files import write_atomically
+from fastgate.reports.runs import read_history
 
 
 def draw_energy(runs: dict[str, Path], path: Path) -> bool:
@@ -16,10 +16,7 @@ def draw_energy(runs: dict[str, Path], path: Path) -> bool:
     Returns:
         Whether there was anything to draw: without metered epochs no file is written.
     """
-    histories = {
-        name: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for name, folder in runs.items()
-    }
+    histories = {name: read_history(folder) for name, folder in runs.items()}
     curves = {
         name: [(line["joules"]["total"], line["eval"]["accuracy"]) for line in history]
         for name, history in histories.items()

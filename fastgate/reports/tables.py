@@ -5,15 +5,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastgate.reports.quantities import format_joules, format_si
+
 # short enough for all of them to fit 80 columns
 _COLUMNS = ("network", "test acc.", "open", "MACs", "params", "latency", "images/s")
-
-
-def _count(value: int) -> str:
-    for unit, size in (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return str(value)
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -28,8 +23,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
             name,
             "untrained" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
             f"{row['open_ratio']:.1%}",
-            _count(row["macs"]),
-            _count(row["parameters"]),
+            format_si(row["macs"]),
+            format_si(row["parameters"]),
             f"{row['latency_ms']:.3f} ms",
             f"{row['images_per_second']:,.0f}",
         )
@@ -65,11 +60,11 @@ def _print_training(summary: dict[str, Any], console: Console) -> None:
         seconds = unpruned.get("seconds_training")
         table.add_row(
             name,
-            _count(row["macs_training"]),
+            format_si(row["macs_training"]),
             f"{row['macs_training'] / macs:.1%}",
             f"{row['seconds_training']:,.0f}",
             "unknown" if not seconds else f"{row['seconds_training'] / seconds:.1%}",
-            _joules(row["joules_training"]),
+            format_joules(row["joules_training"]),
         )
     console.print(table)
 
@@ -91,9 +86,9 @@ def print_comparison(comparison: dict[str, Any], console: Console | None = None)
                 name,
                 _spread(measures["accuracy"]),
                 _spread(measures.get("to_compact"), sign="+") if name != "compact" else "",
-                _count(round(macs["mean"])),
+                format_si(macs["mean"]),
                 f"{images['mean']:,.0f}",
-                "unknown" if training is None else _count(round(training["mean"])),
+                "unknown" if training is None else format_si(training["mean"]),
                 "unknown" if seconds is None else f"{seconds['mean']:,.0f} s",
             )
         console.print(table)
@@ -113,15 +108,6 @@ def _spread(measure: dict[str, Any] | None, sign: str = "") -> str:
     return f"{100 * measure['mean']:{sign}.2f}{spread}"
 
 
-def _joules(value: float | None) -> str:
-    if value is None:
-        return "unknown"
-    for unit, size in (("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-6:.3g} µJ"
-
-
 def _print_energy(summary: dict[str, Any], console: Console) -> None:
     """Joules of training, evaluation and inference as a table, or in one line why there are none."""
     rows, epochs = summary["rows"], summary["recipe"]["epochs"]
@@ -138,8 +124,8 @@ def _print_energy(summary: dict[str, Any], console: Console) -> None:
         if "joules_training" in row:
             train, evaluation = row["joules_training"], row["joules_evaluation"]
             per_epoch = [None if joules is None else joules / epochs for joules in (train, evaluation)]
-            cells = [_joules(joules) for joules in (*per_epoch, train)]
-        table.add_row(name, *cells, _joules(row["joules_per_image"]))
+            cells = [format_joules(joules) for joules in (*per_epoch, train)]
+        table.add_row(name, *cells, format_joules(row["joules_per_image"]))
     console.print(table)
     warnings = [*summary["energy"]["warnings"], *(text for row in rows.values() for text in row["energy"]["warnings"])]
     for line in (f"energy: {summary['energy']['source']}", *dict.fromkeys(warnings)):
@@ -157,11 +143,11 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     table.add_row(
         f"{result['accuracy']:.2%}",
         f"{result['loss']:.4f}",
-        _count(result["macs"]),
-        _count(result["parameters"]),
+        format_si(result["macs"]),
+        format_si(result["parameters"]),
         f"{result['latency_ms']:.3f} ms",
         f"{result['images_per_second']:,.0f}",
-        _joules(joules),
+        format_joules(joules),
         "unknown" if joules is None else f"{1 / joules:,.0f}",
     )
     console.print(table)

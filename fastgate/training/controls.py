@@ -1,5 +1,6 @@
 """Controls: what a compact network is compared with, trained by the same recipe, epochs and seed."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,16 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastgate.pruning.costs import macs
 from fastgate.pruning.decisions import Decisions, GateDecision
 from fastgate.pruning.targets import meet_target
-from fastgate.training.networks import build_network
 from fastgate.training.presets import Recipe
 
 # how far the plain network of equal MACs may be from the compact one
-_TOLERANCE = 0.02
-# widths are tried in steps of one channel of the widest stage
-_STEPS_PER_WIDTH = 64
+_TOLERANCE = 0.01
 
 
 def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
@@ -30,7 +27,7 @@ def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_cla
         wanted: MACs of the compact network.
 
     Raises:
-        ValueError: no plain network has the wanted MACs within 2 %.
+        ValueError: no plain network has the wanted MACs within 1 %.
     """
     if kind == "unpruned":
         return replace(recipe, gating="none", control="none")
@@ -41,44 +38,48 @@ def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_cla
 
 
 def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
-    """A plain network of the wanted MACs: of the depth that comes closest at the recipe's width, then of the width.
+    """A plain network of the wanted MACs within 1 %: by its depth as far as that goes, the rest by its widths.
 
-    Where no width of that depth has them within 2 %, the next depth is tried: few widths round to few channels.
+    The depth is the one that comes closest at the recipe's widths; where whole channels cannot make up for the rest,
+    the next one. Of the widths at which a depth is within 1 %, those are taken whose stages are scaled most alike.
 
     Raises:
-        ValueError: no network has the wanted MACs within 2 %.
+        ValueError: none has the wanted MACs within 1 %.
     """
-
-    def count(network: Recipe) -> int:
-        return macs(build_network(network, image_size, num_classes), image_size)
-
-    def match_width(network: Recipe) -> Recipe:
-        low, high = 1, math.ceil(2 * recipe.width * _STEPS_PER_WIDTH)
-        while low < high:  # the narrowest network that has at least the wanted MACs
-            middle = (low + high) // 2
-            if count(replace(network, width=middle / _STEPS_PER_WIDTH)) < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        return min((replace(network, width=step / _STEPS_PER_WIDTH) for step in (low - 1, low) if step > 0), key=miss)
-
-    def miss(network: Recipe) -> int:
-        return abs(count(network) - wanted)
-
-    depths = [replace(recipe, network=f"resnet{depth}") for depth in range(8, recipe.depth + 1, 6)]
-    # MACs rise by the same amount with every six layers
-    first, last = count(depths[0]), count(depths[-1])
-    rises = [first + (last - first) * i / max(len(depths) - 1, 1) for i in range(len(depths))]
-    tried: list[Recipe] = []
-    for i in sorted(range(len(depths)), key=lambda i: abs(math.log(rises[i] / wanted))):
-        tried.append(match_width(depths[i]))
-        if miss(tried[-1]) <= _TOLERANCE * wanted:
-            return tried[-1]
-    nearest = min(tried, key=miss)
+    full = recipe.stage_widths
+    counts = {depth: _count(depth, full, image_size, num_classes) for depth in range(8, recipe.depth + 1, 6)}
+    for depth in sorted(counts, key=lambda each: abs(math.log(counts[each] / wanted))):
+        scale = math.sqrt(wanted / counts[depth])
+        ranges = [range(max(1, math.floor(scale * width * 0.8)), math.ceil(scale * width * 1.2) + 2) for width in full]
+        near = [
+            widths
+            for widths in itertools.product(*ranges)
+            if abs(_count(depth, widths, image_size, num_classes) - wanted) <= _TOLERANCE * wanted
+        ]
+        if near:
+            widths = min(near, key=lambda each: _unevenness(each, full, scale))
+            return replace(recipe, network=f"resnet{depth}", widths=",".join(map(str, widths)))
     raise ValueError(
-        f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, the nearest is "
-        f"{nearest.network} of width {nearest.width:.4g} with {count(nearest)}; ask for a larger target_macs"
+        f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, found none; ask for "
+        "another target_macs"
     )
+
+
+def _unevenness(widths: Sequence[int], full: Sequence[int], scale: float) -> float:
+    return sum(math.log(width / (scale * each)) ** 2 for width, each in zip(widths, full, strict=True))
+
+
+def _count(depth: int, widths: Sequence[int], image_size: Sequence[int], num_classes: int) -> int:
+    """MACs of a plain ResNet of :mod:`fastgate.models.resnet`, as fvcore counts them, without building it."""
+    channels, height, width = image_size
+    total, before = height * width * 9 * channels * widths[0], widths[0]
+    for stage, here in enumerate(widths):
+        stride = 2 if stage else 1
+        height, width = math.ceil(height / stride), math.ceil(width / stride)
+        shortcut = before * here if stage else 0
+        total += height * width * (9 * here * (before + ((depth - 2) // 3 - 1) * here) + shortcut)
+        before = here
+    return total + before * num_classes
 
 
 def draw_decisions(found: Decisions, costs: Mapping[str, Tensor], wanted: int, total: int, seed: int) -> Decisions:

@@ -195,6 +195,11 @@ class Batches:
         augment: shuffle and augment, and drop the last short batch (batch statistics need full ones).
         seed: of the run.
         channels_last: memory format of x.
+        shard: (number of a process, number of processes): read only what is that process' part. With `augment` these
+            are equal parts of every batch, else every so-manieth batch.
+
+    Raises:
+        ValueError: more samples per batch than there are, or a batch that processes cannot share equally.
     """
 
     def __init__(
@@ -206,7 +211,13 @@ class Batches:
         augment: bool = False,
         seed: int = 0,
         channels_last: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
+        if augment and batch_size % shard[1]:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {shard[1]} processes, among which a batch is shared, got "
+                f"{batch_size}; change one of them"
+            )
         if augment and batch_size > len(images):
             raise ValueError(f"batch_size: expected at most {len(images)} (the training images), got {batch_size}")
         device = images.labels.device
@@ -215,6 +226,7 @@ class Batches:
         self.batch_size = batch_size
         self.augment = augment
         self.seed = seed
+        self.shard = shard
         self.epoch = 0
         self.first_step = 0
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -232,8 +244,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, n = self.images.labels.device, len(self.images)
+        own, processes = self.shard
         if not self.augment:
-            for start in range(self.first_step * self.batch_size, n, self.batch_size):
+            for start in range((self.first_step + own) * self.batch_size, n, processes * self.batch_size):
                 part = slice(start, start + self.batch_size)
                 yield self._normalise(self.images.images[part]), self.images.labels[part]
             return
@@ -242,8 +255,10 @@ class Batches:
         order = torch.randperm(n, generator=generator, device=device)
         offsets = torch.randint(2 * self.dataset.pad + 1, (2, n), generator=generator, device=device)
         flips = torch.rand(n, generator=generator, device=device) < (0.5 if self.dataset.flip else 0.0)
+        share = self.batch_size // processes
         for step in range(self.first_step, len(self)):
-            part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            start = step * self.batch_size + own * share
+            part = slice(start, start + share)
             index = order[part]
             images = crop_and_flip(self.images.images[index], self.dataset.pad, offsets[:, part], flips[part])
             yield self._normalise(images), self.images.labels[index]

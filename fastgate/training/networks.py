@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastgate.models.resnet import resnet
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.decisions import GateDecision, freeze
+from fastgate.training import distributed
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Batches
 from fastgate.training.presets import Recipe, recipe_from_dict
@@ -22,8 +24,11 @@ from fastgate.training.presets import Recipe, recipe_from_dict
 def build_network(recipe: Recipe, image_size: Sequence[int], num_classes: int) -> nn.Module:
     """The network of a recipe for images of `image_size` (C, H, W), gated as the recipe says."""
     channels, height, width = image_size
+    build = partial(
+        resnet, recipe.depth, num_classes, in_channels=channels, widths=recipe.stage_widths, shortcut=recipe.shortcut
+    )
     if recipe.gating == "none":
-        return resnet(recipe.depth, num_classes, in_channels=channels, width=recipe.width, shortcut=recipe.shortcut)
+        return build()
     options: dict[str, Any] = {
         "hidden_features": recipe.hidden_features,
         "estimator": recipe.estimator,
@@ -35,16 +40,7 @@ def build_network(recipe: Recipe, image_size: Sequence[int], num_classes: int) -
         options["depth"] = recipe.gate_depth
         if recipe.gate_input == "flatten":
             options["spatial_size"] = (height, width)
-    return resnet(
-        recipe.depth,
-        num_classes,
-        in_channels=channels,
-        width=recipe.width,
-        gating=recipe.gating,
-        position=recipe.position,
-        shortcut=recipe.shortcut,
-        **options,
-    )
+    return build(gating=recipe.gating, position=recipe.position, **options)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -85,6 +81,8 @@ def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None 
 def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Accuracy and mean cross-entropy over the batches, in eval mode; the mode is restored.
 
+    Of batches that are shared among processes all have to be evaluated at the same time.
+
     Raises:
         ValueError: the network has another number of classes than the data set.
     """
@@ -101,5 +99,7 @@ def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.floa
                 )
             sums[0] += (scores.argmax(1) == y).sum()
             sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
+    if batches.shard[1] > 1:
+        sums = distributed.all_sum(sums)
     correct, loss = (sums / len(batches.images)).tolist()
     return {"accuracy": correct, "loss": loss}

@@ -17,9 +17,11 @@ from fastgate.pruning.decisions import Decisions, freeze
 from fastgate.pruning.energy import measure_inference
 from fastgate.pruning.latency import measure_latency
 from fastgate.pruning.storage import save
+from fastgate.training import distributed
 from fastgate.training.controls import control_recipe, draw_decisions
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.equality import check_equal
+from fastgate.training.loggers import open_logger
 from fastgate.training.networks import build_network, evaluate
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.spending import sum_joules
@@ -33,30 +35,45 @@ _LATENCY_BATCH = 256
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lies and what it works on."""
+    """Where a run lies and what it works on.
+
+    Attributes:
+        control: what kind of control of another run this one is.
+        command: the command line that started it, for its `config.json`; None where there was none.
+        logger: where its metrics go beside `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
+    """
 
     recipe: Recipe
     folder: Path
     data_root: str | None = None
     download: bool = False
     device: str = "cpu"
-    control: str | None = None  # what kind of control of another run this one is
+    control: str | None = None
+    command: str | None = None
+    logger: str = "none"
 
     def load_data(self) -> Dataset:
         """The run's data set, on its device."""
         recipe = self.recipe
-        return load_dataset(
-            recipe.dataset, self.data_root, download=self.download, validation=recipe.validation, device=self.device
-        )
+        with distributed.first_of_node():
+            return load_dataset(
+                recipe.dataset, self.data_root, download=self.download, validation=recipe.validation, device=self.device
+            )
 
 
 def start_trainer(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
     """A trainer for the run; of a new run the folder is made, once everything else about it has proved possible."""
     title = None if run.control is None else f"{run.recipe.network} {run.control}"
-    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title)
-    if not resume:
+    logger = open_logger(run.logger, run.folder) if distributed.is_main() else None
+    trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title, logger=logger)
+    if not resume and distributed.is_main():
         run.folder.mkdir(parents=True, exist_ok=True)
-        content = {"recipe": asdict(run.recipe), "control": run.control, "environment": describe_environment()}
+        content = {
+            "recipe": asdict(run.recipe),
+            "control": run.control,
+            "command": run.command,
+            "environment": describe_environment(),
+        }
         write_atomically(run.folder / CONFIG, json.dumps(content, indent=2))
     return trainer
 
@@ -67,16 +84,20 @@ def check_folder(run: Run, *, resume: bool) -> Run:
     Raises:
         ValueError: a new run in a folder that holds one, or nothing to resume.
     """
-    if resume:
-        for stale in run.folder.glob(".*.tmp"):  # what a kill in the middle of writing left behind
-            stale.unlink()
-        return replace(run, recipe=read_config(run.folder))
-    if (run.folder / CONFIG).exists():
-        raise ValueError(
-            f"{run.folder}: expected a new or empty folder, got one that holds a run; go on with --resume, or choose "
-            "another --output"
-        )
-    return run
+
+    def find_recipe() -> Recipe:
+        if resume:
+            for stale in run.folder.glob(".*.tmp"):  # what a kill in the middle of writing left behind
+                stale.unlink()
+            return read_config(run.folder)
+        if (run.folder / CONFIG).exists():
+            raise ValueError(
+                f"{run.folder}: expected a new or empty folder, got one that holds a run; go on with --resume, or "
+                "choose another --output"
+            )
+        return run.recipe
+
+    return replace(run, recipe=distributed.from_main(find_recipe))
 
 
 def read_config(folder: Path) -> Recipe:
@@ -102,6 +123,8 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
     conditions they were measured under. The compact network is `model.safetensors`; controls lie in folders of their
     own inside the run's. A plain recipe (gating "none") has the first row only. The gated row is what training ends
     with; where every gate has left the network during training that is the compact network, and there is no gated row.
+
+    Under torchrun all processes train, in a folder that all of them can read; the main one measures and writes.
     """
     run = check_folder(run, resume=resume)
     dataset = run.load_data()
@@ -109,8 +132,10 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
     trainer.fit()
     test = trainer.batches(dataset.test)
     if not trainer.search.gates:
-        save(trainer.model, run.folder / NETWORK, metadata=_network_metadata(run.recipe))
-        return _write_summary(run, dataset, {"unpruned": trainer.model}, {"unpruned": trainer}, None)
+        _save_network(trainer.model, run)
+        return distributed.from_main(
+            lambda: _write_summary(run, dataset, {"unpruned": trainer.model}, {"unpruned": trainer}, None)
+        )
 
     gated = evaluate(trainer.model, test, trainer.dtype)
     decisions = _final_decisions(trainer, run.folder)
@@ -120,7 +145,7 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
         small = compact(trainer.model)
         x, _ = next(iter(test))
         difference = max(difference, check_equal(trainer.model, small, x, run.recipe.gating))
-    save(small, run.folder / NETWORK, metadata=_network_metadata(run.recipe))
+    _save_network(small, run)
 
     controls = {
         kind: train_control(kind, run, dataset, decisions, macs(small, dataset.image_size), resume=resume)
@@ -137,7 +162,9 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
     networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
     for gate in trainer.search.live.values():
         gate.unfreeze()  # the gated row is timed as it trained: with its heads
-    return _write_summary(run, dataset, networks, trainers, decisions, gated=gated, difference=difference)
+    return distributed.from_main(
+        lambda: _write_summary(run, dataset, networks, trainers, decisions, gated=gated, difference=difference)
+    )
 
 
 def train_control(kind: str, run: Run, dataset: Dataset, decisions: Decisions, wanted: int, *, resume: bool) -> Trainer:
@@ -154,12 +181,13 @@ def train_control(kind: str, run: Run, dataset: Dataset, decisions: Decisions, w
     folder = run.folder / f"{CONTROL_PREFIX}{kind}"
     recipe = control_recipe(kind, run.recipe, dataset.image_size, dataset.num_classes, wanted)
     control = replace(run, recipe=recipe, folder=folder, control=kind)
-    resume = resume and (folder / CONFIG).exists()
+    resume = resume and distributed.from_main((folder / CONFIG).exists)
     trainer = start_trainer(check_folder(control, resume=resume), dataset, resume=resume)
     if trainer.search.gates and not trainer.search.over:
         if kind == "random":
             decisions = draw_decisions(decisions, trainer.search.macs_of, wanted, trainer.search.macs, recipe.seed)
-        decisions.to_json(folder / DECISIONS)
+        if distributed.is_main():
+            decisions.to_json(folder / DECISIONS)
         trainer.make_final({name: gate.open for name, gate in decisions.items()})
     trainer.fit()
     return trainer
@@ -167,15 +195,20 @@ def train_control(kind: str, run: Run, dataset: Dataset, decisions: Decisions, w
 
 def _final_decisions(trainer: Trainer, folder: Path) -> Decisions:
     """The decisions of the settle epoch if there was one, else those of the trained gates over the training images."""
-    if trainer.search.over and (folder / DECISIONS).exists():
-        return Decisions.from_json(folder / DECISIONS)
+    path = folder / DECISIONS
+    stored = distributed.from_main(lambda: Decisions.from_json(path) if trainer.search.over and path.exists() else None)
+    if stored is not None:
+        return stored
     decisions = trainer.decide()
-    decisions.to_json(folder / DECISIONS)
+    if distributed.is_main():
+        decisions.to_json(path)
     return decisions
 
 
-def _network_metadata(recipe: Recipe) -> dict[str, str]:
-    return {"recipe": json.dumps(asdict(recipe)), "written": datetime.now(UTC).isoformat(timespec="seconds")}
+def _save_network(network: nn.Module, run: Run) -> None:
+    if distributed.is_main():
+        written = datetime.now(UTC).isoformat(timespec="seconds")
+        save(network, run.folder / NETWORK, metadata={"recipe": json.dumps(asdict(run.recipe)), "written": written})
 
 
 def _write_summary(
@@ -212,6 +245,7 @@ def _write_summary(
         "image_size": list(dataset.image_size),
         "images_trained": run.recipe.epochs * len(any_trainer.train_batches) * run.recipe.batch_size,
         "device": run.device,
+        "processes": distributed.count(),
         "precision": str(any_trainer.dtype).removeprefix("torch."),
         "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {_LATENCY_BATCH}",
         "energy": any_trainer.history[-1].get("energy"),

@@ -32,7 +32,7 @@ class Recipe:
 
     dataset: str = _option("cifar10", "digits, cifar10 or cifar100")
     network: str = _option("resnet110", "resnet20, resnet32, ... (any depth 6n + 2)")
-    width: float = _option(1.0, "factor on the network's 16, 32 and 64 channels")
+    widths: str = _option("16,32,64", "channels of the network's three stages")
     shortcut: str = _option("conv", "shortcut of downsampling blocks: conv or pad")
 
     gating: str = _option("layer", "layer, channel, or none for the plain network")
@@ -61,8 +61,8 @@ class Recipe:
     target_macs: float | None = _option(0.5, "share of the cost that the compact network has; none for no target")
     cost: str = _option("macs", "what target_macs is a share of: macs, params, or latency (measured on this device)")
     open_until: float = _option(0.1, "gates are held open for this share of the epochs")
-    anneal_until: float = _option(0.45, "the target falls from 1 to target_macs until this share of the epochs")
-    settle_at: float | None = _option(0.6, "gates are decided and frozen at this share of the epochs; none: at the end")
+    anneal_until: float = _option(0.25, "the target falls from 1 to target_macs until this share of the epochs")
+    settle_at: float | None = _option(0.4, "gates are decided and frozen at this share of the epochs; none: at the end")
     commit_after: int | None = _option(
         5, "a gate is frozen earlier once all samples of this many epochs agree; none: no"
     )
@@ -90,7 +90,7 @@ class Recipe:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        self.depth  # noqa: B018 (checks the name)
+        self.depth, self.stage_widths  # noqa: B018 (checks them)
         names = self.controls
         if len(set(names)) < len(names) or not set(names) <= set(CONTROLS):
             raise ValueError(
@@ -111,7 +111,6 @@ class Recipe:
             "gate_depth": (1, 2),
             "hidden_features": (1, math.inf),
             "temperature": (1e-6, math.inf),
-            "width": (1 / 64, 64),
             "epochs": (1, math.inf),
             "batch_size": (2, math.inf),
             "learning_rate": (0, math.inf),
@@ -146,6 +145,14 @@ class Recipe:
                 f"network: expected resnetN with N = 6n + 2 (resnet20, resnet56, ...), got {self.network!r}"
             )
         return int(number)
+
+    @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels of the stages."""
+        parts = [part.strip() for part in self.widths.split(",")]
+        if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise ValueError(f"widths: expected three numbers of channels such as 16,32,64, got {self.widths!r}")
+        return tuple(map(int, parts))
 
     @property
     def controls(self) -> tuple[str, ...]:

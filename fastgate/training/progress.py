@@ -5,6 +5,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastgate.training import distributed
+
 
 class RunProgress:
     """Progress over the steps of one run; use as a context manager.
@@ -13,11 +15,11 @@ class RunProgress:
         title: what is being trained.
         total_steps: steps of the whole run.
         done_steps: steps done before (a resumed run).
-        console: where to draw; default the standard error stream.
+        console: where to draw; default the standard error stream of the main process.
     """
 
     def __init__(self, title: str, total_steps: int, done_steps: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not distributed.is_main())
         self.title = title
         self._bar = Progress(
             TextColumn("{task.description}"),

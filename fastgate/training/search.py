@@ -14,6 +14,7 @@ from fastgate.pruning.commitment import commit, unanimous
 from fastgate.pruning.costs import gate_costs, macs, total_cost
 from fastgate.pruning.decisions import Decisions, GateDecision, decide
 from fastgate.pruning.targets import lowest_share, meet_target, within_reach
+from fastgate.training import distributed
 from fastgate.training.data import Batches
 from fastgate.training.equality import check_equal, hold_open
 from fastgate.training.presets import Recipe
@@ -43,7 +44,11 @@ class Search:
         self.macs = self.macs_training = macs(model, image_size)
         self.macs_of = gate_costs(model, image_size) if self.gates else {}
         self._constants: dict[str, Tensor] = {}  # decisions of gates that left the network
-        self._set_costs(*self._measure_costs())
+        self._weights = [
+            schedules.parse(text) for text in (recipe.lambda_polar, recipe.lambda_activation, recipe.lambda_budget)
+        ]
+        # measured costs differ from process to process
+        self._set_costs(*distributed.from_main(self._measure_costs))
 
     def _measure_costs(self) -> tuple[dict[str, Tensor], int]:
         """What the target is a share of: what each gate (channel) costs, and the whole network."""
@@ -64,12 +69,15 @@ class Search:
             )
 
     def decide(self, batches: Batches, dtype: torch.dtype) -> Decisions:
-        """Decisions of all gates over the batches; with a target those that meet it. Final ones stay as they are."""
+        """Decisions of all gates over the batches; with a target those that meet it. Final ones stay as they are.
+
+        Of several processes each has batches of its own: together they decide.
+        """
         gates, samples = {name: GateDecision(opened.double(), opened) for name, opened in self.decided.items()}, 0
         if len(gates) < len(self.gates):
             samples = len(batches.images)
             with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
-                gates = {**decide(self.model, batches), **gates}
+                gates = {**distributed.merge_decisions(decide(self.model, batches)), **gates}
         decisions = Decisions({name: gates[name] for name in self.gates}, samples=samples)
         target = self.recipe.target_macs
         if target is None:
@@ -80,6 +88,12 @@ class Search:
     def over(self) -> bool:
         """Whether every decision is final; also where there is no gate."""
         return len(self.decided) == len(self.gates)
+
+    @property
+    def phase(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Which gates are final, and which of the others are held open: while it stays, every step is the same."""
+        held = (name for name, gate in self.live.items() if gate.frozen and name not in self.decided)
+        return frozenset(self.decided), frozenset(held)
 
     def settles_at(self, epoch: int) -> bool:
         """Whether an epoch begins by deciding what is still undecided."""
@@ -148,7 +162,7 @@ class Search:
         """Bring a freshly built network and its optimizer to the shape they had in a checkpoint."""
         self.decided = {name: opened.cpu() for name, opened in state["decided"].items()}
         self.difference = state["difference"]
-        # measured costs differ from process to process: a resumed run goes on with those it began with
+        # measured costs differ from time to time: a resumed run goes on with those it began with
         self._set_costs({name: cost.cpu() for name, cost in state["costs"].items()}, state["total"])
         for name, opened in self.decided.items():
             self.gates[name].freeze(opened)
@@ -163,21 +177,28 @@ class Search:
         """The means of all gates of the run, in forward order, from those of the live ones."""
         return {name: means[name] if name in means else self._constants[name] for name in self.gates}
 
-    def penalties(self, means: Mapping[str, Tensor], epoch: float) -> dict[str, tuple[float, Tensor]]:
-        """Gate losses by name with their weights at an epoch (fractions count); none where no gate learns."""
+    def schedule(self, epoch: float) -> list[float]:
+        """What :meth:`penalties` has to know of an epoch (fractions count): three weights, then the budget's target."""
+        target = self.recipe.target_at(epoch)
+        if target is None or not self.gates:
+            fraction = 0.0
+        else:
+            fraction = max((target * self.total - (self.total - self._switchable)) / self._switchable, 0.0)
+        return [*(weight(epoch) for weight in self._weights), fraction]
+
+    def penalties(self, means: Mapping[str, Tensor], schedule: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Gate losses by name with their weights, from :meth:`schedule` as a tensor; none where no gate learns."""
         if all(gate.frozen for gate in self.live.values()):
             return {}
-        recipe, means = self.recipe, self.all_means(means)
+        means = self.all_means(means)
+        polarization, activation, budget, target = schedule.unbind()
         parts = {
-            "polarization": (recipe.lambda_polar, losses.polarization(means)),
-            "activation": (recipe.lambda_activation, losses.activation(means)),
+            "polarization": (polarization, losses.polarization(means)),
+            "activation": (activation, losses.activation(means)),
         }
-        target = recipe.target_at(epoch)
-        if target is not None:
-            ungated = self.total - self._switchable
-            fraction = max((target * self.total - ungated) / self._switchable, 0.0)
-            parts["budget"] = (recipe.lambda_budget, losses.budget(means, fraction, self._device_costs))
-        return {name: (schedules.parse(weight)(epoch), loss) for name, (weight, loss) in parts.items()}
+        if self.recipe.target_macs is not None:
+            parts["budget"] = (budget, losses.budget(means, target, self._device_costs, total=self._switchable))
+        return parts
 
     def describe(self, means: Mapping[str, Tensor]) -> dict[str, Any]:
         """The search's part of an epoch's line of metrics, from the epoch's mean decisions of the live gates."""

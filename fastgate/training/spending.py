@@ -1,10 +1,12 @@
-"""Seconds and joules of an epoch, kept over interruptions, and of a run."""
+"""Seconds and joules of an epoch, kept over interruptions, and of a run; of all its processes together."""
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastgate.energy import Energy
+from fastgate.training import distributed
 
 
 @dataclass
@@ -26,7 +28,9 @@ class Spending:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, energy: Energy) -> None:
-        """Add a window of work."""
+        """Add a window of work, which every process has metered on its own device."""
+        machine = platform.node()
+        energy = add_energies(distributed.gather((machine, energy)))
         self.seconds += energy.seconds
         self.microjoules = _sum([self.microjoules, energy.microjoules])
         self.error_bound_joules = _sum([self.error_bound_joules, energy.error_bound_joules])
@@ -39,12 +43,36 @@ class Spending:
         return self.microjoules / 1e6 if self.microjoules else None
 
 
+def add_energies(metered: Sequence[tuple[str, Energy]]) -> Energy:
+    """What processes used at the same time, each given with its machine; every device counts once.
+
+    A GPU is known by its UUID, a CPU package by its machine. Processes share all of their devices or none.
+    """
+    several = len({machine for machine, _ in metered}) > 1
+    parts: dict[tuple[str, ...], Energy] = {}
+    for machine, energy in metered:
+        names = [f"{machine}/{key}" if several and key.startswith("cpu") else key for key in energy.per_device]
+        parts.setdefault(tuple(names), energy)
+    named = [(dict(zip(part.per_device, names, strict=True)), part) for names, part in parts.items()]
+    return Energy(
+        name=metered[0][1].name,
+        seconds=max(energy.seconds for _, energy in metered),
+        items=metered[0][1].items,
+        per_device={names[key]: joules for names, part in named for key, joules in part.per_device.items()},
+        sources={names[key]: source for names, part in named for key, source in part.sources.items()},
+        microjoules=_sum([part.microjoules for part in parts.values()]),
+        error_bound_joules=_sum([part.error_bound_joules for part in parts.values()]),
+        warnings=tuple(dict.fromkeys(warning for _, energy in metered for warning in energy.warnings)),
+    )
+
+
 def describe_epoch(train: Spending, evaluation: Spending, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Seconds and joules of an epoch for its line of metrics; `total` adds up this and all earlier epochs."""
+    seconds = train.seconds + evaluation.seconds + (history[-1]["seconds"]["total"] if history else 0.0)
     joules = {"train": train.joules, "eval": evaluation.joules}
     total = _sum([*joules.values(), history[-1].get("joules", {}).get("total") if history else 0.0])
     return {
-        "seconds": {"train": train.seconds, "eval": evaluation.seconds},
+        "seconds": {"train": train.seconds, "eval": evaluation.seconds, "total": seconds},
         "joules": {**joules, "total": total},
         "energy": {
             "source": train.source,

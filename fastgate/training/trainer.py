@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgate.energy import EnergyMeter
 from fastgate.files import write_atomically
+from fastgate.ops.synchronization import synchronized
 from fastgate.pruning.decisions import Decisions
+from fastgate.training import distributed
 from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
 from fastgate.training.data import Batches, Dataset, ImageSet
+from fastgate.training.loggers import TensorBoardLogger
 from fastgate.training.networks import build_network, evaluate, resolve_precision
 from fastgate.training.presets import Recipe, recipe_from_dict
 from fastgate.training.progress import RunProgress
 from fastgate.training.search import Search
 from fastgate.training.spending import Spending, describe_epoch
+from fastgate.training.step import SUMS, CudaGraphs, TrainingStep
 
-# how often a GPU run looks whether its loss is still finite; a CPU run looks at every step, where it costs nothing
-_STEPS_BETWEEN_CHECKS = 50
-_SUMS = ("loss", "task", "polarization", "activation", "budget", "correct")
+# how often processes with GPUs ask each other whether one was interrupted: for that they wait
+_STEPS_BETWEEN_QUESTIONS = 50
 
 
 class Interrupted(Exception):
@@ -43,20 +45,31 @@ class Trainer:
     Writes `config.json`, `metrics.jsonl` (one line per epoch) and `checkpoint.pt`. Every epoch ends in a checkpoint, a
     Ctrl-C writes one in the middle of an epoch; from either, a resumed run ends with the same weights, bit by bit on a
     CPU, as an undisturbed one.
+
+    Under torchrun every process has a trainer and takes its share of every batch; up to rounding they compute what one
+    process computes, and checkpoints know nothing of their number. The first one writes.
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, folder: Path, *, resume: bool = False, title: str | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        folder: Path,
+        *,
+        resume: bool = False,
+        title: str | None = None,
+        logger: TensorBoardLogger | None = None,
     ) -> None:
         self.recipe = recipe
         self.title = title or f"{recipe.network} {'plain' if recipe.gating == 'none' else recipe.gating}"
         self.dataset = dataset
         self.folder = folder
+        self.logger = logger
         self.device = dataset.train.labels.device
         self.dtype = resolve_precision(recipe.precision, self.device)
         # on two CPU cores (AMD EPYC, torch 2.15, ResNet-20, batch 256) channels_last is 1.4x faster than NCHW
         self.channels_last = True
-        self.train_batches = self.batches(dataset.train, recipe.batch_size, augment=True)
+        self.train_batches = self.batches(dataset.train, recipe.batch_size, augment=True, shared=True)
         torch.manual_seed(recipe.seed)
         self.model = build_network(recipe, dataset.image_size, dataset.num_classes).to(self.device)
         self.model.to(memory_format=torch.channels_last)
@@ -70,9 +83,20 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         if resume:
             self._restore()
+        # several processes exchange statistics and gradients inside the step
+        captures = self.device.type == "cuda" and distributed.count() == 1
+        graphs = CudaGraphs(self.device) if captures else None
+        self.training_step = TrainingStep(
+            self.model, self.search, self.optimizer, self.scaler, self.dtype, self.sums, graphs
+        )
 
-    def batches(self, images: ImageSet, batch_size: int = 500, *, augment: bool = False) -> Batches:
-        """Batches of a split, in the memory format of this run."""
+    def batches(
+        self, images: ImageSet, batch_size: int = 500, *, augment: bool = False, shared: bool = False
+    ) -> Batches:
+        """Batches of a split, in the memory format of this run; `shared` ones are this process' part of them."""
+        shard = (distributed.rank(), distributed.count()) if shared else (0, 1)
+        if not augment:  # every process has one
+            batch_size = min(batch_size, max(len(images) // shard[1], 1))
         return Batches(
             self.dataset,
             images,
@@ -80,6 +104,7 @@ class Trainer:
             augment=augment,
             seed=self.recipe.seed,
             channels_last=self.channels_last,
+            shard=shard,
         )
 
     def fit(self) -> None:
@@ -101,9 +126,11 @@ class Trainer:
                 try:
                     with window:
                         self._enter_phase()
-                        self._train_epoch(progress, interrupted)
+                        with synchronized():
+                            self._train_epoch(progress, interrupted)
                 except Interrupted:
                     self.spending.add(window.result)
+                    self._check_finite(self.sums["loss"])
                     self._save_checkpoint()
                     raise
                 self.spending.add(window.result)
@@ -118,7 +145,7 @@ class Trainer:
 
     def decide(self) -> Decisions:
         """Decisions of the gates over the training images, without augmentation; with a target those that meet it."""
-        return self.search.decide(self.batches(self.dataset.train), self.dtype)
+        return self.search.decide(self.batches(self.dataset.train, shared=True), self.dtype)
 
     def _enter_phase(self) -> None:
         """At the start of an epoch: hold the gates open, let them live, or make decisions final, as the epoch asks."""
@@ -126,7 +153,8 @@ class Trainer:
             return
         if self.search.settles_at(self.epoch):
             decisions = self.decide()
-            decisions.to_json(self.folder / "decisions.json")
+            if distributed.is_main():
+                decisions.to_json(self.folder / "decisions.json")
             self.make_final({name: gate.open for name, gate in decisions.items()})
         else:
             self.make_final(self.search.enter(self.epoch, self.history))
@@ -138,43 +166,32 @@ class Trainer:
             self.search.make_final(decisions, self.optimizer, x)
 
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
-        recipe, steps = self.recipe, len(self.train_batches)
+        schedule = self._schedule()
         self.model.train()
+        self.training_step.network = distributed.parallel(self.model)
         for x, y in self.train_batches.start_at(self.epoch, self.step):
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(self.epoch + (self.step + 0.5) / steps)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-                scores = self.model(x)
-            means = self.search.means()
-            parts = self._losses(scores.float(), y, means)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(parts["loss"]).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self._accumulate(parts, means, scores, y)
+            self.training_step(x, y, schedule[self.step])
             self.step += 1
             progress.step()
-            if self.device.type == "cpu" or self.step % _STEPS_BETWEEN_CHECKS == 0 or self.step == steps:
+            if self.device.type == "cpu":  # a GPU would have to be waited for: there the epoch's end is soon enough
                 self._check_finite(self.sums["loss"])
-            if interrupted:
+            alone = self.device.type == "cpu" or distributed.count() == 1  # GPUs of several processes wait here
+            if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and distributed.any_process(bool(interrupted)):
                 raise Interrupted
 
-    def _losses(self, scores: Tensor, y: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        task = total = F.cross_entropy(scores, y)
-        parts = {"task": task}
-        epoch = self.epoch + self.step / len(self.train_batches)
-        for name, (weight, loss) in self.search.penalties(means, epoch).items():
-            parts[name] = loss
-            total = total + weight * loss
-        return {"loss": total, **parts}
+    def _schedule(self) -> Tensor:
+        """The numbers that the steps of this epoch take, a row for each, all copied to the device at once."""
+        steps = len(self.train_batches)
+        rows = [
+            self.training_step.schedule(self._learning_rate_at(step), self.epoch + step / steps)
+            for step in range(steps)
+        ]
+        # from pinned memory, so that the copy is not waited for
+        table = torch.tensor(rows, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        return table.to(self.device, non_blocking=True)
 
-    def _accumulate(self, parts: dict[str, Tensor], means: Mapping[str, Tensor], scores: Tensor, y: Tensor) -> None:
-        with torch.no_grad():
-            for name, value in parts.items():
-                self.sums[name] += value
-            self.sums["correct"] += (scores.argmax(1) == y).sum()
-            for name, mean in means.items():
-                self.sums[f"gate:{name}"] += mean
+    def _learning_rate_at(self, step: int) -> float:
+        return self.recipe.learning_rate_at(self.epoch + (step + 0.5) / len(self.train_batches))
 
     def _check_finite(self, total: Tensor) -> None:
         if not torch.isfinite(total):
@@ -186,40 +203,52 @@ class Trainer:
             )
 
     def _end_epoch(self, meter: EnergyMeter) -> dict[str, Any]:
+        self._check_finite(self.sums["loss"])
         steps = len(self.train_batches)
         split = "test" if self.dataset.validation is None else "validation"
         images = self.dataset.test if self.dataset.validation is None else self.dataset.validation
         with meter.window("eval") as window:
-            evaluated = evaluate(self.model, self.batches(images), self.dtype)
+            evaluated = evaluate(self.model, self.batches(images, shared=True), self.dtype)
         evaluation = Spending()
         evaluation.add(window.result)
         self._check_finite(torch.tensor(evaluated["loss"]))
-        means = {name: self.sums[f"gate:{name}"] / steps for name in self.search.live}
+        sums = distributed.average(self.sums)
+        means = {name: sums[f"gate:{name}"] / steps for name in self.search.live}
         record = {
             "epoch": self.epoch + 1,
             "train": {
-                **{name: float(self.sums[name]) / steps for name in _SUMS[:-1]},
-                "accuracy": float(self.sums["correct"]) / (steps * self.recipe.batch_size),
+                **{name: float(sums[name]) / steps for name in SUMS[:-1]},
+                "accuracy": float(sums["correct"]) / (steps * self.recipe.batch_size),
             },
             "eval": {"split": split, **evaluated},
             **self.search.describe(means),
-            "macs_training": {
-                "per_image": self.search.macs_training,
-                "total": self.search.macs_training * steps * self.recipe.batch_size
-                + (self.history[-1]["macs_training"]["total"] if self.history else 0),
-            },
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "macs_training": self._macs_so_far(steps * self.recipe.batch_size),
+            "learning_rate": self._learning_rate_at(steps - 1),
             **describe_epoch(self.spending, evaluation, self.history),
         }
         self.history.append(record)
-        self.epoch, self.step, self.sums, self.spending = self.epoch + 1, 0, self._new_sums(), Spending()
+        self.epoch, self.step, self.spending = self.epoch + 1, 0, Spending()
+        for value in self.sums.values():
+            value.zero_()  # a captured step adds to these very tensors
         # metrics first: a kill between the two repeats the epoch, and its line is then replaced
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        if distributed.is_main():
+            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        if self.logger is not None:
+            self.logger.log(record)
         self._save_checkpoint()
         return record
 
+    def _macs_so_far(self, images: int) -> dict[str, int]:
+        """MACs of training, forward passes: per image now, in all epochs so far, and in all with every gate open."""
+        before = self.history[-1]["macs_training"] if self.history else {"total": 0, "all_open_total": 0}
+        return {
+            "per_image": self.search.macs_training,
+            "total": before["total"] + self.search.macs_training * images,
+            "all_open_total": before["all_open_total"] + self.search.macs * images,
+        }
+
     def _new_sums(self) -> dict[str, Tensor]:
-        sums = {name: torch.zeros((), device=self.device) for name in _SUMS}
+        sums = {name: torch.zeros((), device=self.device) for name in SUMS}
         return sums | {
             f"gate:{name}": torch.zeros(gate.gates, device=self.device) for name, gate in self.search.gates.items()
         }
@@ -240,6 +269,7 @@ class Trainer:
             momentum=recipe.momentum,
             nesterov=recipe.nesterov and recipe.momentum > 0,
             weight_decay=recipe.weight_decay,
+            fused=True if self.device.type == "cuda" else None,
         )
 
     def _save_checkpoint(self) -> None:
@@ -253,12 +283,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
+            "sums": distributed.average(self.sums),
             "spending": asdict(self.spending),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        save_checkpoint(self.folder / "checkpoint.pt", state)
+        if distributed.is_main():
+            save_checkpoint(self.folder / "checkpoint.pt", state)
+        distributed.wait()  # nobody leaves, or ends, before it is whole
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"

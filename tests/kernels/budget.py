@@ -256,7 +256,8 @@ def gated_conv_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[
                 outs = lists(1, out) if kind == "batch" else (None, None)
                 samples = lists(1, n) if kind == "samples" else (None, None)
                 gate = meta(n, c, dtype=dtype) if kind == "live" else None
-                gated_conv_fwd(x, weight, *ins, *outs, *samples, *options)
+                for write_closed in (True, False) if kind in ("samples", "batch") else (True,):
+                    gated_conv_fwd(x, weight, *ins, *outs, *samples, *options, write_closed)
                 gated_conv_dgrad(dy, weight, x, gate, *ins, *outs, *samples, *options)
                 if kind == "pairs":
                     ins, samples = (None, None), lists(c, n)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from fastgate.kernels import gated_conv as launchers
+from fastgate.kernels import open_lists
 from torch import Tensor
 
 from fastgate.functional import gated_conv2d
@@ -34,6 +35,7 @@ class Case:
     x_last: bool = False
     weight_last: bool = False
     open: float = 0.5
+    write_closed: bool = True
 
     def gate(self, form: str | None, channels: int) -> Tensor | None:
         if form is None:
@@ -78,7 +80,8 @@ def run(
         for name, t in tensors.items()
     }
     gates = {name: leaves[name] for name in ("in_gate", "out_gate")}
-    y = gated_conv2d(leaves["x"], leaves["weight"], **gates, stride=case.stride, padding=case.padding, impl=impl)
+    options = {"stride": case.stride, "padding": case.padding, "write_closed": case.write_closed}
+    y = gated_conv2d(leaves["x"], leaves["weight"], **gates, **options, impl=impl)
     y.backward(dy.to(dtype))
     results = {"y": y.detach()} | {f"d{name}": None if t is None else t.grad for name, t in leaves.items()}
     if impl == "triton":
@@ -249,6 +252,47 @@ def test_what_is_closed_is_never_read(case: Case) -> None:
         assert clean is None or torch.equal(got[name], clean), name
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(in_form=None, out_form="batch"), id="batch"),
+        pytest.param(Case(in_form="batch", out_form="pairs", stride=2, x_last=True), id="pairs"),
+        pytest.param(Case(in_form="pairs", out_form="sample", live=(True, False)), id="sample"),
+        # the second tile of 32 output channels is closed in whole, and several tiles of pixels
+        pytest.param(Case((2, 3, 12, 13), 40, out_form="pairs", open=0.3, x_last=True), id="several-tiles"),
+        pytest.param(Case(out_form="batch", open=0.0), id="all-closed"),
+    ],
+)
+def test_closed_outputs_are_left_as_they_were_where_the_caller_says_so(case: Case) -> None:
+    tensors, dy = case.tensors(), case.gradient()
+    wanted = run("triton", case, torch.float32, tensors, dy)
+    closed = (tensors["out_gate"] == 0)[:, :, None, None].expand_as(dy)
+    assert closed.any() and not wanted["y"][closed].any()
+    with poisoned_memory():
+        left_out = replace(case, write_closed=False)
+        got = run("triton", left_out, torch.float32, tensors, dy.masked_fill(closed, torch.nan))
+    assert got["y"][closed].isnan().all()
+    assert torch.equal(got.pop("y")[~closed], wanted.pop("y")[~closed])
+    for name, gradient in wanted.items():
+        assert gradient is None or torch.equal(got[name], gradient), name
+
+
+@pytest.mark.parametrize("live", [(False, False), (True, True)], ids=["constant-gates", "live-gates"])
+@pytest.mark.parametrize("in_form", ["sample", "pairs"])
+def test_outputs_that_the_input_gate_alone_closes_are_written(in_form: str, live: tuple[bool, bool]) -> None:
+    case = Case(in_form=in_form, out_form="sample", live=live)
+    tensors, dy = case.tensors(), case.gradient()
+    tensors["in_gate"][2], tensors["out_gate"][2] = 0, 1
+    wanted = run("triton", case, torch.float32, tensors, dy)
+    with poisoned_memory():
+        got = run("triton", replace(case, write_closed=False), torch.float32, tensors, dy)
+    opened = tensors["out_gate"][:, 0] != 0
+    assert not got["y"][2].any()
+    assert torch.equal(got.pop("y")[opened], wanted.pop("y")[opened])
+    for name, gradient in wanted.items():
+        assert gradient is None or torch.equal(got[name], gradient), name
+
+
 def test_an_open_gate_that_requires_grad_reads_closed_input_only_for_its_own_gradient() -> None:
     case = Case(live=(True, True))
     tensors, dy = case.tensors(), case.gradient()
@@ -365,7 +409,9 @@ def test_opcheck(in_form: str | None, out_form: str | None, x_last: bool) -> Non
 
     ins, outs = lists(tensors["in_gate"], in_form), lists(tensors["out_gate"], out_form)
     samples = ops.open_lists(tensors["out_gate"].t()) if out_form == "sample" else (None, None)
-    torch.library.opcheck(ops.gated_conv_fwd.default, (x, weight, *ins, *outs, *samples, 2, 1))
+    torch.library.opcheck(ops.gated_conv_fwd.default, (x, weight, *ins, *outs, *samples, 2, 1, True))
+    # nothing is closed: what is unspecified cannot be compared
+    torch.library.opcheck(ops.gated_conv_fwd.default, (x, weight, *ins, None, None, None, None, 2, 1, False))
     torch.library.opcheck(ops.gated_conv_dgrad.default, (dy, weight, x, None, *ins, *outs, *samples, 2, 1))
     if in_form is not None:
         live = (dy, weight, x, tensors["in_gate"], None, None, *outs, *samples, 2, 1)
@@ -377,15 +423,17 @@ def test_opcheck(in_form: str | None, out_form: str | None, x_last: bool) -> Non
     )
 
 
+@pytest.mark.parametrize("write_closed", [True, False], ids=["written", "left-out"])
 @pytest.mark.parametrize("live", [False, True], ids=["constant-gates", "live-gates"])
 @pytest.mark.parametrize(("in_form", "out_form"), [("pairs", "pairs"), ("batch", "sample")])
-def test_compiles_into_one_graph(in_form: str, out_form: str, live: bool) -> None:
+def test_compiles_into_one_graph(in_form: str, out_form: str, live: bool, write_closed: bool) -> None:
     case = Case((2, 3, 4, 5), 4, in_form=in_form, out_form=out_form, live=(live, live))
     tensors, dy = case.tensors(), case.gradient()
 
     def function(x: Tensor, weight: Tensor, in_gate: Tensor, out_gate: Tensor) -> Tensor:
-        y = gated_conv2d(torch.relu(x), 2 * weight, in_gate=in_gate, out_gate=out_gate, impl="triton")
-        return torch.sin(y)
+        gates = {"in_gate": in_gate, "out_gate": out_gate}
+        y = gated_conv2d(torch.relu(x), 2 * weight, **gates, write_closed=write_closed, impl="triton")
+        return torch.sin(y.where(out_gate[:, :, None, None] != 0, 0.0))
 
     results = []
     for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
@@ -397,6 +445,26 @@ def test_compiles_into_one_graph(in_form: str, out_form: str, live: bool) -> Non
         assert (eager is None) == (compiled is None)
         if eager is not None:
             assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize(
+    ("in_form", "out_form", "built"),
+    [
+        pytest.param("sample", "sample", 1, id="samples"),  # those that both leave open
+        pytest.param("batch", "batch", 2, id="batch"),
+        # the weight gradient walks over the samples of every input channel
+        pytest.param("pairs", "pairs", 3, id="pairs"),
+    ],
+)
+def test_lists_are_built_once_and_serve_backward_too(
+    in_form: str, out_form: str, built: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    build = open_lists.open_lists
+    monkeypatch.setattr(open_lists, "open_lists", lambda gate: calls.append(gate) or build(gate))
+    case = Case(in_form=in_form, out_form=out_form)
+    run("triton", case, torch.float32, case.tensors(), case.gradient())
+    assert len(calls) == built
 
 
 def test_a_second_derivative_is_refused() -> None:

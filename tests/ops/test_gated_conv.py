@@ -198,6 +198,26 @@ def test_a_wider_gate_does_not_widen_the_result(n: int, autocast: bool, impl: st
         assert gate.grad is None or gate.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "triton"])
+@pytest.mark.parametrize("shape", [(N, C_OUT), (C_OUT,), (N,)], ids=["pairs", "batch", "sample"])
+@pytest.mark.parametrize("live", [False, True], ids=["constant-gates", "live-gates"])
+def test_open_outputs_and_gradients_are_the_same_without_closed_outputs(shape: tuple, live: bool, impl: str) -> None:
+    x, weight, in_gate = torch.randn(N, C_IN, 5, 7), torch.randn(C_OUT, C_IN, 3, 3), gate_of((N, C_IN)).float()
+    out_gate = gate_of(shape).float()
+    opened = rows(out_gate, C_OUT)[:, :, None, None] != 0
+    results = []
+    for write_closed in (True, False):
+        leaves = [x.clone(), weight.clone(), in_gate.clone(), out_gate.clone()]
+        for leaf in leaves[: 4 if live else 2]:
+            leaf.requires_grad_()
+        gates = {"in_gate": leaves[2], "out_gate": leaves[3]}
+        y = gated_conv2d(*leaves[:2], **gates, write_closed=write_closed, impl=impl).where(opened, 0.0)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    for written, left_out in zip(*results, strict=True):
+        assert torch.equal(written, left_out)
+
+
 @pytest.mark.parametrize("name", ["in_gate", "out_gate"])
 def test_as_many_samples_as_channels_must_say_which(name: str) -> None:
     x, weight = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 3, 3)

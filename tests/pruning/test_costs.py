@@ -4,6 +4,7 @@ import torchvision
 from torch import nn
 
 import fastgate as fg
+from fastgate.pruning.costs import total_cost
 from tests.helpers import (
     GATINGS,
     PlainBlock,
@@ -183,3 +184,36 @@ def test_counting_happens_where_the_model_is() -> None:
     wanted = fg.macs(model, (3, 32, 32))
     assert fg.macs(model.cuda(), (3, 32, 32)) == wanted
     assert all(p.is_cuda for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["random", "one"])
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_the_compact_network_has_the_parameters_that_the_costs_predict(gating: tuple[str, str], mode: str) -> None:
+    model = fg.models.resnet(14, gating=gating[0], position=gating[1])
+    costs, full = fg.gate_costs(model, (3, 8, 8), "params"), total_cost(model, (3, 8, 8), "params")
+    assert full == sum(parameter.numel() for parameter in fg.models.resnet(14).parameters())
+    masks = freeze_at_random(model, mode)
+    assert all(mask.any() for mask in masks.values()) or gating[0] == "layer"
+    got = sum(parameter.numel() for parameter in fg.compact(model).parameters())
+    assert got == full - closed_costs(costs, masks)
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_latency_is_measured_per_kind_of_block(gating: tuple[str, str]) -> None:
+    """What is measured varies; that equal blocks share one measurement and that nothing is disturbed does not."""
+    model = fg.models.resnet(20, gating=gating[0], position=gating[1])
+    before = state_copy(model)
+    costs = fg.gate_costs(model, (3, 16, 16), "latency")
+    assert_same_state(model, before)
+    assert model.training and not any(gate.frozen for _, gate in fg.named_gates(model))
+    assert {name: len(cost) for name, cost in costs.items()} == {n: g.gates for n, g in fg.named_gates(model)}
+    assert all(cost.dtype == torch.int64 and int(cost.min()) >= 1 for cost in costs.values())
+    for stage in (1, 2, 3):
+        assert torch.equal(costs[f"layer{stage}.1.gate"], costs[f"layer{stage}.2.gate"])
+    assert total_cost(model, (3, 16, 16), "latency") > 10_000  # nanoseconds: no network answers within 10 us
+
+
+def test_an_unknown_cost() -> None:
+    for count in (fg.gate_costs, total_cost):
+        with pytest.raises(ValueError, match="cost: expected one of macs, params, latency, got 'joules'"):
+            count(fg.models.resnet(8, gating="layer"), (3, 8, 8), "joules")

@@ -51,6 +51,22 @@ def run_cli(*arguments: str | Path, code: str = "") -> subprocess.CompletedProce
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def run_parallel(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module, or a file of code, with its arguments in processes of torchrun, to the end of all."""
+    process = start_parallel(processes, *arguments)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start_parallel(processes: int, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Start torchrun with `arguments` (`-m MODULE ...` or `FILE ...`)."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*torchrun, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+
+
 def send_when_written(process: subprocess.Popen[str], file: Path, number: signal.Signals) -> None:
     """Send a signal as soon as the process has written the file."""
     deadline = time.monotonic() + 120

@@ -198,6 +198,24 @@ def test_training_batches_are_permutations_that_depend_on_seed_and_epoch_alone()
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first[2:], epoch(0, step=2), strict=True))
 
 
+def test_processes_share_every_batch() -> None:
+    data = toy(torch.randint(0, 256, (33, 1, 4, 4), dtype=torch.uint8))
+    whole = list(Batches(data, data.train, 8, augment=True))
+    parts = [list(Batches(data, data.train, 8, augment=True, shard=(i, 4))) for i in range(4)]
+    for step, (x, y) in enumerate(whole):
+        assert torch.equal(torch.cat([part[step][0] for part in parts]), x)
+        assert torch.equal(torch.cat([part[step][1] for part in parts]), y)
+    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of the 3 processes.*got 8"):
+        Batches(data, data.train, 8, augment=True, shard=(0, 3))
+
+
+def test_processes_take_turns_with_batches_that_are_not_augmented() -> None:
+    data = toy(torch.randint(0, 256, (33, 1, 4, 4), dtype=torch.uint8))
+    labels = [[y.tolist() for _, y in Batches(data, data.test, 8, shard=(i, 2))] for i in range(2)]
+    assert labels[0] == [[*range(8)], [*range(16, 24)], [32]]
+    assert labels[1] == [[*range(8, 16)], [*range(24, 32)]]
+
+
 def test_augmentation_is_per_sample_and_uses_every_crop() -> None:
     image = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3)
     data = toy(image.expand(4000, -1, -1, -1).contiguous())

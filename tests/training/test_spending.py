@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgate.energy import EnergyMeter, rapl
+from fastgate.energy import Energy, EnergyMeter, rapl
 from fastgate.pruning.energy import measure_inference
 from fastgate.reports.figures import draw_energy
 from fastgate.reports.tables import print_evaluation, print_summary
@@ -19,6 +19,7 @@ from fastgate.training import trainer as trainer_module
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import load_dataset
 from fastgate.training.pipeline import Run, train
+from fastgate.training.spending import add_energies
 from fastgate.training.trainer import Interrupted, Trainer
 from tests.energy.test_rapl import add_zone, burn
 from tests.training.runs import TINY, checkpoint_state, differences
@@ -133,6 +134,40 @@ def test_a_checkpoint_from_before_metering_goes_on(burning: Path, tmp_path: Path
     torch.save(state, tmp_path / "checkpoint.pt")
     trainer = Trainer(replace(TINY, epochs=1, settle_at=None), data, tmp_path, resume=True)
     assert trainer.spending.joules is None and trainer.spending.seconds == 0.0
+
+
+def energy(devices: dict[str, int | None], *, bound: float | None = 0.5, seconds: float = 1.0) -> Energy:
+    """A window in which these devices used so many joules."""
+    known = None if None in devices.values() else sum(value or 0 for value in devices.values()) * 1_000_000
+    sources = {key: "rapl" if key.startswith("cpu") else "nvml-counter" for key in devices}
+    joules = {key: None if value is None else float(value) for key, value in devices.items()}
+    return Energy("train", seconds, None, joules, sources, known, bound, tuple(f"{key}: warm" for key in devices))
+
+
+def test_processes_with_a_gpu_each_add_up() -> None:
+    total = add_energies(
+        [("a", energy({"GPU-1": 3})), ("a", energy({"GPU-2": 4}, seconds=2)), ("b", energy({"GPU-3": 5}))]
+    )
+    assert total.per_device == {"GPU-1": 3, "GPU-2": 4, "GPU-3": 5}
+    assert (total.joules, total.seconds, total.error_bound_joules, total.source) == (12, 2, 1.5, "nvml-counter")
+    assert total.warnings == ("GPU-1: warm", "GPU-2: warm", "GPU-3: warm")
+
+
+def test_a_device_that_several_processes_meter_counts_once() -> None:
+    shared = energy({"GPU-1": 3})
+    assert add_energies([("a", shared), ("a", energy({"GPU-1": 4}))]).joules == 3
+    packages = energy({"cpu:package-0": 3, "cpu:package-1": 4})
+    assert add_energies([("a", packages), ("a", packages)]).joules == 7
+    # packages of two machines have the same names
+    both = add_energies([("a", packages), ("a", packages), ("b", packages)])
+    assert both.joules == sum(value or 0 for value in both.per_device.values()) == 14
+    assert both.sources.keys() == both.per_device.keys()
+
+
+def test_joules_of_processes_are_unknown_once_one_is() -> None:
+    total = add_energies([("a", energy({"GPU-1": 3})), ("b", energy({"GPU-2": None}, bound=None))])
+    assert total.joules is None and total.error_bound_joules is None
+    assert total.per_device == {"GPU-1": 3, "GPU-2": None}
 
 
 def text_of(print_: Any, value: dict[str, Any]) -> str:

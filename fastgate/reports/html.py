@@ -1,0 +1,164 @@
+"""A report of runs as one HTML page that needs nothing else: no network, no other file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fastgate.files import write_atomically
+from fastgate.reports import conditions, gates, overview
+from fastgate.reports.charts import Curve, draw_curves, draw_gate_map, round_epochs
+from fastgate.reports.quantities import format_si
+from fastgate.reports.runs import RunRecord, read_run
+
+_COLOURS = 8  # of curves, in the page's style sheet
+_DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+
+
+class Quantity(NamedTuple):
+    """Something that is drawn over the epochs.
+
+    Attributes:
+        title: of its chart.
+        path: where it stands in a record of `metrics.jsonl`.
+        form: writes a number of the vertical axis.
+        from_zero: whether the axis begins at 0.
+    """
+
+    title: str
+    path: tuple[str, ...]
+    form: Callable[[float], str]
+    from_zero: bool = True
+
+
+QUANTITIES = (
+    Quantity("Accuracy", ("eval", "accuracy"), lambda share: f"{share * 100:.4g}%", from_zero=False),
+    Quantity("Open gates", ("open_ratio",), lambda share: f"{share * 100:.4g}%"),
+    Quantity("MACs per image, closed gates left out", ("macs",), format_si),
+    Quantity("MACs computed per training image", ("macs_training", "per_image"), format_si),
+    Quantity("Training seconds per epoch", ("seconds", "train"), lambda seconds: f"{seconds:.3g} s"),
+    Quantity("Training joules per epoch", ("joules", "train"), lambda joules: format_si(joules, "J")),
+)
+
+
+class Track(NamedTuple):
+    """A run or a control, as the charts show it.
+
+    Attributes:
+        style: CSS classes of its curves.
+    """
+
+    label: str
+    run: RunRecord
+    style: str
+
+
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the report of one run, or of several runs on one data set side by side.
+
+    Args:
+        folders: run folders, at least one; a run may still be in progress.
+        output: the file to write; default `report.html` in the first folder.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: a folder without a run or with one of another version, one named twice, or runs on different data
+            sets.
+    """
+    runs = [read_run(folder) for folder in folders]
+    if len({run.recipe.dataset for run in runs}) > 1:
+        found = ", ".join(f"{run.folder} ({run.recipe.dataset})" for run in runs)
+        raise ValueError(f"report: expected runs on one data set, got {found}; write one report per data set")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"report: expected different runs, got {', '.join(map(str, folders))}; name each once")
+    path = output or folders[0] / "report.html"
+    write_atomically(path, render_report(runs))
+    return path
+
+
+def render_report(runs: Sequence[RunRecord]) -> str:
+    """The page as text."""
+    names = [run.folder.resolve().name for run in runs]
+    labels = names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    named = dict(zip(labels, runs, strict=True))
+    tracks = _list_tracks(named)
+    rows = {label: overview.collect_rows(run) for label, run in named.items()}
+    columns = overview.choose_columns(list(rows.values()))
+    traces = {label: trace for label, run in named.items() if (trace := gates.trace_gates(run))}
+    environment = Environment(loader=PackageLoader("fastgate.reports", "."), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.jinja").render(
+        title=_describe(runs[0]) if len(runs) == 1 else f"{len(runs)} runs on {_dataset(runs[0])}",
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        runs=[
+            {
+                "label": label,
+                "description": _describe(run),
+                "progress": "" if run.summary else f"{len(run.history)} of {run.recipe.epochs} epochs are done",
+                "sentence": overview.compare_networks(rows[label]),
+                "rows": overview.write_cells(rows[label], columns),
+            }
+            for label, run in named.items()
+        ],
+        columns=columns,
+        energy=overview.explain_energy(runs),
+        tracks=tracks,
+        charts={quantity.title: _draw(quantity, tracks) for quantity in QUANTITIES},
+        gates=[_show_gates(label, named[label], trace) for label, trace in traces.items()],
+        conditions=conditions.align([conditions.list_conditions(run) for run in runs]),
+        recipe=conditions.align([conditions.list_recipe(run) for run in runs]),
+    )
+
+
+def _dataset(run: RunRecord) -> str:
+    return _DATASETS.get(run.recipe.dataset, run.recipe.dataset)
+
+
+def _describe(run: RunRecord) -> str:
+    recipe = run.recipe
+    gating = "no gates" if recipe.gating == "none" else f"{recipe.gating} gates"
+    return f"{recipe.network.replace('resnet', 'ResNet-')} on {_dataset(run)}, {gating}, {recipe.epochs} epochs"
+
+
+def _list_tracks(named: Mapping[str, RunRecord]) -> list[Track]:
+    """Every run with its controls behind it; each has a colour of its own, the controls are dashed."""
+    tracks: list[Track] = []
+    for label, run in named.items():
+        own = {label: run} | {f"{label}, {name} control": control for name, control in run.controls.items()}
+        for name, track in own.items():
+            style = f"c{len(tracks) % _COLOURS}"
+            tracks.append(Track(name, track, style if track is run else f"{style} dashed"))
+    return tracks
+
+
+def _draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
+    """The chart of a quantity; None where no run knows it."""
+    curves = []
+    for track in tracks:
+        points: list[tuple[float, float]] = []
+        for line in track.run.history:
+            value: Any = reduce(getitem, quantity.path, line)
+            if value is not None:  # joules that were not metered
+                points.append((line["epoch"], value))
+        curves.append(Curve(track.style, points))
+    if not any(curve.points for curve in curves):
+        return None
+    epochs = max(track.run.recipe.epochs for track in tracks)
+    return draw_curves(curves, epochs, quantity.form, from_zero=quantity.from_zero)
+
+
+def _show_gates(label: str, run: RunRecord, trace: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    epochs = run.recipe.epochs
+    return {
+        "label": label,
+        "names": [name.removesuffix(".gate") for name in trace],
+        "map": draw_gate_map(list(trace.values()), epochs),
+        "row_height": max(13, min(24, 600 // len(trace))),
+        "ticks": {epoch: f"{(epoch - 0.5) / epochs:.2%}" for epoch in round_epochs(epochs)},
+        "table": gates.list_gates(run),
+    }

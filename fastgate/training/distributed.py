@@ -1,0 +1,207 @@
+"""The processes of a run under torchrun: how they join, what only one of them does, and what they add up.
+
+Everything here is for one process what its name says with nobody else around; nothing then touches
+`torch.distributed`. What changes inside the network is in :mod:`fastgate.ops.synchronization`.
+"""
+
+import atexit
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgate.gates import named_gates
+from fastgate.pruning.decisions import Decisions, GateDecision
+
+T = TypeVar("T")
+
+_HOW_TO_GO_ON = "what was saved last is whole: go on with --output RUN --resume, on any number of processes"
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone: this one cannot go on."""
+
+
+def count() -> int:
+    """The number of processes of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process' number, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started beside this one; a process of its own has nobody to join.
+
+    Of the processes that fail only the first one gets out of here with its exception: the others fail because it did,
+    and end in silence.
+
+    Raises:
+        ProcessLost: another process has ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield
+        return
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=own_rank, world_size=size)
+    atexit.register(dist.destroy_process_group)  # after the last word, as it may wait for processes that are gone
+
+    def speaks_first() -> bool:
+        return bool(store.add("last word", 1) == 1)
+
+    _obey_sigterm(speaks_first)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        if not speaks_first():
+            os._exit(1)
+        if lost:
+            raise ProcessLost(f"another process of this run has ended; {_HOW_TO_GO_ON}") from error
+        raise
+
+
+def _obey_sigterm(speaks_first: Callable[[], bool]) -> None:
+    """End at once when torchrun says so, as it does when another process has ended.
+
+    A signal handler would wait for the main thread, and that may wait for the process that is gone: hence a thread.
+    """
+    end, begin = os.pipe()
+    os.set_blocking(begin, False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.set_wakeup_fd(begin)
+
+    def watch() -> None:
+        while os.read(end, 1)[0] != signal.SIGTERM:
+            pass
+        if speaks_first():
+            print(f"error: told to end, as another process has; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="fastgate-sigterm", daemon=True).start()
+
+
+def own_device(device: str) -> str:
+    """The device of this process where the run asks for `device`: of several processes each has a GPU of its node.
+
+    Raises:
+        ValueError: one GPU is asked for by number, or there are more processes than GPUs.
+    """
+    if count() == 1 or device == "cpu":
+        return device
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device != "cuda":
+        raise ValueError(f"device: expected auto, cpu or cuda with {count()} processes, got {device!r}")
+    if local >= gpus:
+        raise ValueError(f"--nproc-per-node: expected at most {gpus} (the GPUs here), got more; or use --device cpu")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, where alone it is called; what it raises is raised everywhere."""
+    if count() == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if is_main():
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    dist.broadcast_object_list(made, device=torch.device("cpu"))
+    if made[1] is not None:
+        raise made[1]
+    result: T = made[0]
+    return result
+
+
+@contextmanager
+def first_of_node() -> Iterator[None]:
+    """Let one process of each node through the block first, then the others: what it downloads they find."""
+    first = count() == 1 or os.environ["LOCAL_RANK"] == "0"
+    if not first:
+        wait()
+    yield
+    if first:
+        wait()
+
+
+def wait() -> None:
+    """Wait for all processes to come here."""
+    any_process(False)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(all_sum(torch.tensor(float(flag))))
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of x over the processes, without gradient."""
+    if count() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def average(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means over the processes by name, float tensors of any shapes."""
+    if count() == 1 or not values:
+        return dict(values)
+    flat = all_sum(torch.cat([value.reshape(-1) for value in values.values()])) / count()
+    parts = flat.split([value.numel() for value in values.values()])
+    return {name: part.reshape(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The network to run forward in training: its backward averages gradients over the processes.
+
+    To be made anew where parameters left the network, or where gates were frozen or let live again. Heads of frozen
+    gates get no gradient, which the processes have to know before.
+    """
+    if count() == 1:
+        return model
+    for _, gate in named_gates(model):
+        gate.requires_grad_(not gate.frozen)
+    network = DistributedDataParallel(model)
+    network.broadcast_buffers = False  # running statistics are the same everywhere; the option's name is changing
+    return network
+
+
+def merge_decisions(decisions: Decisions) -> Decisions:
+    """The decisions over the samples of all processes, from those over each one's own."""
+    if count() == 1:
+        return decisions
+    samples = int(all_sum(torch.tensor(decisions.samples)))
+    gates = {}
+    for name, gate in decisions.items():
+        mean = all_sum((gate.mean * decisions.samples).round()) / samples
+        gates[name] = GateDecision(mean, mean > decisions.threshold)
+    return Decisions(gates, decisions.threshold, samples)
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by their numbers; plain objects."""
+    values: list[Any] = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,122 @@
+"""What one and several processes are compared on: `python -m tests.training.parallel_work OUT [RUNS]`, or by torchrun.
+
+In fp64: training multiplies a rounding error every few steps by ten, and in fp32 it meets the kink of some ReLU within
+the first epoch. With RUNS, resumes copies of the stopped runs in that folder, whatever number of processes began them.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastgate as fg
+from fastgate.ops.synchronization import synchronized
+from fastgate.training import distributed
+from fastgate.training.data import load_dataset
+from fastgate.training.trainer import Interrupted, Trainer
+from tests.training.runs import TINY
+
+# five steps per epoch, small ones: the larger they are, the faster rounding errors grow
+_SMALL = replace(TINY, width=0.25, validation=797, learning_rate=0.02)
+_LIVE = replace(_SMALL, epochs=1, open_until=0, anneal_until=0, settle_at=None)
+# the last two decide with numbers that have to be those of all samples: their noise, and their mean
+RECIPES = {
+    "layer": _SMALL,
+    "channel": replace(_SMALL, gating="channel"),
+    "gumbel": replace(_LIVE, estimator="gumbel"),
+    "mean_threshold": replace(_LIVE, estimator="mean_threshold"),
+}
+# epoch and step (from 0) at which the last process alone is interrupted: some steps after the settle epoch's commit
+STOP = (3, 2)
+
+
+def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) -> None:
+    """Train; keep the gradients of every epoch's first step and what training ends with."""
+    recipe = RECIPES[name]
+    trainer = Trainer(recipe, load_dataset("digits", validation=recipe.validation), folder, resume=resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    gradients: dict[str, Tensor] = {}
+
+    def watch(*arguments: Any) -> None:
+        if trainer.step == 0:
+            for key, parameter in trainer.model.named_parameters():
+                if parameter.grad is not None:
+                    gradients[f"epoch {trainer.epoch} {key}"] = parameter.grad.clone()
+        if stop and (trainer.epoch, trainer.step) == STOP and distributed.rank() == distributed.count() - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.optimizer.register_step_pre_hook(watch)
+    try:
+        trainer.fit()
+    except Interrupted:
+        return
+    if distributed.is_main():
+        torch.save({"gradients": gradients, "state": trainer.model.state_dict()}, folder / "record.pt")
+
+
+def batch_norms(path: Path) -> None:
+    """Outputs and gradients of batch norms over 8 samples, shared among the processes."""
+    found: dict[str, list[Tensor]] = {}
+    part = slice(distributed.rank() * 8 // distributed.count(), (distributed.rank() + 1) * 8 // distributed.count())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for shape in ((8, 5), (8, 5, 3, 4)):
+            for affine in (True, False):
+                generator = torch.Generator().manual_seed(0)
+                x, grad = (torch.randn(shape, generator=generator).to(dtype) + i for i in (3, 0))
+                x = x[part].clone().requires_grad_()
+                wide = torch.promote_types(dtype, torch.float32)
+                running = [torch.zeros(5, dtype=wide), torch.ones(5, dtype=wide)]
+                weights = [torch.linspace(-1, 2, 5).to(wide).requires_grad_() for _ in range(2 * affine)]
+                with synchronized():
+                    y = F.batch_norm(x, *running, *weights, training=True)
+                    y.backward(grad[part])
+                rows = [torch.cat(distributed.gather(rows)) for rows in (y.detach(), x.grad)]
+                sums = [distributed.all_sum(weight.grad) for weight in weights]
+                found[f"{dtype} {len(shape)} {affine}"] = [*rows, *sums, *running]
+    if distributed.is_main():
+        torch.save(found, path)
+
+
+def refusal() -> str:
+    """What a head says whose kernel is asked for."""
+    gate = fg.LayerGate(4, impl="triton")
+    try:
+        with synchronized():
+            gate(torch.randn(4, 4, 2, 2))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    with distributed.joined():
+        batch_norms(out / "batch_norms.pt")
+        said = refusal()
+        if distributed.is_main():
+            (out / "facts.json").write_text(json.dumps({"processes": distributed.count(), "refusal": said}))
+        torch.set_default_dtype(torch.float64)
+        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+        if len(sys.argv) > 2:
+            for name in ("layer", "channel"):
+                if distributed.is_main():
+                    shutil.copytree(Path(sys.argv[2]) / f"{name}-stopped", out / f"{name}-resumed")
+                distributed.wait()
+                train(name, out / f"{name}-resumed", resume=True)
+            return
+        for name in RECIPES:
+            train(name, out / name)
+        for name in ("layer", "channel"):
+            train(name, out / f"{name}-stopped", stop=True)
+
+
+if __name__ == "__main__":
+    main()
