@@ -211,7 +211,7 @@ def reproduce(
     scale: Annotated[
         str, typer.Option(help="smoke (digits, minutes), short (CIFAR, few epochs) or full (as the paper prints it)")
     ] = "smoke",
-    output: Annotated[Path | None, typer.Option(help="default: runs/paper-<scale>; tables share runs in it")] = None,
+    output: Annotated[Path | None, typer.Option(help="default: runs/paper-<scale>; tables share runs")] = None,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",

@@ -14,7 +14,7 @@ from fastgate.paper.recipes import PlannedRun
 from fastgate.paper.results import collect
 from fastgate.paper.targets import Plan
 from fastgate.pruning.storage import load
-from fastgate.training.controls import control_recipe
+from fastgate.training.controls import match_macs
 from fastgate.training.data import Batches
 from fastgate.training.networks import resolve_precision
 from fastgate.training.pipeline import CONFIG, NETWORK, SUMMARY, Run, read_config, train
@@ -52,6 +52,8 @@ def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:
             trained then.
     """
     _check(plan, place)
+    for stale in place.output.glob(".*.tmp"):  # what a kill in the middle of writing left behind
+        stale.unlink()
     measured: dict[str, dict[str, Any]] = {}
     for planned in plan.runs:
         measured[planned.name] = _finish(planned, place)
@@ -92,28 +94,23 @@ def _finish(planned: PlannedRun, place: Place) -> dict[str, Any]:
     folder = place.folder(planned)
     if not (folder / SUMMARY).exists():
         resume = (folder / CONFIG).exists()
-        try:
-            recipe = read_config(folder) if resume else _recipe(planned, place)
-        except ValueError as error:
-            if planned.equal_to is None:
-                raise
-            return {"reason": str(error)}
+        recipe = read_config(folder) if resume else planned.recipe
+        if planned.equal_to is not None and not resume:
+            dataset = place.run(planned, recipe).load_data()
+            gated = json.loads((place.folder(planned.equal_to) / SUMMARY).read_text())["rows"]["compact"]
+            try:
+                recipe = match_macs(
+                    replace(recipe, gating="none"), dataset.image_size, dataset.num_classes, gated["macs"]
+                )
+            except ValueError as error:
+                return {"reason": str(error)}
         train(place.run(planned, recipe), resume=resume)
     return measure_run(folder)
 
 
-def _recipe(planned: PlannedRun, place: Place) -> Recipe:
-    if planned.equal_to is None:
-        return planned.recipe
-    gated = place.folder(planned.equal_to)
-    dataset = place.run(planned, planned.recipe).load_data()
-    wanted = json.loads((gated / SUMMARY).read_text())["rows"]["compact"]["macs"]
-    return control_recipe("equal-macs", planned.recipe, dataset.image_size, dataset.num_classes, wanted)
-
-
 def _naive_points(planned: PlannedRun, place: Place) -> list[dict[str, Any]]:
     run = place.run(planned, planned.recipe)
-    dataset = replace(run, recipe=replace(run.recipe, validation=0)).load_data()
+    dataset = run.load_data()
     model = load(run.folder / NETWORK).to(run.device).to(memory_format=torch.channels_last)
     batches = Batches(dataset, dataset.test, 500, channels_last=True)
     dtype = resolve_precision(run.recipe.precision, torch.device(run.device))

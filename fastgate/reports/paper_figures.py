@@ -10,6 +10,17 @@ from fastgate.reports.gate_maps import draw_gate_map
 _OURS, _PAPER, _PLAIN, _OTHERS = "tab:blue", "black", "tab:orange", "dimgray"
 _MARKERS = "ov<>sPXd"
 
+_LABELS = {
+    "accuracy": "top-1 accuracy, %",
+    "drop": "points below unpruned",
+    "open_ratio": "open gates, %",
+    "polarization": "R_polar",
+    "flops_share": "FLOPs, of unpruned",
+    "flops_cut": "FLOPs saved, %",
+}
+# what a table prints, where that is not the drop, the open ratio and the FLOPs
+_MEASURES = {"table3": ("drop", "flops_cut"), "table4": ("accuracy", "polarization", "open_ratio")}
+
 
 def draw_result(result: Mapping[str, Any], path: Path) -> None:
     """Draw a finished result of :func:`fastgate.paper.results.collect` to an image; its suffix says the format."""
@@ -42,10 +53,9 @@ def _draw_table(figure: Any, result: Mapping[str, Any]) -> None:
     figure.set_size_inches(10, 1.8 + 0.4 * len(rows))
     several = len({row["dataset"] for row in rows}) > 1
     names = [f"{row['dataset']}: {row['name']}" if several else row["name"] for row in rows]
-    panels = (("drop", "points below unpruned"), ("open_ratio", "open gates, %"), ("flops_share", "FLOPs, of unpruned"))
-    used = [panel for panel in panels if any(_value(row, by, panel[0]) for row in rows for by in ("paper", "ours"))]
-    axes = figure.subplots(1, len(used), sharey=True, squeeze=False)[0]
-    for axis, (measure, label) in zip(axes, used, strict=True):
+    measures = _MEASURES.get(result["target"], ("drop", "open_ratio", "flops_share"))
+    axes = figure.subplots(1, len(measures), sharey=True)
+    for axis, measure in zip(axes, measures, strict=True):
         for y, row in enumerate(rows):
             paper, ours = _value(row, "paper", measure), _value(row, "ours", measure)
             if row["reason"] and axis is axes[0]:
@@ -56,7 +66,7 @@ def _draw_table(figure: Any, result: Mapping[str, Any]) -> None:
                 axis.plot(paper, y, "o", color=_PAPER, markerfacecolor="none", markersize=9)
             if ours is not None and not (_kind(row) == "plain" and measure == "open_ratio"):
                 axis.plot(ours, y, "o", color=_PLAIN if _kind(row) == "plain" else _OURS, markersize=5)
-        axis.set_xlabel(label)
+        axis.set_xlabel(_LABELS[measure])
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(rows)), names)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -86,8 +96,8 @@ def _draw_naive(figure: Any, result: Mapping[str, Any]) -> None:
         axis.fill_between(x, *bounds, color=color, alpha=0.15, linewidth=0)
     _plot_ours(left, result, lambda row: 100 - row["open_ratio"], "accuracy")
     _plot_ours(right, result, lambda row: row["flops_cut"], "accuracy", plain=True)
-    left.set(xlabel="pruning rate, %", ylabel="top-1 accuracy, %")
-    right.set(xlabel="FLOPs saved, %", ylabel="top-1 accuracy, %")
+    left.set(xlabel="pruning rate, %", ylabel=_LABELS["accuracy"])
+    right.set(xlabel=_LABELS["flops_cut"], ylabel=_LABELS["accuracy"])
     _add_legend(figure, left, right)
 
 
@@ -104,8 +114,8 @@ def _draw_literature(figure: Any, result: Mapping[str, Any]) -> None:
         if name in others:
             style = {"color": _OTHERS, "marker": _MARKERS[others.index(name)], "label": f"{name} (quoted in Table 3)"}
         right.plot(paper["flops_cut"], paper["drop"], linestyle="none", **style)
-    left.set(xlabel="pruning rate, %", ylabel="top-1 accuracy, %")
-    right.set(xlabel="FLOPs saved, %", ylabel="points below unpruned")
+    left.set(xlabel="pruning rate, %", ylabel=_LABELS["accuracy"])
+    right.set(xlabel=_LABELS["flops_cut"], ylabel=_LABELS["drop"])
     _add_legend(figure, left, right)
 
 

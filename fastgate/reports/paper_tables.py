@@ -100,7 +100,7 @@ def _write_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns = [column for column in _COLUMNS if column.heading in special or column.heading not in _ALL_SPECIAL]
     lines: list[list[str]] = []
     for row in result["rows"]:
-        versions = [("paper", row["paper"]), (_whose(row), row["ours"])]
+        versions = [("quoted" if _is_quoted(row) else "paper", row["paper"]), (_whose(row), row["ours"])]
         shown = [(by, values) for by, values in versions if values is not None]
         if row["pending"] or row["reason"]:
             shown.append(("ours: none yet" if row["pending"] else "ours: none, see below", None))

@@ -12,12 +12,12 @@ from fastgate.paper import runs
 from fastgate.paper.runs import RUNS, Place
 from fastgate.paper.targets import TARGETS, plan_target
 from fastgate.reports.paper_tables import write_result
-from fastgate.training import pipeline
+from fastgate.training import controls, pipeline
 from tests.training.runs import run_cli, send_when_written, start_cli
 
 # one epoch: that the numbers mean something is not looked at here
-SHORT = {"epochs": 1, "network": "resnet14"}
-OPTIONS = ["--epochs", "1", "--network", "resnet14", "--device", "cpu"]
+SHORT = {"epochs": 1, "network": "resnet8"}
+OPTIONS = ["--epochs", "1", "--network", "resnet8", "--device", "cpu"]
 
 
 def reproduce(target: str, output: Path) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # no table of the paper has a latency, and measuring it takes a third of the time of such short runs
         patch.setattr(pipeline, "measure_latency", lambda networks, x, **options: dict.fromkeys(networks, 1.0))
+        # a network as small as these has few widths
+        patch.setattr(controls, "_TOLERANCE", 0.1)
         for target in TARGETS:
             reproduce(target, folder)
     return folder
@@ -46,10 +48,9 @@ def test_every_target_is_complete(output: Path) -> None:
         result = read(output, target)
         assert result["unfinished"] == 0
         for row in result["rows"]:
-            assert not row["pending"]
-            if row["ours"] is None:
-                # quoted, or a control for which there is no network
-                assert row["runs"] == [] or "within 2% of" in row["reason"], (target, row["name"])
+            assert not row["pending"] and row["reason"] is None
+            if not row["runs"]:
+                assert row["ours"] is None and row["paper"]["flops_cut"] > 0  # quoted from Table 3
                 continue
             assert 0 < row["ours"]["accuracy"] <= 100
             assert 0 < row["ours"]["macs"] < row["ours"]["flops"]
@@ -77,17 +78,16 @@ def compact_row(output: Path, run: str) -> dict[str, Any]:
 
 def test_plain_networks_have_equal_macs(output: Path) -> None:
     rows = [row for target in TARGETS for row in read(output, target)["rows"] if row["name"].startswith("plain")]
-    found = [row for row in rows if row["ours"] is not None]
-    for row in found:
-        gated = compact_row(output, row["runs"][0].removesuffix("-equal-macs"))
-        assert row["ours"]["macs"] == pytest.approx(gated["macs"], rel=0.02)
     assert len(rows) == len(TARGETS) + 1  # Table 2 has two data sets
-    assert len(found) >= 2
+    for row in rows:
+        gated = compact_row(output, row["runs"][0].removesuffix("-equal-macs"))
+        assert row["ours"]["macs"] == pytest.approx(gated["macs"], rel=0.1)
+        assert row["ours"]["open_ratio"] == 100
 
 
 def test_trials_have_mean_and_spread(output: Path) -> None:
     ours = next(row["ours"] for row in read(output, "table3")["rows"] if row["name"] == "Ours")
-    trials = [f"digits-resnet14-batch128-layer-gumbel-activation0.2-seed{seed}" for seed in (1, 2)]
+    trials = [f"digits-resnet8-batch128-layer-gumbel-activation0.2-seed{seed}" for seed in (1, 2)]
     accuracies = [100 * compact_row(output, trial)["accuracy"] for trial in trials]
     assert ours["accuracy"] == pytest.approx(sum(accuracies) / 2)
     assert ours["spread"]["accuracy"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
@@ -99,7 +99,7 @@ def test_figure_4_has_the_naive_baselines_and_figure_6_the_maps(output: Path) ->
     maps = read(output, "figure6")["maps"]
     assert [one["name"] for one in maps] == [*(f"λ_polar = {i}" for i in range(4)), "λ_polar ↑"]
     for one in maps:
-        assert [len(layers) for layers in one["open_ratios"]] == [6]  # one epoch, six layers
+        assert [len(layers) for layers in one["open_ratios"]] == [3]  # one epoch, three layers
         assert all(0 <= ratio <= 1 for ratio in one["open_ratios"][0])
     assert [len(one["changes"]) for one in maps] == [0, 0, 0, 0, 2]
 
@@ -115,7 +115,7 @@ def test_finished_runs_are_reused(output: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_kill_goes_on_with_the_same_command(output: Path, tmp_path: Path) -> None:
     shutil.copytree(output, tmp_path / "paper")
-    folder = tmp_path / "paper" / RUNS / "digits-resnet14-batch128-layer-lambda3"
+    folder = tmp_path / "paper" / RUNS / "digits-resnet8-batch128-layer-lambda3"
     shutil.rmtree(folder)
     command = ["reproduce", "table4", *OPTIONS, "--output", tmp_path / "paper"]
     process = start_cli(*command)
@@ -135,7 +135,7 @@ def test_a_kill_goes_on_with_the_same_command(output: Path, tmp_path: Path) -> N
 
 
 def other_version(output: Path, folder: Path) -> Path:
-    config = folder / RUNS / "digits-resnet14-batch128-layer-lambda1" / "config.json"
+    config = folder / RUNS / "digits-resnet8-batch128-layer-lambda1" / "config.json"
     config.parent.mkdir(parents=True)
     content = json.loads((output / RUNS / config.parent.name / "config.json").read_text())
     content["recipe"]["new_field"] = 1
