@@ -26,7 +26,8 @@ from fastgate.training.progress import RunProgress
 from fastgate.training.search import Search
 from fastgate.training.spending import Spending, describe_epoch
 
-# how often a GPU run looks whether its loss is still finite; a CPU run looks at every step, where it costs nothing
+# how often a GPU run looks whether its loss is still finite, and its processes whether one of them was told to stop; a
+# CPU run looks at every step, where it costs little
 _STEPS_BETWEEN_CHECKS = 50
 _SUMS = ("loss", "task", "polarization", "activation", "budget", "correct")
 

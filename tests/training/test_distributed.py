@@ -24,8 +24,8 @@ from tests.training.runs import (
     start_parallel,
 )
 
-# Sums are taken in other parts, in fp64. Before the first update gradients differ by roundings alone (seen: 4e-15 of the
-# largest one), which twenty steps multiply (seen: 2e-13); statistics of half a batch are off by 1e-2 at once.
+# Sums are taken in other parts, in fp64. Before the first update gradients differ by roundings alone (seen: 4e-15 of
+# the largest one), which twenty steps multiply (seen: 2e-13); statistics of half a batch are off by 1e-2 at once.
 AT_ONCE, LATER = 1e-12, 1e-9
 
 # process 1 dies at the beginning of the third epoch
@@ -130,6 +130,12 @@ def test_a_kernel_with_statistics_of_its_own_is_refused(runs: dict[int, Path]) -
     said = {processes: json.loads((folder / "facts.json").read_text())["refusal"] for processes, folder in runs.items()}
     assert "batch statistics of one process, and they are taken over 2; use 'auto' or 'torch'" in said[2]
     assert "batch statistics" not in said[1]
+
+
+def test_joules_are_those_of_all_devices_once(runs: dict[int, Path]) -> None:
+    spent = {processes: json.loads((folder / "facts.json").read_text())["joules"] for processes, folder in runs.items()}
+    # every process meters 3 J of a GPU of its own, and all of them the 4 J of their machine's processor
+    assert spent == {1: 3 + 4, 2: 2 * 3 + 4}
 
 
 def assert_finished(folder: Path, processes: int) -> None:
