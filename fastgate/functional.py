@@ -138,9 +138,8 @@ def gate_head(
     deep = fc2_weight is not None
 
     def obstacle() -> str | None:
-        return (statistics_obstacle() if training and deep else None) or gate_head_obstacle(
-            source, *parameters, deep=deep
-        )
+        reason = statistics_obstacle() if training and deep else None
+        return reason or gate_head_obstacle(source, *parameters, deep=deep)
 
     if resolve_impl(impl, "gate_head", obstacle) == "triton":
         source = source if pooled is None else pooled.contiguous()
