@@ -229,8 +229,9 @@ def reproduce(
     given = {"epochs": epochs, "network": network, "precision": precision}
     plan = plan_target(target, scale, {k: parse_field(k, text) for k, text in given.items() if text is not None})
     folder = output or Path("runs") / f"paper-{scale}"
+    command = shlex.join(["fastgate", *sys.argv[1:]])
     try:
-        for result in reproduce_target(plan, Place(folder, data_root, download, resolve_device(device))):
+        for result in reproduce_target(plan, Place(folder, data_root, download, resolve_device(device), command)):
             file = write_result(result, folder)
             done = len(plan.runs) - result["unfinished"]
             typer.echo(f"{target}: {done} of {len(plan.runs)} runs done; so far: {file}", err=True)

@@ -41,6 +41,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
         "control": control,
         "recipe": recipe,
         "conditions": _conditions(summary),
+        "date": summary["date"],
         "gates": [[_mean(gate) for gate in line["gates"].values()] for line in history],
     }
 
@@ -63,5 +64,5 @@ def _conditions(summary: dict[str, Any]) -> str:
     machine = gpus if on_gpu else f"{environment['cpu']} (threads: {environment['torch_threads']})"
     return (
         f"{recipe['dataset']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}, {summary['precision']}, "
-        f"{machine}, torch {environment['versions']['torch']}, {summary['date'][:10]}"
+        f"{machine}, torch {environment['versions']['torch']}"
     )

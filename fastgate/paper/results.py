@@ -92,7 +92,7 @@ def _average(runs: list[Mapping[str, Any]], baseline: Mapping[str, Any]) -> dict
         ours[name] = statistics.fmean(values) if len(values) > 1 else values[0]
         if len(values) > 1:
             ours["spread"][name] = statistics.stdev(values)
-    kept = {name: each[0][name] for name in ("unpruned", "network", "control", "energy", "recipe")}
+    kept = {name: each[0][name] for name in ("unpruned", "network", "control", "energy", "recipe", "date")}
     open_range = each[0]["open_range"] if len(each) == 1 else None
     return {**ours, **kept, "open_range": open_range, "seeds": [run["recipe"]["seed"] for run in each]}
 

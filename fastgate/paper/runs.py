@@ -27,12 +27,13 @@ _OWN_FIELDS = {"network", "widths", "gating"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs lie and what they work on."""
+    """Where runs lie and what they work on; `command` is the command line that asked for them."""
 
     output: Path
     data_root: str | None = None
     download: bool = False
     device: str = "cpu"
+    command: str | None = None
 
     def folder(self, planned: PlannedRun) -> Path:
         """A run's folder."""
@@ -41,7 +42,8 @@ class Place:
     def run(self, planned: PlannedRun, recipe: Recipe) -> Run:
         """A planned run with the recipe in force."""
         control = None if planned.equal_to is None else "equal-macs"
-        return Run(recipe, self.folder(planned), self.data_root, self.download, self.device, control)
+        folder = self.folder(planned)
+        return Run(recipe, folder, self.data_root, self.download, self.device, control, self.command)
 
 
 def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:

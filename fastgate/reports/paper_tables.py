@@ -90,7 +90,8 @@ _EXPLANATIONS = (
     "top-1: test accuracy of the network without gates, last epoch; live gates: of the network that trained; drop: "
     "points below the unpruned network.",
     "FLOPs: fvcore's count, the paper's convention; MACs: of convolutions and linear layers; both without gate heads. "
-    "training, energy: all epochs of one seed's training, evaluation left out.",
+    "training, energy: all epochs of one seed's training, evaluation left out; training is the time that passed, "
+    "other jobs on the machine included.",
 )
 
 

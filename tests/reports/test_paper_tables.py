@@ -21,7 +21,7 @@ def measures(accuracy: float, flops: int, **others: Any) -> dict[str, Any]:
         **{"accuracy": accuracy, "live_accuracy": None, "open_ratio": 100.0, "open_range": None, "polarization": None},
         **{"flops": flops, "macs": flops - 10**6, "parameters": 10**6, "seconds": 3700.0, "joules": None},
         **{"energy": {"warnings": ["cpu: no counter"]}, "network": "resnet110", "control": None, "recipe": recipe},
-        **{"conditions": "cifar10, one board", "gates": [[]]},
+        **{"conditions": "cifar10, one board", "date": "2026-11-23T00:00:00+00:00", "gates": [[]]},
         **others,
     }
 
