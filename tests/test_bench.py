@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench import report
+from bench.scaling import add_run
+from tests.training.runs import run_parallel
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +57,22 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize("name", ["test_gate_head", "test_compact"])
 def test_benchmarks_run_without_timing(name: str) -> None:
     run_benchmarks(f"bench/{name}.py", "--benchmark-disable", "-k", "stage3 or 0.5-1")
+
+
+def test_scaling_adds_a_run_of_two_processes_to_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "scaling.json"
+    arguments = ["--network", "resnet8", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--device", "cpu"]
+    result = run_parallel(2, "-m", "bench.scaling", *arguments, "--output", file)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(file.read_text())
+    rows = content["runs"]["2"]["rows"]
+    assert {name: row["images"] for name, row in rows.items()} == {
+        "shared": 8,
+        "shared, own statistics": 8,
+        "a batch each": 16,
+    }
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows.values())
+    runs = add_run(file, content["options"], 4, {"rows": rows})
+    assert runs.keys() == {"2", "4"} == json.loads(file.read_text())["runs"].keys()
+    with pytest.raises(ValueError, match="expected runs of .*'steps': 2.*choose another --output"):
+        add_run(file, {**content["options"], "steps": 2}, 1, {"rows": rows})
