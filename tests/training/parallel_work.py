@@ -27,7 +27,7 @@ from fastgate.training.trainer import Interrupted, Trainer
 from tests.training.runs import TINY
 
 # five steps per epoch, small ones: the larger they are, the faster rounding errors grow
-_SMALL = replace(TINY, width=0.25, validation=797, learning_rate=0.02)
+_SMALL = replace(TINY, widths="4,8,16", validation=797, learning_rate=0.02)
 _LIVE = replace(_SMALL, epochs=1, open_until=0, anneal_until=0, settle_at=None)
 # the last two decide with numbers that have to be those of all samples: their noise, and their mean
 RECIPES = {
