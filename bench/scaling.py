@@ -154,8 +154,8 @@ def main() -> None:
     given = parser.parse_args()
     with distributed.joined():
         device = torch.device(resolve_device(given.device))
-        if given.batch_size < 2 * distributed.count():
-            raise ValueError(f"--batch-size: expected at least 2 for each process, got {given.batch_size}")
+        if given.batch_size < distributed.count():
+            raise ValueError(f"--batch-size: expected one for each process at least, got {given.batch_size}")
         recipe = Recipe(
             network=given.network, gating=given.gating, batch_size=given.batch_size, precision=given.precision
         )

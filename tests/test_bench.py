@@ -13,10 +13,11 @@ from fastgate.kernels import open_lists
 
 from bench import input_pipeline, report
 from bench.record_gates import read_gates, record_gates
+from bench.scaling import add_run
 from bench.test_gated_conv import LISTS, REAL, Convolution, make_gate
 from fastgate.functional import gated_conv2d
 from fastgate.training.pipeline import Run, start_trainer
-from tests.training.runs import TINY
+from tests.training.runs import TINY, run_parallel
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,3 +169,22 @@ def test_the_share_of_the_input_pipeline() -> None:
     made, trained = row["batch_milliseconds"], row["step_milliseconds"]
     assert made > 0 and trained > 0 and row["share"] == pytest.approx(made / (made + trained))
     assert len(row["rounds_milliseconds"]) == input_pipeline.ROUNDS
+
+
+def test_scaling_adds_a_run_of_two_processes_to_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "scaling.json"
+    arguments = ["--network", "resnet8", "--batch-size", "8", "--steps", "1", "--rounds", "1", "--device", "cpu"]
+    result = run_parallel(2, "-m", "bench.scaling", *arguments, "--output", file)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(file.read_text())
+    rows = content["runs"]["2"]["rows"]
+    assert {name: row["images"] for name, row in rows.items()} == {
+        "shared": 8,
+        "shared, own statistics": 8,
+        "a batch each": 16,
+    }
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows.values())
+    runs = add_run(file, content["options"], 4, {"rows": rows})
+    assert runs.keys() == {"2", "4"} == json.loads(file.read_text())["runs"].keys()
+    with pytest.raises(ValueError, match=r"expected runs of .*'steps': 2.*choose another --output"):
+        add_run(file, {**content["options"], "steps": 2}, 1, {"rows": rows})

@@ -131,7 +131,8 @@ class _BatchNorm(torch.autograd.Function):
         channels, count = x.shape[1], dist.get_world_size()
         samples = count * x.numel() // channels
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(exact, [d for d in range(x.dim()) if d != 1], correction=0)
+        # PyTorch's own statistics; torch.var_mean takes ten times as long on channels_last maps (two EPYC cores)
+        mean, var = torch.ops.aten.batch_norm_update_stats(exact, None, None, momentum)
         gathered = mean.new_empty(count * 2, channels)
         dist.all_gather_into_tensor(gathered, torch.stack((mean, var)))
         means, variances = gathered[::2], gathered[1::2]

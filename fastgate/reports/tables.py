@@ -77,7 +77,7 @@ def print_comparison(comparison: dict[str, Any], console: Console | None = None)
         title = f"{recipe['network']} on {comparison['dataset']}, {recipe['gating']} gates, {recipe['epochs']} epochs"
         table = Table(title=title)
         # short enough for all of them to fit 80 columns
-        for column in ("network", "test acc.", "to compact", "MACs", "images/s", "training MACs", "time"):
+        for column in ("network", "test acc.", "to compact", "MACs", "img/s", "tr. MACs", "time"):
             table.add_column(column, justify="left" if column == "network" else "right")
         for name, measures in group["networks"].items():
             macs, images, training = (measures[key] for key in ("macs", "images_per_second", "macs_training"))
@@ -93,7 +93,10 @@ def print_comparison(comparison: dict[str, Any], console: Console | None = None)
             )
         console.print(table)
         spread = "mean ± standard deviation" if len(seeds) > 1 else "one seed, no spread"
-        lines = [f"seeds {', '.join(map(str, seeds))}: {spread}; accuracy of the last epoch"]
+        lines = [
+            f"seeds {', '.join(map(str, seeds))}: {spread}; accuracy of the last epoch in percent; MACs and time of "
+            "training (tr.) are those of all epochs"
+        ]
         if group["differs"]:
             lines.append(", ".join(f"{name} {value}" for name, value in group["differs"].items()))
         for line in lines:
@@ -104,7 +107,7 @@ def _spread(measure: dict[str, Any] | None, sign: str = "") -> str:
     """Mean and spread of a share, in percent."""
     if measure is None:
         return "unknown"
-    spread = "" if measure["spread"] is None else f" ± {100 * measure['spread']:.2f}"
+    spread = "" if measure["spread"] is None else f"±{100 * measure['spread']:.2f}"
     return f"{100 * measure['mean']:{sign}.2f}{spread}"
 
 

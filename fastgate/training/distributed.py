@@ -81,7 +81,7 @@ def joined() -> Iterator[None]:
 
 
 def _obey_sigterm(speaks_first: Callable[[], bool]) -> None:
-    """End at once when torchrun says so, as it does when another process has ended.
+    """End at once when torchrun says so, which it does when another process has ended.
 
     A signal handler would wait for the main thread, and that may wait for the process that is gone: hence a thread.
     """
@@ -94,7 +94,8 @@ def _obey_sigterm(speaks_first: Callable[[], bool]) -> None:
         while os.read(end, 1)[0] != signal.SIGTERM:
             pass
         if speaks_first():
-            print(f"error: told to end, as another process has; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
+            why = "told to end (SIGTERM), as torchrun does when another process has ended"
+            print(f"error: {why}; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="fastgate-sigterm", daemon=True).start()

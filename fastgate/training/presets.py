@@ -46,7 +46,7 @@ class Recipe:
     temperature: float = _option(1.0, "of the Gumbel estimator")
 
     epochs: int = _option(300, "epochs of training")
-    batch_size: int = _option(256, "samples per step")
+    batch_size: int = _option(256, "samples per step, of all processes together")
     learning_rate: float = _option(0.1, "peak learning rate of SGD")
     lr_schedule: str = _option("cosine", 'cosine, or factors over epochs such as "0:1, 60:0.1, 120:0.01"')
     warmup_epochs: float = _option(5.0, "epochs over which the learning rate rises from 0")

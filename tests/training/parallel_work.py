@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastgate as fg
+from fastgate.energy import Energy
 from fastgate.ops.synchronization import synchronized
 from fastgate.training import distributed
 from fastgate.training.data import load_dataset
+from fastgate.training.spending import Spending
 from fastgate.training.trainer import Interrupted, Trainer
 from tests.training.runs import TINY
 
 # five steps per epoch, small ones: the larger they are, the faster rounding errors grow
-_SMALL = replace(TINY, width=0.25, validation=797, learning_rate=0.02)
+_SMALL = replace(TINY, widths="4,8,16", validation=797, learning_rate=0.02)
 _LIVE = replace(_SMALL, epochs=1, open_until=0, anneal_until=0, settle_at=None)
 # the last two decide with numbers that have to be those of all samples: their noise, and their mean
 RECIPES = {
@@ -96,13 +98,21 @@ def refusal() -> str:
     return "nothing"
 
 
+def joules() -> float | None:
+    """What a run has used in a window in which each process meters a GPU of its own, and in one with the processor."""
+    spending = Spending()
+    for device, used in ((f"GPU-{distributed.rank()}", 3), ("cpu:package-0", 4)):
+        spending.add(Energy("train", 1.0, None, {device: used}, {device: "rapl"}, used * 1_000_000, 0.1, ()))
+    return spending.joules
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     with distributed.joined():
         batch_norms(out / "batch_norms.pt")
-        said = refusal()
+        facts = {"processes": distributed.count(), "refusal": refusal(), "joules": joules()}
         if distributed.is_main():
-            (out / "facts.json").write_text(json.dumps({"processes": distributed.count(), "refusal": said}))
+            (out / "facts.json").write_text(json.dumps(facts))
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
         if len(sys.argv) > 2:

@@ -157,7 +157,7 @@ def test_compare_on_the_command_line(runs: list[Path], tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "seeds 1, 2: mean ± standard deviation" in result.stdout
     mean = compare_runs(runs)["groups"][0]["networks"]["compact"]["accuracy"]
-    assert f"{100 * mean['mean']:.2f} ± {100 * mean['spread']:.2f}" in result.stdout
+    assert f"{100 * mean['mean']:.2f}±{100 * mean['spread']:.2f}" in result.stdout
     assert read(tmp_path, "comparison.json") == compare_runs(runs)
 
 

@@ -132,6 +132,12 @@ def test_a_kernel_with_statistics_of_its_own_is_refused(runs: dict[int, Path]) -
     assert "batch statistics" not in said[1]
 
 
+def test_joules_are_those_of_all_devices_once(runs: dict[int, Path]) -> None:
+    spent = {processes: json.loads((folder / "facts.json").read_text())["joules"] for processes, folder in runs.items()}
+    # every process meters 3 J of a GPU of its own, and all of them the 4 J of their machine's processor
+    assert spent == {1: 3 + 4, 2: 2 * 3 + 4}
+
+
 def assert_finished(folder: Path, processes: int) -> None:
     assert [line["epoch"] for line in metrics(folder)] == [1, 2, 3, 4]
     summary = json.loads((folder / "summary.json").read_text())
