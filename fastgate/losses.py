@@ -10,12 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
-from fastgate.ops.synchronization import all_mean, processes
+from fastgate.ops.synchronization import all_mean
 
 GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[str, Tensor]
 
 
-def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
+class GateMeans(dict[str, Tensor]):
+    """Mean decisions by gate, `[gates]` each, as parts of one vector.
+
+    The losses work on the vector: on a GPU some small operations per gate would cost more than the gate's block.
+
+    Attributes:
+        joined: all of them, `[all gates]`.
+    """
+
+    def __init__(self, means: Mapping[str, Tensor]) -> None:
+        self.joined = torch.cat(list(means.values()))
+        parts = self.joined.split([len(mean) for mean in means.values()])
+        super().__init__(zip(means, parts, strict=True))
+
+    def over_gates(self, values: Tensor) -> Tensor:
+        """The mean over gates of the mean over a gate's channels, of values `[all gates]`."""
+        sizes = [len(mean) for mean in self.values()]
+        if len(set(sizes)) == 1:
+            return values.mean()
+        return torch.stack([part.mean() for part in values.split(sizes)]).mean()
+
+
+def gate_means(gates: GateSource) -> GateMeans:
     """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
 
     Under :func:`fastgate.ops.synchronization.synchronized` these are the samples of all processes.
@@ -26,20 +48,20 @@ def gate_means(gates: GateSource) -> Mapping[str, Tensor]:
         ValueError: there is no gate, or one has not run yet.
     """
     if isinstance(gates, Mapping):
-        return gates
+        return gates if isinstance(gates, GateMeans) else GateMeans(gates)
     items = named_gates(gates) if isinstance(gates, nn.Module) else gates
     named: dict[str, Gate] = dict(item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(items))
     if not named:
         raise ValueError("expected a model with gates, got none; add them with fastgate.attach(model, 'layer')")
-    means = {}
+    decisions = {}
     for name, gate in named.items():
         if gate.decisions is None:
             raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
-        means[name] = gate.decisions.reshape(-1, gate.gates).mean(0)
-    if processes() > 1:  # one exchange for all gates
-        parts = all_mean(torch.cat(list(means.values()))).split([len(mean) for mean in means.values()])
-        means = dict(zip(means, parts, strict=True))
-    return means
+        decisions[name] = gate.decisions.reshape(-1, gate.gates)
+    if len({len(samples) for samples in decisions.values()}) > 1:
+        return GateMeans({name: all_mean(samples.mean(0)) for name, samples in decisions.items()})
+    means = all_mean(torch.cat(list(decisions.values()), 1).mean(0))
+    return GateMeans(dict(zip(decisions, means.split([gate.gates for gate in named.values()]), strict=True)))
 
 
 def polarization(gates: GateSource) -> Tensor:
@@ -48,12 +70,14 @@ def polarization(gates: GateSource) -> Tensor:
     0 where all samples agree, at most 0.25. For channels the mean over a gate's channels comes first. The mini-batch
     mean stands for the mean over the data.
     """
-    return torch.stack([(g * (1 - g)).mean() for g in gate_means(gates).values()]).mean()
+    means = gate_means(gates)
+    return means.over_gates(means.joined * (1 - means.joined))
 
 
 def activation(gates: GateSource) -> Tensor:
     """Mean over gates of the mean decision (Eq. 11); for channels the mean over a gate's channels comes first."""
-    return torch.stack([g.mean() for g in gate_means(gates).values()]).mean()
+    means = gate_means(gates)
+    return means.over_gates(means.joined)
 
 
 def budget(
@@ -90,5 +114,5 @@ def budget(
         )
     if total is None:
         total = sum(float(c.sum()) for c in costs.values())
-    used = torch.stack([(g * costs[name].to(g)).sum() / total for name, g in means.items()]).sum()
-    return (used - target) ** 2
+    weights = torch.cat([costs[name].to(means.joined) for name in means])
+    return ((means.joined * weights).sum() / total - target) ** 2

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgate as fg
 
@@ -126,6 +127,40 @@ def test_frozen_gates_count_and_carry_no_gradient() -> None:
     assert fg.polarization(gates).item() == pytest.approx((live * (1 - live)).item() / 2)
     fg.activation(gates).backward()
     assert gates[0].fc2.bias.grad is None
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts what computes, forward and backward: everything but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.count += not function.is_view
+        return function(*args, **kwargs or {})
+
+
+def count_operations(gates: int) -> int:
+    made = [layer_gate([1, 0, 1]) for _ in range(gates)]
+    costs = {str(i): torch.ones(1, dtype=torch.float64) for i in range(gates)}
+    decisions = [gate.decisions for gate in made]
+    with CountedOperations() as counted:
+        means = fg.losses.gate_means(made)
+        loss = fg.polarization(means) + fg.activation(means) + fg.budget(means, 0.5, costs, total=gates)
+        torch.autograd.grad(loss, decisions)
+    return counted.count
+
+
+def test_more_layer_gates_are_not_more_operations() -> None:
+    """A step of ResNet-110 has 54 of them: at some microseconds each, operations per gate would outweigh its blocks."""
+    assert count_operations(54) == count_operations(3)
+
+
+def test_gates_that_saw_different_numbers_of_samples() -> None:
+    gates = [layer_gate([1, 0, 0, 0]), layer_gate([1, 0])]
+    assert fg.activation(gates).item() == (1 / 4 + 1 / 2) / 2
+    assert fg.polarization(gates).item() == pytest.approx((3 / 16 + 1 / 4) / 2, rel=1e-12)
 
 
 def test_no_gates_is_an_error() -> None:

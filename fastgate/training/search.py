@@ -173,8 +173,10 @@ class Search:
         """Mean decisions of the live gates over the samples of the last forward, with graph."""
         return losses.gate_means(self.live.items()) if self.live else {}
 
-    def all_means(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_means(self, means: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The means of all gates of the run, in forward order, from those of the live ones."""
+        if not self._constants:
+            return means
         return {name: means[name] if name in means else self._constants[name] for name in self.gates}
 
     def schedule(self, epoch: float) -> list[float]:
@@ -190,7 +192,7 @@ class Search:
         """Gate losses by name with their weights, from :meth:`schedule` as a tensor; none where no gate learns."""
         if all(gate.frozen for gate in self.live.values()):
             return {}
-        means = self.all_means(means)
+        means = losses.gate_means(self.all_means(means))
         polarization, activation, budget, target = schedule.unbind()
         parts = {
             "polarization": (polarization, losses.polarization(means)),
