@@ -107,7 +107,27 @@ def budget(
     means = gate_means(gates)
     if costs is None:
         costs = {name: torch.ones_like(g) for name, g in means.items()}
-    elif costs.keys() != means.keys():
+    return (_open_share(means, costs, total) - target) ** 2
+
+
+def capacity(gates: GateSource, parameters: Mapping[str, Tensor], *, total: float | None = None) -> Tensor:
+    """1 - open share of the parameters that gates switch: what of the network's capacity is given up.
+
+    Beside :func:`budget` it prefers, of gates that cost the same, those that hold more parameters.
+
+    Args:
+        gates: a model, an iterable of gates, or their means.
+        parameters: name -> `[gates]`, from `fastgate.gate_costs(model, input_size, "params")`.
+        total: sum(parameters), where the caller knows it, see :func:`budget`.
+
+    Raises:
+        ValueError: parameters of other gates than the model's.
+    """
+    return 1 - _open_share(gate_means(gates), parameters, total)
+
+
+def _open_share(means: GateMeans, costs: Mapping[str, Tensor], total: float | None) -> Tensor:
+    if costs.keys() != means.keys():
         raise ValueError(
             f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)}; compute them for this model with "
             "fastgate.gate_costs(model, input_size)"
@@ -115,4 +135,4 @@ def budget(
     if total is None:
         total = sum(float(c.sum()) for c in costs.values())
     weights = torch.cat([costs[name].to(means.joined) for name in means])
-    return ((means.joined * weights).sum() / total - target) ** 2
+    return (means.joined * weights).sum() / total

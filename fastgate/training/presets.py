@@ -58,6 +58,9 @@ class Recipe:
     lambda_polar: str = _option("1", "weight of the polarization loss, a number or a schedule over epochs")
     lambda_activation: str = _option("0", "weight of the activation loss, a number or a schedule over epochs")
     lambda_budget: str = _option("16", "weight of the budget loss, a number or a schedule over epochs")
+    lambda_capacity: str = _option(
+        "0.1", "weight of the share of parameters given up for the target, a number or a schedule over epochs"
+    )
     target_macs: float | None = _option(0.5, "share of the cost that the compact network has; none for no target")
     cost: str = _option("macs", "what target_macs is a share of: macs, params, or latency (measured on this device)")
     open_until: float = _option(0.1, "gates are held open for this share of the epochs")
@@ -103,7 +106,7 @@ class Recipe:
             )
         check_estimator(self.estimator)
         check_window(self.window)
-        for name in ("lambda_polar", "lambda_activation", "lambda_budget"):
+        for name in ("lambda_polar", "lambda_activation", "lambda_budget", "lambda_capacity"):
             schedules.parse(getattr(self, name))
         if self.lr_schedule != "cosine":
             schedules.parse(self.lr_schedule)
@@ -208,6 +211,7 @@ _PAPER = Recipe(
     gate_weight_decay=5e-4,
     lambda_polar="1",
     lambda_budget="0",
+    lambda_capacity="0",
     target_macs=None,
     open_until=0.0,
     settle_at=None,

@@ -45,8 +45,12 @@ class Search:
         self.macs_of = gate_costs(model, image_size) if self.gates else {}
         self._constants: dict[str, Tensor] = {}  # decisions of gates that left the network
         self._weights = [
-            schedules.parse(text) for text in (recipe.lambda_polar, recipe.lambda_activation, recipe.lambda_budget)
+            schedules.parse(text)
+            for text in (recipe.lambda_polar, recipe.lambda_activation, recipe.lambda_budget, recipe.lambda_capacity)
         ]
+        parameters = gate_costs(model, image_size, "params") if self.gates else {}
+        self._capacity = sum(int(count.sum()) for count in parameters.values())
+        self._parameters = {name: count.to(device, torch.float32) for name, count in parameters.items()}
         # measured costs differ from process to process
         self._set_costs(*distributed.from_main(self._measure_costs))
 
@@ -180,7 +184,7 @@ class Search:
         return {name: means[name] if name in means else self._constants[name] for name in self.gates}
 
     def schedule(self, epoch: float) -> list[float]:
-        """What :meth:`penalties` has to know of an epoch (fractions count): three weights, then the budget's target."""
+        """What :meth:`penalties` has to know of an epoch (fractions count): four weights, then the budget's target."""
         target = self.recipe.target_at(epoch)
         if target is None or not self.gates:
             fraction = 0.0
@@ -193,13 +197,14 @@ class Search:
         if all(gate.frozen for gate in self.live.values()):
             return {}
         means = losses.gate_means(self.all_means(means))
-        polarization, activation, budget, target = schedule.unbind()
+        polarization, activation, budget, capacity, target = schedule.unbind()
         parts = {
             "polarization": (polarization, losses.polarization(means)),
             "activation": (activation, losses.activation(means)),
         }
         if self.recipe.target_macs is not None:
             parts["budget"] = (budget, losses.budget(means, target, self._device_costs, total=self._switchable))
+            parts["capacity"] = (capacity, losses.capacity(means, self._parameters, total=self._capacity))
         return parts
 
     def describe(self, means: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastgate.training import distributed
 from fastgate.training.search import Search
 
 # what an epoch adds up beside the decisions of every gate
-SUMS = ("loss", "task", "polarization", "activation", "budget", "correct")
+SUMS = ("loss", "task", "polarization", "activation", "budget", "capacity", "correct")
 
 # steps of a phase before its capture: kernels are compiled and libraries make their workspaces in them
 _WARMUP_STEPS = 3
