@@ -95,6 +95,17 @@ def test_budget_with_costs() -> None:
     assert second == pytest.approx([-0.25 * 100 / 1600] * 4, rel=1e-12)
 
 
+def test_capacity_is_the_share_of_parameters_given_up() -> None:
+    gates = [layer_gate([1, 0, 0, 0]), layer_gate([1, 1, 1, 0])]
+    parameters = {"0": torch.tensor([100]), "1": torch.tensor([300])}
+    # 1 - (100 * 1/4 + 300 * 3/4) / 400
+    loss = fg.losses.capacity(gates, parameters)
+    assert loss.item() == pytest.approx(1 - 0.625, rel=1e-12)
+    assert torch.equal(loss, fg.losses.capacity(gates, parameters, total=400))
+    # -parameters / (total B): the gate of more parameters is held open more
+    assert gradients(loss, gates) == [[-1 / 16] * 4, [-3 / 16] * 4]
+
+
 def test_a_model_and_its_gates_give_the_same() -> None:
     model = fg.models.resnet(8, gating="channel", window="identity")
     model(torch.randn(6, 3, 8, 8))
@@ -136,7 +147,7 @@ class CountedOperations(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += not function.is_view
         return function(*args, **kwargs or {})
 
@@ -185,6 +196,8 @@ def test_a_target_is_a_fraction(target: float) -> None:
 def test_costs_of_other_gates_are_refused() -> None:
     with pytest.raises(ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate; .*gate_costs"):
         fg.budget([layer_gate([1])], 0.5, {"layer1.0.gate": torch.tensor([1])})
+    with pytest.raises(ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate; .*gate_costs"):
+        fg.losses.capacity([layer_gate([1])], {"layer1.0.gate": torch.tensor([1])})
 
 
 masks = st.integers(1, 6).flatmap(

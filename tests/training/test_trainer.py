@@ -54,6 +54,7 @@ def test_metrics_of_an_epoch(digits: Dataset, tmp_path: Path) -> None:
         train = line["train"]
         # the parts are means over steps, and the weights are constant: so is their sum, up to fp32 sums over 11 steps
         total = train["task"] + train["polarization"] + 0.5 * train["activation"] + 16 * train["budget"]
+        total += 0.1 * train["capacity"]
         assert train["loss"] == pytest.approx(total, rel=1e-5)
         means = torch.cat([torch.tensor(mean) for mean in line["gates"].values()])
         assert line["open_ratio"] == pytest.approx(float(means.mean()), rel=1e-5)
@@ -100,6 +101,17 @@ def test_the_gates_follow_the_target(digits: Dataset, tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     assert lines[0]["macs"] == lines[2]["macs"] > lines[-1]["macs"]
     assert lines[-1]["train"]["budget"] < 0.05
+
+
+def test_capacity_decides_between_blocks_of_equal_cost(digits: Dataset, tmp_path: Path) -> None:
+    """Identity blocks of the stages cost the same MACs; weighed alone, the one with the most parameters stays."""
+    recipe = replace(TINY, network="resnet14", epochs=4, lambda_capacity="10", target_macs=0.6)
+    trainer = Trainer(recipe, digits, tmp_path)
+    identity = [f"layer{stage}.1.gate" for stage in (1, 2, 3)]
+    assert len({int(trainer.search.macs_of[name]) for name in identity}) == 1
+    trainer.fit()
+    first, second, third = (bool(trainer.search.decided[name]) for name in identity)
+    assert (first, third) == (False, True) and first <= second <= third
 
 
 @pytest.mark.parametrize("settle_at", [0.75, None])
