@@ -103,15 +103,14 @@ def test_the_gates_follow_the_target(digits: Dataset, tmp_path: Path) -> None:
     assert lines[-1]["train"]["budget"] < 0.05
 
 
-def test_capacity_decides_between_blocks_of_equal_cost(digits: Dataset, tmp_path: Path) -> None:
-    """Identity blocks of the stages cost the same MACs; weighed alone, the one with the most parameters stays."""
+def test_capacity_decides_between_blocks_of_like_cost(digits: Dataset, tmp_path: Path) -> None:
+    """Weighed strongly it gives up the blocks of the first stage, which hold the fewest parameters."""
     recipe = replace(TINY, network="resnet14", epochs=4, lambda_capacity="10", target_macs=0.6)
     trainer = Trainer(recipe, digits, tmp_path)
-    identity = [f"layer{stage}.1.gate" for stage in (1, 2, 3)]
-    assert len({int(trainer.search.macs_of[name]) for name in identity}) == 1
     trainer.fit()
-    first, second, third = (bool(trainer.search.decided[name]) for name in identity)
-    assert (first, third) == (False, True) and first <= second <= third
+    # without it, layer1.0 stays and layer2.1 goes: seeds 1, 2 and 3
+    closed = {name for name, opened in trainer.search.decided.items() if not opened}
+    assert closed == {"layer1.0.gate", "layer1.1.gate"}
 
 
 @pytest.mark.parametrize("settle_at", [0.75, None])
