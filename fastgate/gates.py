@@ -36,6 +36,7 @@ class Gate(nn.Module):
     decisions: Tensor | None = None
     stored: Tensor
     _frozen = False
+    _all_open = False  # frozen with nothing closed
 
     def __init__(
         self,
@@ -141,6 +142,11 @@ class Gate(nn.Module):
         return self._frozen
 
     @property
+    def all_open(self) -> bool:
+        """Whether the gate is frozen with nothing closed; known without asking the device."""
+        return self._all_open
+
+    @property
     def open(self) -> Tensor:
         """The frozen decision, bool `[gates]`. Raises `ValueError` while the gate is live."""
         if not self._frozen:
@@ -154,19 +160,19 @@ class Gate(nn.Module):
         if open.shape != (self.gates,) and not (open.numel() == 1 and self.gates == 1):
             raise ValueError(f"open: expected [{self.gates}], got {list(open.shape)}")
         self.stored.copy_(open.reshape(self.gates))
-        self._frozen = True
+        self._frozen, self._all_open = True, bool(open.all())
 
     def unfreeze(self) -> None:
         """Let the head decide again."""
         self.stored.fill_(LIVE)
-        self._frozen = False
+        self._frozen = self._all_open = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         # mirrored in Python once, here, so that a forward never waits for the device to learn it
         stored = state_dict.get(prefix + "stored")
         if stored is not None:
-            self._frozen = bool((stored != LIVE).all())
+            self._frozen, self._all_open = bool((stored != LIVE).all()), bool((stored == 1).all())
 
     def __getstate__(self) -> dict[str, Any]:
         # the last forward's tensors carry a graph, which can be neither copied nor pickled

@@ -94,7 +94,8 @@ class ResidualBlock(nn.Module):
         # in eval mode a channel that a frozen gate closes, or a sample that is closed, need not be computed at all
         unread: dict[str, Tensor] = {}
         if self.gate is not None and self._in_eval():
-            if decision is None and self.gate.frozen and self._cut_outputs() and len(x) >= _BATCH_WORTH_CUTTING:
+            cuts = decision is None and self.gate.frozen and not self.gate.all_open and self._cut_outputs()
+            if cuts and len(x) >= _BATCH_WORTH_CUTTING:
                 unread[self._cut_outputs()] = self.gate.open.to(x.dtype)[None]
             elif decision is not None and requested_impl(self.gate.impl)[0] == "triton":
                 unread = dict.fromkeys((name for _, name, _ in self.branch_convs()), decision)
@@ -104,6 +105,8 @@ class ResidualBlock(nn.Module):
             if i == self.gate_at and self.gate is not None and not isinstance(self.gate, LayerGate):
                 # one row of a frozen gate's decisions: the same for the whole batch
                 mask = self.gate(y)[:1] if self.gate.frozen else self.gate(y)
+                if self.gate.all_open:
+                    mask = None  # then it is the plain network to the bit: a bias added apart may round otherwise
             elif i == self.gate_at and self.in_index is not None:
                 y = take(y, self.in_index, 1)
             y = self._run(name, y, mask, unread.get(name))
