@@ -102,8 +102,9 @@ def gated_conv_wgrad(
     each = sample_list is not None and sample_list.shape[0] > 1
     channels_per_tile = 1 if each else min(max(1, 64 // taps), c_in)
     plan, block_k, precision = _dot_plan(x)
-    # 64 by 64 spill on sm_75's tensor cores (24 bytes, Triton 3.6)
-    block_m = next_power_of_2(c_out, 16, 64 if out_list is None and not plan.options else 32)
+    # spills on sm_75's tensor cores: 64 by 64 (24 bytes, Triton 3.6), with a list of samples 32 by 64 (8 bytes, 3.8)
+    largest = (32 if sample_list is None else 16) if plan.options else 32 if out_list is not None else 64
+    block_m = next_power_of_2(c_out, 16, largest)
     block_n = next_power_of_2(channels_per_tile * taps, 16)
     out_tiles, in_tiles = triton.cdiv(c_out, block_m), triton.cdiv(c_in, channels_per_tile)
     steps = triton.cdiv(n * h_out * w_out, block_k)
