@@ -208,12 +208,17 @@ def test_a_target_in_parameters(tmp_path: Path) -> None:
 
 def test_a_target_in_measured_time(tmp_path: Path) -> None:
     """The costs are measured once: a resumed run goes on with those it began with."""
-    # near 1, so that the target is within reach whatever a busy machine measures: on one, 0.9 was not
-    recipe = replace(TINY, cost="latency", target_macs=0.97, epochs=2, open_until=0.0, settle_at=0.5)
-    train(Run(recipe, tmp_path / "run"))
+    recipe = replace(TINY, cost="latency", target_macs=0.9, epochs=2, open_until=0.0, settle_at=0.5)
+    for last in (False, False, True):
+        try:
+            train(Run(recipe, tmp_path / "run"))
+            break
+        except ValueError as error:  # a busy machine may measure blocks so cheap that 0.9 is out of reach: once it did
+            if last or "target_macs" not in str(error):
+                raise
     state = search_state(tmp_path / "run")
     costs = [int(cost) for cost in state["costs"].values()]
-    assert abs(state["left"] - 0.97 * state["total"]) <= max(costs) / 2
+    assert abs(state["left"] - 0.9 * state["total"]) <= max(costs) / 2
     resumed = Trainer(recipe, load_dataset("digits"), tmp_path / "run", resume=True)
     assert {name: int(cost) for name, cost in resumed.search.costs.items()} == dict(
         zip(state["costs"], costs, strict=True)
