@@ -19,7 +19,7 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_torch,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
-from fastgate.ops.synchronization import processes, statistics_obstacle
+from fastgate.ops.synchronization import batch_norm_processes, statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
 
@@ -111,7 +111,7 @@ def gate_head(
             raise ValueError(f"fc2_weight: expected [out, {hidden}], got {list(fc2_weight.shape)}")
         if not training and (running_mean is None or running_var is None):
             raise ValueError("running_mean, running_var: expected tensors when training=False, got None")
-        if training and x.shape[0] * processes() < 2:
+        if training and x.shape[0] * batch_norm_processes() < 2:
             raise ValueError(
                 f"x: expected at least 2 samples in training (batch statistics), got {x.shape[0]}; drop the last short "
                 "batch"

@@ -51,8 +51,15 @@ def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) 
     return "triton"
 
 
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, ...) is at work: values may then not be there to be read."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot read these tensors, or None."""
+    if transforms_active():
+        return "its kernels have no rules for the transforms of torch.func"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     for tensor in tensors:
