@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -69,10 +70,8 @@ class Calls:
         found = []
         for reference in self._nodes:
             node = reference()
-            try:
+            with suppress(RuntimeError):  # backward has freed it
                 found += [] if node is None else node.saved_tensors
-            except RuntimeError:
-                pass  # backward has freed it
         return found
 
     def count(self) -> None:

@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastgate.ops.dispatch import resolve_impl
+from fastgate.ops.dispatch import resolve_impl, transforms_active
 from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
 from fastgate.ops.gated_conv import (
     GatedConv2d,
@@ -209,7 +209,7 @@ def gated_residual(
         y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, return_pooled)
         return (y, pooled) if return_pooled else y
     gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
-    if shortcut.dtype == branch.dtype == gate.dtype:
+    if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
         y = PlainGatedResidual.apply(shortcut, branch, gate, relu)
     else:
         y = gated_residual_torch(shortcut, branch, gate, relu)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
+from fastgate.ops.dispatch import escaped
 from fastgate.ops.synchronization import all_mean
 
 GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[str, Tensor]
@@ -79,10 +80,10 @@ def _rows(name: str, gate: Gate) -> Tensor:
     learns = gate.training and torch.is_grad_enabled() and any(p.requires_grad for p in gate.parameters())
     if last is None:
         raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
-    if learns and last is gate.calls.latest:
+    if (learns and last is gate.calls.latest) or escaped(last):
         raise ValueError(
-            f"gate {name!r}: expected decisions with a graph, got those of an earlier forward, whose graph is gone; run "
-            "the model's forward before its gate losses"
+            f"gate {name!r}: expected decisions with a graph, got those of an earlier forward, whose graph is gone; "
+            "run the model's forward before its gate losses"
         )
     if learns and not last.requires_grad and not gate.frozen:
         raise ValueError(

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _decide(logits):
+def _threshold(logits):
     """1 where a logit > 0, else 0; nan stays nan, so that it is never closed without a word."""
     return tl.where((logits > 0) | (logits <= 0), tl.where(logits > 0, 1.0, 0.0), logits)
 
@@ -77,7 +77,7 @@ def _decide(
                 logits = _add_partials(partial_ptr, b1_ptr, n, j, inside, SPLITS, HIDDEN, HAS_B1)
                 at = n[:, None] * HIDDEN + j[None, :]
                 tl.store(logits_ptr + at, logits, mask=inside)
-                tl.store(decisions_ptr + at, _decide(logits), mask=inside)
+                tl.store(decisions_ptr + at, _threshold(logits), mask=inside)
             first += BLOCK_N
     else:
         j = tl.arange(0, BLOCK_H)
@@ -133,7 +133,7 @@ def _decide(
                 out_inside = (n < n_samples)[:, None] & (o < OUT)[None, :]
                 at = n[:, None] * OUT + o[None, :]
                 tl.store(logits_ptr + at, logits, mask=out_inside)
-                tl.store(decisions_ptr + at, _decide(logits), mask=out_inside)
+                tl.store(decisions_ptr + at, _threshold(logits), mask=out_inside)
             first += BLOCK_N
 
 

@@ -13,13 +13,17 @@ from fastgate.losses import gate_means
 
 
 class Network(nn.Module):
-    """A stem, a layer gate that opens for some images, and a sum over what it leaves open."""
+    """A stem, a layer gate that opens for images brighter than the batch, and a sum over what it leaves open."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 2, 1)
         self.gate = fg.LayerGate(2, window="identity", init_logit=0.0)
-        nn.init.normal_(self.gate.fc2.weight)
+        sign = torch.tensor([1.0, -1.0]).repeat(8)  # logit = relu(z) - relu(-z) = z, the standardised brightness
+        with torch.no_grad():
+            self.stem.weight.fill_(1)
+            self.gate.fc1.weight.copy_(sign[:, None].expand(16, 2))
+            self.gate.fc2.weight.copy_(sign / 8)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -47,8 +51,9 @@ def test_all_calls_of_a_step_count_by_their_rows(model: Network) -> None:
     assert torch.equal(fg.activation(model), wanted)
     # a second loss of the step is about the same calls
     assert fg.budget(model, 0.25).item() == pytest.approx((wanted.item() - 0.25) ** 2, rel=1e-6)
-    gradients = torch.autograd.grad(fg.activation(model), [model.stem.weight, *model.gate.parameters()])
-    by_hand = torch.autograd.grad(wanted, [model.stem.weight, *model.gate.parameters()])
+    weights = [model.stem.weight, *model.gate.parameters()]
+    gradients = torch.autograd.grad(fg.activation(model), weights, retain_graph=True)
+    by_hand = torch.autograd.grad(wanted, weights)
     for ours, theirs in zip(gradients, by_hand, strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -1,6 +1,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,6 +407,36 @@ def test_whoever_writes_the_buffer_freezes_the_gate(write: Callable[[nn.Module, 
             assert gate.open.tolist() == [bool(value) for value in values]
 
 
+def through_accelerate(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    from accelerate import load_checkpoint_in_model
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), folder / "model.safetensors")
+    load_checkpoint_in_model(target, str(folder))
+
+
+def through_distributed_checkpoint(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(source.state_dict(), checkpoint_id=folder)
+    dcp.load(target.state_dict(), checkpoint_id=folder)  # into its tensors
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed")
+@pytest.mark.parametrize("load", [through_accelerate, through_distributed_checkpoint], ids=lambda load: load.__name__)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "live"])
+def test_loaders_of_checkpoints(
+    load: Callable[[nn.Module, nn.Module, Path], None], frozen: bool, tmp_path: Path
+) -> None:
+    """A frozen network into a live one, and a live one into a frozen one."""
+    source, target = (fg.models.resnet(8, gating="channel").eval() for _ in range(2))
+    freeze_at_random(source if frozen else target)
+    load(source, target, tmp_path)
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(target(x), source(x))
+    assert {gate.frozen for _, gate in fg.named_gates(target)} == {frozen}
+
+
 def test_the_live_state_of_earlier_versions_is_live() -> None:
     gate = fg.ChannelGate(6, 3)
     gate.freeze(torch.zeros(3, dtype=torch.bool))
@@ -425,7 +456,7 @@ def averages() -> dict[str, Callable[[nn.Module], nn.Module]]:
         "AveragedModel-ema": lambda model: AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True
         ),
-        "AveragedModel-copied": lambda model: AveragedModel(model),
+        "AveragedModel-copied": AveragedModel,
     }
 
 

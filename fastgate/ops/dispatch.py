@@ -56,6 +56,11 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def escaped(tensor: Tensor) -> bool:
+    """Whether a tensor is left from a transform of `torch.func` that has ended."""
+    return not transforms_active() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot read these tensors, or None."""
     if transforms_active():

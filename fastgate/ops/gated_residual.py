@@ -22,19 +22,14 @@ class PlainGatedResidual(torch.autograd.Function):
     first stage of ResNet-110 on two EPYC cores (bench/results/amd-epyc).
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:
         """All of one dtype."""
         y = torch.addcmul(shortcut, gate, branch)
-        return y.relu_() if relu else y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what backward needs of them: y (its sign is the ReLU's), the branch, the gate."""
-        _, branch, gate, relu = inputs
-        ctx.save_for_backward(output if relu else None, branch if ctx.needs_input_grad[2] else None, gate)
+        if relu:
+            y.relu_()
+        ctx.save_for_backward(y if relu else None, branch if ctx.needs_input_grad[2] else None, gate)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,18 +42,11 @@ class PlainGatedResidual(torch.autograd.Function):
 class GatedProduct(torch.autograd.Function):
     """x * gate, gate [N or 1, C or 1, 1, 1] of the same dtype, with the backward of :class:`PlainGatedResidual`."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
         """The product."""
-        return x * gate
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the gate, and x where the gate's gradient needs it."""
-        x, gate = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, gate)
+        return x * gate
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
