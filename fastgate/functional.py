@@ -9,7 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastgate.ops.dispatch import resolve_impl
+from fastgate.ops.dispatch import resolve_impl, transforms_active
 from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
 from fastgate.ops.gated_conv import (
     GatedConv2d,
@@ -19,7 +19,7 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_torch,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
-from fastgate.ops.synchronization import processes, statistics_obstacle
+from fastgate.ops.synchronization import batch_norm_processes, statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
 
@@ -111,7 +111,7 @@ def gate_head(
             raise ValueError(f"fc2_weight: expected [out, {hidden}], got {list(fc2_weight.shape)}")
         if not training and (running_mean is None or running_var is None):
             raise ValueError("running_mean, running_var: expected tensors when training=False, got None")
-        if training and x.shape[0] * processes() < 2:
+        if training and x.shape[0] * batch_norm_processes() < 2:
             raise ValueError(
                 f"x: expected at least 2 samples in training (batch statistics), got {x.shape[0]}; drop the last short "
                 "batch"
@@ -209,7 +209,7 @@ def gated_residual(
         y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, return_pooled)
         return (y, pooled) if return_pooled else y
     gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
-    if shortcut.dtype == branch.dtype == gate.dtype:
+    if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
         y = PlainGatedResidual.apply(shortcut, branch, gate, relu)
     else:
         y = gated_residual_torch(shortcut, branch, gate, relu)

@@ -3,22 +3,64 @@
 Method: Zhi et al., "A New Baseline for GreenAI", Table 1 (https://arxiv.org/abs/2302.10798).
 """
 
-from collections.abc import Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastgate import functional
+from fastgate.calls import Calls, can_be_recorded
 from fastgate.estimators import check_estimator, estimate
 from fastgate.ops.dispatch import IMPLEMENTATIONS
 from fastgate.ops.gate_head import check_window
+from fastgate.ops.synchronization import batch_norm_processes, synchronized
 
-LIVE = -1  # in `Gate.stored`: this gate is not frozen
+# in `Gate.stored`: this gate is not frozen. So far from 0 and 1 that averages of model states (an exponential moving
+# one, rounded to integers in every step) pass through numbers that mean nothing; with -1 they came to rest at 0, closed
+LIVE = 127
+LIVE_BEFORE = -1  # what earlier versions wrote
 
 # std of the last layer's weights when init_logit is set: at unit-scale features every logit starts near init_logit,
 # inside the window |logit| <= 1, where the straight-through gradient is not cut off
 INIT_STD = 0.01
+
+
+class _Seen(NamedTuple):
+    """A state of the buffer `stored`, by the tensor and its version."""
+
+    tensor: Tensor
+    version: int
+
+    def is_that_of(self, tensor: Tensor) -> bool:
+        return self.tensor is tensor and self.version == _version(tensor)
+
+
+class _Probe(NamedTuple):
+    """The buffer's values on their way to the host."""
+
+    seen: _Seen
+    values: Tensor
+    arrived: Callable[[], bool]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _send_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
+    """A copy on its way to the host, and what tells whether it is there; None where there is no such way."""
+    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
+        return None
+    values, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return values, event.query
 
 
 class Gate(nn.Module):
@@ -26,17 +68,38 @@ class Gate(nn.Module):
 
     Use :class:`LayerGate` or :class:`ChannelGate`.
 
+    In training the head's batch norm takes the statistics of the batch, of all processes where it has been converted to
+    `nn.SyncBatchNorm`. Those of a single sample are undefined: it is decided on with the running ones, which it leaves
+    as they are.
+
+    A decision is nan where its logit is: never closed without a word.
+
     Attributes:
         logits: of the last forward, `[N, gates]` (`[N]` for a layer gate), with graph; None when frozen.
         decisions: of the last forward, the same shape, 0./1., with graph.
-        stored: int8 buffer `[gates]`: -1 while the gate is live, else the frozen decision 0 or 1. In `state_dict`.
+        calls: what the gate losses count: every call in training since the last loss.
+        stored: int8 buffer `[gates]`: 127 while the gate is live, else the frozen decision 0 or 1. In `state_dict`. It
+            alone says whether the gate is frozen, whoever writes it (a checkpoint loader, a broadcast, a moving
+            average). On an accelerator a forward does not wait to read it: until its new values have arrived, it takes
+            them there. What is written there past PyTorch's version counter (`.data`, `torch.distributed.broadcast`)
+            changes live to frozen or back with the next `train()` or `eval()`.
     """
 
     logits: Tensor | None = None
     decisions: Tensor | None = None
     stored: Tensor
+    calls: Calls
+    # what `stored` said when it was last read; plain, for forwards that may not wait and for compilers
     _frozen = False
     _all_open = False  # frozen with nothing closed
+    _seen: _Seen | None = None
+    _probe: _Probe | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Gate":
+        """Also for copies, pickles and files, which do not call `__init__`: every gate has calls of its own."""
+        gate = super().__new__(cls)
+        gate.__dict__["calls"] = Calls()
+        return gate
 
     def __init__(
         self,
@@ -93,24 +156,64 @@ class Gate(nn.Module):
                 f"x: expected maps of {self.spatial_size} (this gate flattens its input), got {tuple(x.shape[2:])}; "
                 "use spatial_size=None for a gate that takes any size"
             )
-        if self._frozen:
-            logits, decisions = None, self.stored.to(self.fc1.weight.dtype).expand(x.shape[0], -1)
+        dtype = self.fc1.weight.dtype
+        known = self._knows()
+        if not known and self._exchanges():
+            known = self._read()  # processes that learn it at different times would wait for each other
+        logits = None
+        if known and self._frozen:
+            frozen = (self.stored != 0).to(dtype)
+            if torch.compiler.is_compiling():  # what was known then may be so no longer: not closed without a word
+                frozen = torch.where(self._is_decided(), frozen, torch.nan)
+            decisions = frozen.expand(x.shape[0], -1)
         else:
             logits, decisions = self._decide(x)
+            if not known:
+                decisions = torch.where(self._is_decided().all(), self.stored.to(dtype), decisions)
+        recorded = self.training and decisions.requires_grad and can_be_recorded()
+        if recorded:
+            decisions = self.calls.add(decisions)
         self.logits, self.decisions = self._per_sample(logits), self._per_sample(decisions)
+        if recorded:
+            self.calls.latest = self.decisions
         return decisions.to(x.dtype).reshape(-1, self.gates, 1, 1)
 
+    def _is_decided(self) -> Tensor:
+        return (self.stored == 0) | (self.stored == 1)
+
+    def _exchanges(self) -> bool:
+        """Whether the head takes statistics over several processes."""
+        return batch_norm_processes() > 1 or (
+            self.depth == 2 and isinstance(self.bn, nn.SyncBatchNorm) and self.bn.training
+        )
+
     def _decide(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with (
+            synchronized(self.bn.process_group) if self._exchanges() and batch_norm_processes() == 1 else nullcontext()
+        ):
+            decisions, logits = self._run_head(x)
+        if self.estimator != "straight_through":
+            decisions = estimate(
+                self.estimator,
+                logits,
+                window=self.window,
+                temperature=self.temperature,
+                training=self.training,
+            )
+        return logits, decisions
+
+    def _run_head(self, x: Tensor) -> tuple[Tensor, Tensor]:
         head: dict[str, Any] = {"training": self.training}
         if self.depth == 2:
             bn = self.bn
             momentum = bn.momentum
-            if bn.training and bn.num_batches_tracked is not None:
+            batch = bn.training and (x.shape[0] * batch_norm_processes() > 1 or bn.running_mean is None)
+            if batch and bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.add_(1)
                 if momentum is None:  # cumulative average, as nn.BatchNorm1d does
                     momentum = 1.0 / float(bn.num_batches_tracked)
             head = {
-                "training": bn.training,
+                "training": batch,
                 "bn_weight": bn.weight,
                 "bn_bias": bn.bias,
                 "running_mean": bn.running_mean,
@@ -123,15 +226,7 @@ class Gate(nn.Module):
         decisions, logits = functional.gate_head(
             x, self.fc1.weight, self.fc1.bias, window=self.window, impl=self.impl, **head
         )
-        if self.estimator != "straight_through":
-            decisions = estimate(
-                self.estimator,
-                logits,
-                window=self.window,
-                temperature=self.temperature,
-                training=self.training,
-            )
-        return logits, decisions
+        return decisions, logits
 
     def _per_sample(self, values: Tensor | None) -> Tensor | None:
         return values
@@ -139,17 +234,29 @@ class Gate(nn.Module):
     @property
     def frozen(self) -> bool:
         """Whether the gate returns its stored decision instead of running its head."""
+        self._learn()
         return self._frozen
 
     @property
     def all_open(self) -> bool:
-        """Whether the gate is frozen with nothing closed; known without asking the device."""
+        """Whether the gate is frozen with nothing closed."""
+        self._learn()
         return self._all_open
+
+    @property
+    def known_frozen(self) -> bool:
+        """Whether the gate is known to be frozen without waiting for a device, for use in a forward."""
+        return self._knows() and self._frozen
+
+    @property
+    def known_all_open(self) -> bool:
+        """Whether it is known to be frozen with nothing closed; False for a compiler, which cannot watch the buffer."""
+        return not torch.compiler.is_compiling() and self._knows() and self._all_open
 
     @property
     def open(self) -> Tensor:
         """The frozen decision, bool `[gates]`. Raises `ValueError` while the gate is live."""
-        if not self._frozen:
+        if not self.frozen:
             raise ValueError("the gate is live and has no stored decision; call freeze(open) first")
         return self.stored == 1
 
@@ -160,27 +267,81 @@ class Gate(nn.Module):
         if open.shape != (self.gates,) and not (open.numel() == 1 and self.gates == 1):
             raise ValueError(f"open: expected [{self.gates}], got {list(open.shape)}")
         self.stored.copy_(open.reshape(self.gates))
-        self._frozen, self._all_open = True, bool(open.all())
+        self._remember(_Seen(self.stored, _version(self.stored)), open)
 
     def unfreeze(self) -> None:
         """Let the head decide again."""
         self.stored.fill_(LIVE)
-        self._frozen = self._all_open = False
+        self._remember(_Seen(self.stored, _version(self.stored)), torch.tensor(LIVE))
+
+    def _knows(self) -> bool:
+        """Whether `_frozen` and `_all_open` are what the buffer says, which is read where nothing has to be waited for.
+
+        A compiled forward goes by what was known when it was compiled, which is right for a live gate whatever the
+        buffer says; for a frozen one see :meth:`train`.
+        """
+        if torch.compiler.is_compiling():
+            return self._frozen
+        stored = self.stored
+        if _is_on_host(stored) and not torch.jit.is_tracing():
+            return self._read()
+        if self._seen is not None and self._seen.is_that_of(stored):
+            return True
+        if self._probe is None or not self._probe.seen.is_that_of(stored):
+            sent = _send_to_host(stored)
+            self._probe = None if sent is None else _Probe(_Seen(stored, _version(stored)), *sent)
+        elif self._probe.arrived():
+            self._remember(self._probe.seen, self._probe.values)
+            return True
+        return False
+
+    def _learn(self) -> None:
+        """Read the buffer if it is not known, and wait for that."""
+        if not torch.compiler.is_compiling() and (
+            _is_on_host(self.stored) or self._seen is None or not self._seen.is_that_of(self.stored)
+        ):
+            self._read()
+
+    def _read(self) -> bool:
+        """Read the buffer; False where there are no values to read (meta and fake tensors, under vmap)."""
+        seen = _Seen(self.stored, _version(self.stored))
+        try:
+            self._remember(seen, self.stored)
+        except RuntimeError:
+            return False
+        return True
+
+    def _remember(self, seen: _Seen, values: Tensor) -> None:
+        states = set(values.flatten().tolist())
+        if odd := states - {0, 1, LIVE, LIVE_BEFORE}:
+            warnings.warn(
+                f"a gate's stored state is {odd.pop()}, an average of a live and a frozen one, and is taken as live; "
+                "copy the buffers of a model instead of averaging them, then freeze",
+                stacklevel=2,
+            )
+        self._seen, self._probe = seen, None
+        self._frozen, self._all_open = states <= {0, 1}, states == {1}
+
+    def train(self, mode: bool = True) -> "Gate":
+        """Set the mode, as of every module; it is also when the buffer is read, however it was written."""
+        self._read()
+        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # mirrored in Python once, here, so that a forward never waits for the device to learn it
-        stored = state_dict.get(prefix + "stored")
-        if stored is not None:
-            self._frozen, self._all_open = bool((stored != LIVE).all()), bool((stored == 1).all())
+        # what is at hand is remembered here, so that a forward need not wait for a device to learn it
+        values = state_dict.get(prefix + "stored")
+        if values is not None and _is_on_host(values) and values.shape == self.stored.shape:
+            self._remember(_Seen(self.stored, _version(self.stored)), values)
 
     def __getstate__(self) -> dict[str, Any]:
         # the last forward's tensors carry a graph, which can be neither copied nor pickled
-        return {**super().__getstate__(), "logits": None, "decisions": None}
+        left = ("calls", "logits", "decisions", "_seen", "_probe")
+        return {name: value for name, value in super().__getstate__().items() if name not in left}
 
     def extra_repr(self) -> str:
         """One line: sizes, estimator and state."""
-        state = "frozen" if self._frozen else "live"
+        state = "frozen" if self.frozen else "live"
         return f"{self.in_channels} -> {self.gates}, depth={self.depth}, estimator={self.estimator}, {state}"
 
 

@@ -1,4 +1,4 @@
-"""Losses on gate decisions: scalars with graph, computed from the decisions of the last forward.
+"""Losses on gate decisions: scalars with graph, computed from the decisions of the step's forwards.
 
 Each takes a model, an iterable of gates, or the means that :func:`gate_means` gave for one of them (so that several
 losses share them). The paper's objective is Eq. 10: task + lambda_polar * polarization + lambda_act * activation.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, named_gates
+from fastgate.ops.dispatch import escaped
 from fastgate.ops.synchronization import all_mean
 
 GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[str, Tensor]
@@ -38,14 +39,17 @@ class GateMeans(dict[str, Tensor]):
 
 
 def gate_means(gates: GateSource) -> GateMeans:
-    """Mean decision of each gate over the samples of the last forward: name -> `[gates]`, with graph.
+    """Mean decision of each gate over its calls: name -> `[gates]`, float32 or wider, with graph.
 
-    Under :func:`fastgate.ops.synchronization.synchronized` these are the samples of all processes.
+    In training these are all calls since the last loss, every row of each (a siamese network calls its gates twice in a
+    step, one that folds clips into the batch has more rows than samples); else it is the last forward. Under
+    :func:`fastgate.ops.synchronization.synchronized` they are those of all processes.
 
     An iterable holds gates, then named by position ("0", "1", ...), or the pairs of `named_gates`.
 
     Raises:
-        ValueError: there is no gate, or one has not run yet.
+        ValueError: there is no gate, or one has not run yet; a live gate in training whose decisions have no graph any
+            more, so that a loss would not train it.
     """
     if isinstance(gates, Mapping):
         return gates if isinstance(gates, GateMeans) else GateMeans(gates)
@@ -53,15 +57,41 @@ def gate_means(gates: GateSource) -> GateMeans:
     named: dict[str, Gate] = dict(item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(items))
     if not named:
         raise ValueError("expected a model with gates, got none; add them with fastgate.attach(model, 'layer')")
-    decisions = {}
-    for name, gate in named.items():
-        if gate.decisions is None:
-            raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
-        decisions[name] = gate.decisions.reshape(-1, gate.gates)
-    if len({len(samples) for samples in decisions.values()}) > 1:
-        return GateMeans({name: all_mean(samples.mean(0)) for name, samples in decisions.items()})
-    means = all_mean(torch.cat(list(decisions.values()), 1).mean(0))
+    decisions = {name: _rows(name, gate) for name, gate in named.items()}
+    first = next(iter(decisions.values()))
+    exact = torch.promote_types(first.dtype, torch.float32)  # costs are weighed in it: those of a network overflow fp16
+    if len({(len(rows), rows.dtype, rows.device) for rows in decisions.values()}) > 1:
+        return GateMeans(
+            {name: all_mean(rows.mean(0, dtype=exact).to(first.device)) for name, rows in decisions.items()}
+        )
+    means = all_mean(torch.cat(list(decisions.values()), 1).mean(0, dtype=exact))
     return GateMeans(dict(zip(decisions, means.split([gate.gates for gate in named.values()]), strict=True)))
+
+
+def _rows(name: str, gate: Gate) -> Tensor:
+    """The decisions that a loss is about now, `[rows, gates]`."""
+    calls = gate.calls.decisions()
+    if calls:
+        if torch.is_grad_enabled():
+            gate.calls.count()
+        device = calls[-1].device
+        return torch.cat([call.to(device) for call in calls])
+    last = gate.decisions
+    learns = gate.training and torch.is_grad_enabled() and any(p.requires_grad for p in gate.parameters())
+    if last is None:
+        raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
+    if (learns and last is gate.calls.latest) or escaped(last):
+        raise ValueError(
+            f"gate {name!r}: expected decisions with a graph, got those of an earlier forward, whose graph is gone; "
+            "run the model's forward before its gate losses"
+        )
+    if learns and not last.requires_grad and not gate.frozen:
+        raise ValueError(
+            f"gate {name!r}: expected decisions with a graph, got some without (of a forward under torch.no_grad, of "
+            "fastgate.decide, of reentrant checkpointing), so that a loss would train nothing; run the model's forward "
+            "with gradients before its gate losses, with use_reentrant=False if it is checkpointed"
+        )
+    return last.reshape(-1, gate.gates)
 
 
 def polarization(gates: GateSource) -> Tensor:

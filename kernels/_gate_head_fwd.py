@@ -5,6 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _threshold(logits):
+    """1 where a logit > 0, else 0; nan stays nan, so that it is never closed without a word."""
+    return tl.where((logits > 0) | (logits <= 0), tl.where(logits > 0, 1.0, 0.0), logits)
+
+
+@triton.jit
 def batch_norm(h, mean, rstd, gamma_ptr, beta_ptr, j, HIDDEN: tl.constexpr, AFFINE: tl.constexpr):
     """(normalised, scaled and shifted) rows of h [BN, BH] for hidden units j [BH]."""
     normal = (h - mean[None, :]) * rstd[None, :]
@@ -71,7 +77,7 @@ def _decide(
                 logits = _add_partials(partial_ptr, b1_ptr, n, j, inside, SPLITS, HIDDEN, HAS_B1)
                 at = n[:, None] * HIDDEN + j[None, :]
                 tl.store(logits_ptr + at, logits, mask=inside)
-                tl.store(decisions_ptr + at, tl.where(logits > 0, 1.0, 0.0), mask=inside)
+                tl.store(decisions_ptr + at, _threshold(logits), mask=inside)
             first += BLOCK_N
     else:
         j = tl.arange(0, BLOCK_H)
@@ -116,7 +122,7 @@ def _decide(
             inside = (n < n_samples)[:, None] & (j < HIDDEN)[None, :]
             h = tl.load(hidden_ptr + n[:, None] * HIDDEN + j[None, :], mask=inside, other=0.0)
             _, z = batch_norm(h, mean, rstd, gamma_ptr, beta_ptr, j, HIDDEN, AFFINE)
-            z = tl.where(inside & (z > 0), z, 0.0)
+            z = tl.where(inside & ~(z <= 0), z, 0.0)  # nan goes on
             for o0 in range(0, OUT, BLOCK_O):
                 o = o0 + tl.arange(0, BLOCK_O)
                 w_inside = (o < OUT)[None, :] & (j < HIDDEN)[:, None]
@@ -127,7 +133,7 @@ def _decide(
                 out_inside = (n < n_samples)[:, None] & (o < OUT)[None, :]
                 at = n[:, None] * OUT + o[None, :]
                 tl.store(logits_ptr + at, logits, mask=out_inside)
-                tl.store(decisions_ptr + at, tl.where(logits > 0, 1.0, 0.0), mask=out_inside)
+                tl.store(decisions_ptr + at, _threshold(logits), mask=out_inside)
             first += BLOCK_N
 
 

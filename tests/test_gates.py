@@ -1,13 +1,17 @@
 import copy
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastgate as fg
-from fastgate import estimators
+from fastgate import estimators, gates
+from fastgate.gates import LIVE
 from tests.helpers import GATINGS, freeze_at_random, gating_ids
+from tests.training.tape import Tape
 
 KINDS = {
     "layer": lambda **options: fg.LayerGate(6, **options),
@@ -260,7 +264,7 @@ def test_freeze_refuses_what_is_no_decision(open: Tensor, error: type[Exception]
     gate = fg.ChannelGate(6, 5)
     with pytest.raises(error, match=message):
         gate.freeze(open)
-    assert not gate.frozen and gate.stored.tolist() == [-1] * 5
+    assert not gate.frozen and gate.stored.tolist() == [LIVE] * 5
 
 
 @pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
@@ -302,6 +306,266 @@ def test_a_gate_can_be_copied_after_a_forward_with_graph(kind: str) -> None:
     assert torch.equal(twin.eval()(x), gate.eval()(x))
     gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))
     assert copy.deepcopy(gate).frozen and not twin.frozen
+
+
+# one sample
+
+
+def test_a_single_sample_in_training_is_decided_on_with_the_running_statistics(kind: str) -> None:
+    gate, x = KINDS[kind](init_logit=None), x_for(1)
+    gate(x_for())  # statistics to run on
+    before = copy.deepcopy(gate.state_dict())
+    y = gate(x)
+    y.sum().backward()
+    logits = gate.logits
+    assert torch.equal(gate.eval()(x), y) and torch.equal(gate.logits, logits)
+    assert all(torch.equal(gate.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.isfinite(p.grad).all() for p in gate.parameters())
+
+
+def test_a_network_trains_on_single_images() -> None:
+    """Detection: one image in a step."""
+    model = fg.models.resnet(8, gating="layer")
+    x = torch.randn(1, 3, 32, 32)
+    (model(x).sum() + fg.budget(model, 0.5) + fg.polarization(model)).backward()
+    assert all(gate.fc2.bias.grad is not None for _, gate in fg.named_gates(model))
+
+
+# half precision and nan
+
+
+def test_sums_of_half_precision_do_not_overflow() -> None:
+    """32 x 32 values of 100 sum to more than fp16 holds."""
+    gate, x = fg.LayerGate(6).half().eval(), torch.full((2, 6, 32, 32), 100.0).half()
+    gate(x)
+    assert torch.isfinite(gate.logits).all() and gate.logits.dtype == torch.float16
+    wide = fg.LayerGate(6).eval()
+    wide.load_state_dict(gate.state_dict())
+    wide(x.float())
+    # a few roundings to fp16, of numbers up to 100
+    torch.testing.assert_close(gate.logits.float(), wide.logits, rtol=2e-3, atol=0.1)
+
+
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_nan_is_never_closed(kind: str, estimator: str, training: bool) -> None:
+    gate, x = KINDS[kind](estimator=estimator, init_logit=None).train(training), x_for()
+    x[2, 1, 0, 0] = torch.nan
+    y = gate(x)
+    assert y[2].isnan().all()
+    assert torch.equal(y.isnan(), gate.logits.isnan().reshape(y.shape) | (estimator == "mean_threshold"))
+
+
+def test_a_network_passes_the_nan_of_a_gate_on() -> None:
+    """Also where it computes the open samples alone."""
+    model = fg.models.resnet(8, gating="layer").eval()
+    gate = next(gate for _, gate in fg.named_gates(model))
+    with torch.no_grad():
+        gate.fc2.bias.fill_(torch.nan)
+        next(reversed([gate for _, gate in fg.named_gates(model)])).fc2.bias.fill_(-1)
+        assert model(torch.randn(4, 3, 8, 8)).isnan().all()
+
+
+# the buffer says it, whoever writes it
+
+
+def write_in_place(gate: nn.Module, values: Tensor) -> None:
+    gate.stored.copy_(values)
+
+
+def write_past_autograd(gate: nn.Module, values: Tensor) -> None:
+    gate.stored.data.copy_(values)
+
+
+def replace_buffer(gate: nn.Module, values: Tensor) -> None:
+    """As accelerate's loader does."""
+    gate._buffers["stored"] = values.clone()
+
+
+def load_in_place(gate: nn.Module, values: Tensor) -> None:
+    gate.load_state_dict({**gate.state_dict(), "stored": values})
+
+
+def load_assigned(gate: nn.Module, values: Tensor) -> None:
+    gate.load_state_dict({**gate.state_dict(), "stored": values}, assign=True)
+
+
+WRITERS = [write_in_place, write_past_autograd, replace_buffer, load_in_place, load_assigned]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_whoever_writes_the_buffer_freezes_the_gate(write: Callable[[nn.Module, Tensor], None]) -> None:
+    gate, x = fg.ChannelGate(6, 3, init_logit=1.0), x_for()
+    for values in ([1, 0, 1], [0, 0, 0], [1, 1, 1], [LIVE] * 3, [1, 0, 0]):
+        write(gate, torch.tensor(values, dtype=torch.int8))
+        live = LIVE in values
+        y = gate(x)  # before anything asks
+        assert y.flatten(1).tolist() == [[1.0] * 3 if live else [float(v) for v in values]] * 8
+        assert gate.frozen == (not live) and gate.all_open == (values == [1, 1, 1])
+        assert (gate.logits is None) == gate.frozen
+        if gate.frozen:
+            assert gate.open.tolist() == [bool(value) for value in values]
+
+
+def through_accelerate(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    from accelerate import load_checkpoint_in_model
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), folder / "model.safetensors")
+    load_checkpoint_in_model(target, str(folder))
+
+
+def through_distributed_checkpoint(source: nn.Module, target: nn.Module, folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(source.state_dict(), checkpoint_id=folder)
+    dcp.load(target.state_dict(), checkpoint_id=folder)  # into its tensors
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed")
+@pytest.mark.parametrize("load", [through_accelerate, through_distributed_checkpoint], ids=lambda load: load.__name__)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "live"])
+def test_loaders_of_checkpoints(
+    load: Callable[[nn.Module, nn.Module, Path], None], frozen: bool, tmp_path: Path
+) -> None:
+    """A frozen network into a live one, and a live one into a frozen one."""
+    source, target = (fg.models.resnet(8, gating="channel").eval() for _ in range(2))
+    freeze_at_random(source if frozen else target)
+    load(source, target, tmp_path)
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(target(x), source(x))
+    assert {gate.frozen for _, gate in fg.named_gates(target)} == {frozen}
+
+
+def test_the_live_state_of_earlier_versions_is_live() -> None:
+    gate = fg.ChannelGate(6, 3)
+    gate.freeze(torch.zeros(3, dtype=torch.bool))
+    gate.load_state_dict({**gate.state_dict(), "stored": torch.full((3,), -1, dtype=torch.int8)})
+    assert not gate.frozen and gate(x_for()).sum() == 24
+
+
+def averages() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    from timm.utils import ModelEmaV2, ModelEmaV3
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return {
+        "ModelEmaV2": lambda model: ModelEmaV2(model, decay=0.9999),
+        "ModelEmaV2-fast": lambda model: ModelEmaV2(model, decay=0.9),
+        "ModelEmaV3": lambda model: ModelEmaV3(model, decay=0.9999),
+        "AveragedModel": lambda model: AveragedModel(model, use_buffers=True),
+        "AveragedModel-ema": lambda model: AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True
+        ),
+        "AveragedModel-copied": AveragedModel,
+    }
+
+
+def update(average: nn.Module, model: nn.Module) -> None:
+    (average.update_parameters if hasattr(average, "update_parameters") else average.update)(model)
+
+
+@pytest.mark.filterwarnings("ignore:a gate's stored state is")
+@pytest.mark.parametrize("name", averages())
+def test_an_average_of_live_and_frozen_is_never_closed(name: str, kind: str) -> None:
+    """It is live, or frozen as the model is; a fresh model that loads it likewise."""
+    model, x = KINDS[kind](init_logit=1.0), x_for()
+    opened = torch.arange(model.gates) % 2 == 0
+    average = averages()[name](model)
+    update(average, model)
+    model.freeze(opened)
+    wanted = opened.float().expand(8, -1)
+    for _ in range(300):
+        update(average, model)
+        averaged = average.module.eval()
+        fresh = KINDS[kind]().eval()
+        fresh.load_state_dict(averaged.state_dict())
+        for gate in (averaged, fresh):
+            y = gate(x).flatten(1)
+            # on its way down from live a closed channel passes through open
+            assert bool((y >= wanted).all())
+        if name in ("ModelEmaV3", "AveragedModel-copied"):
+            assert averaged.frozen  # integers are copied
+    assert averaged.stored[opened].min() > 0
+    if "Ema" in name:  # time enough to forget the live state, at least in integers
+        assert averaged.frozen and torch.equal(averaged.open, opened)
+
+
+def test_an_averaged_state_is_said() -> None:
+    gate = fg.ChannelGate(6, 2)
+    gate.stored.copy_(torch.tensor([126, 1]))
+    with pytest.warns(UserWarning, match="stored state is 126, an average of a live and a frozen one"):
+        assert not gate.frozen
+
+
+def test_copies_and_pickles_go_their_own_ways(kind: str, tmp_path: object) -> None:
+    gate = KINDS[kind]()
+    gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))
+    torch.save(gate, f"{tmp_path}/gate.pt")
+    twins = [copy.deepcopy(gate), torch.load(f"{tmp_path}/gate.pt", weights_only=False)]
+    gate.stored.fill_(1)
+    assert gate.all_open and all(twin.frozen and not twin.all_open for twin in twins)
+    assert len({id(g.calls) for g in (gate, *twins)}) == 3
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
+    """Gates whose buffers seem to lie on an accelerator; whether each copy to the host has arrived, to be set."""
+    copies: list[list[bool]] = []
+
+    def send(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+        copies.append([False])
+        return tensor.clone(), lambda arrived=copies[-1]: arrived[0]
+
+    monkeypatch.setattr(gates, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(gates, "_send_to_host", send)
+    return copies
+
+
+def test_on_an_accelerator_a_forward_never_waits(kind: str, elsewhere: list[list[bool]]) -> None:
+    """A changed buffer is right at once, there; its values are read once, when they have arrived."""
+    gate, x = KINDS[kind](init_logit=1.0), x_for()
+    reads: list[int] = []
+
+    def forward() -> Tensor:
+        with Tape() as tape:  # raises HostReads
+            y = gate(x)
+        reads.append(len(tape.operations))
+        return y.flatten(1)
+
+    gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))
+    assert forward().sum() == 0 and gate.logits is None and elsewhere == []
+    for value, arrived in ((1, False), (0, False), (LIVE, False), (0, True)):
+        gate.stored.fill_(value)
+        for _ in range(3):
+            assert torch.equal(forward(), torch.full((8, gate.gates), float(value != 0)))
+            assert gate.logits is not None  # not known yet
+        elsewhere[-1][0] = arrived
+    assert len(elsewhere) == 4
+    assert forward().sum() == 0 and gate.logits is None
+    assert len(elsewhere) == 4  # known from here on
+    gate.stored.data.fill_(LIVE)  # no version tells
+    assert forward().sum() == 8 * gate.gates and gate.logits is None
+    assert gate.eval()(x).sum() == 8 * gate.gates and gate.logits is not None
+
+
+def test_a_gate_on_meta_keeps_its_shapes(kind: str) -> None:
+    gate = KINDS[kind]()
+    gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))
+    assert gate.to("meta")(x_for().to("meta")).shape == (8, gate.gates, 1, 1)
+
+
+@pytest.mark.parametrize("gating", ["layer", "channel"])
+def test_a_compiled_network_follows_the_buffer(gating: str) -> None:
+    model, x = fg.models.resnet(8, gating=gating, init_logit=1.0).eval(), torch.randn(4, 3, 8, 8)
+    gates = [gate for _, gate in fg.named_gates(model)]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for value in (LIVE, 0, 1):
+            for gate in gates:
+                gate.stored.fill_(value)
+            got = compiled(x)
+            # other operations than those of the eager network, of fp32 rounding
+            torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
 
 
 # names and arguments
@@ -365,15 +629,10 @@ def test_a_flattening_gate_is_tied_to_its_size() -> None:
     assert all(pooled(torch.zeros(8, 6, *size)).shape == (8, 6, 1, 1) for size in ((3, 4), (8, 6), (1, 1)))
 
 
-def test_integer_images_and_single_samples_are_refused() -> None:
+def test_integer_images_are_refused() -> None:
     gate = fg.LayerGate(6)
     with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch\.uint8"):
         gate(torch.zeros(8, 6, 4, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="x: expected at least 2 samples in training"):
-        gate(x_for(1))
-    assert gate.eval()(x_for(1)).shape == (1, 1, 1, 1)
-    # one dense layer has no batch statistics
-    assert fg.ChannelGate(6, depth=1)(x_for(1)).shape == (1, 6, 1, 1)
 
 
 def test_repr_says_the_state() -> None:

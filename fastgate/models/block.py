@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastgate import functional
 from fastgate.gates import Gate, LayerGate, named_gates
-from fastgate.ops.dispatch import requested_impl
+from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
 
 POSITIONS = ("middle", "before", "after")
@@ -72,7 +72,7 @@ class ResidualBlock(nn.Module):
         shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
         if decision is not None and self._may_gather(decision):
             samples = decision.flatten().nonzero().flatten()
-            if len(samples) < len(x):
+            if len(samples) < len(x) and not decision.sum().isnan():
                 return self._activate(self._add_open(shortcut, x, samples))
         y = self._run_branch(x, decision)
         relu = self.activation_name is not None and type(getattr(self, self.activation_name)) is nn.ReLU
@@ -94,9 +94,9 @@ class ResidualBlock(nn.Module):
         # in eval mode a channel that a frozen gate closes, or a sample that is closed, need not be computed at all
         unread: dict[str, Tensor] = {}
         if self.gate is not None and self._in_eval():
-            cuts = decision is None and self.gate.frozen and not self.gate.all_open and self._cut_outputs()
+            cuts = decision is None and self.gate.known_frozen and not self.gate.known_all_open and self._cut_outputs()
             if cuts and len(x) >= _BATCH_WORTH_CUTTING:
-                unread[self._cut_outputs()] = self.gate.open.to(x.dtype)[None]
+                unread[self._cut_outputs()] = self.gate.stored.to(x.dtype)[None]
             elif decision is not None and requested_impl(self.gate.impl)[0] == "triton":
                 unread = dict.fromkeys((name for _, name, _ in self.branch_convs()), decision)
         y = x
@@ -104,8 +104,8 @@ class ResidualBlock(nn.Module):
             mask = None
             if i == self.gate_at and self.gate is not None and not isinstance(self.gate, LayerGate):
                 # one row of a frozen gate's decisions: the same for the whole batch
-                mask = self.gate(y)[:1] if self.gate.frozen else self.gate(y)
-                if self.gate.all_open:
+                mask = self.gate(y)[:1] if self.gate.known_frozen else self.gate(y)
+                if self.gate.known_all_open:
                     mask = None  # then it is the plain network to the bit: a bias added apart may round otherwise
             elif i == self.gate_at and self.in_index is not None:
                 y = take(y, self.in_index, 1)
@@ -144,6 +144,7 @@ class ResidualBlock(nn.Module):
             or decision.device.type != "cpu"
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()
+            or transforms_active()
             or getattr(getattr(self, self.branch[0]), "inplace", False)  # changes the shortcut of every sample
         )
 

@@ -51,8 +51,20 @@ def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) 
     return "triton"
 
 
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, ...) is at work: values may then not be there to be read."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def escaped(tensor: Tensor) -> bool:
+    """Whether a tensor is left from a transform of `torch.func` that has ended."""
+    return not transforms_active() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot read these tensors, or None."""
+    if transforms_active():
+        return "its kernels have no rules for the transforms of torch.func"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     for tensor in tensors:

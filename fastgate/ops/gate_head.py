@@ -1,5 +1,6 @@
 """The gate head: pooled or flattened features -> dense -> BN -> ReLU -> dense -> straight-through threshold."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,18 +39,31 @@ def window_gradient(logits: Tensor, grad: Tensor, window: str) -> Tensor:
 class StraightThrough(torch.autograd.Function):
     """Eq. 4 forward (1 where logit > 0, else 0), :func:`window_gradient` backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, window: str) -> Tensor:
-        """Threshold `logits`; 0 itself is closed."""
+    def forward(logits: Tensor, window: str) -> Tensor:
+        """Threshold `logits`; 0 itself is closed, nan stays nan."""
+        return logits.clamp(0, 1).ceil()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the logits."""
+        logits, ctx.window = inputs
         ctx.save_for_backward(logits)
-        ctx.window = window
-        return (logits > 0).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Pass the gradient through the window."""
         (logits,) = ctx.saved_tensors
         return window_gradient(logits, grads[0], ctx.window), None
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, where the device has it (meta has not)."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def gate_head_torch(
@@ -72,13 +86,14 @@ def gate_head_torch(
     x is [N, C, H, W], or already pooled [N, C].
     """
     # the head is tiny and its threshold sensitive: it computes in its parameters' dtype, also under autocast
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         if x.dim() == 2:
             features = x
         elif fc1_weight.shape[1] == x.shape[1]:
             # not x.mean: its backward writes a map of pixel gradients, that of a sum expands a row (5 ms of a 230 ms
             # ResNet-20 step on two EPYC cores)
-            features = x.sum((2, 3), dtype=fc1_weight.dtype) * (1 / (x.shape[2] * x.shape[3]))
+            wide = torch.promote_types(fc1_weight.dtype, torch.float32)  # sums of fp16 maps overflow
+            features = (x.sum((2, 3), dtype=wide) * (1 / (x.shape[2] * x.shape[3]))).to(fc1_weight.dtype)
         else:
             features = x.flatten(1).to(fc1_weight.dtype)
         logits = F.linear(features, fc1_weight, fc1_bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgate.ops.dispatch import register, tensor_obstacle
+from fastgate.ops.dispatch import register, tensor_obstacle, transforms_active
 from fastgate.ops.gated_residual import GatedProduct
 from fastgate.ops.measured import Call, choose
 
@@ -26,7 +26,8 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
         return x
     # 0 and 1 are exact in any dtype; a wider gate must not widen the result
-    y: Tensor = GatedProduct.apply(x, gate.to(x.dtype)[:, :, None, None])
+    gate = gate.to(x.dtype)[:, :, None, None]
+    y: Tensor = x * gate if transforms_active() else GatedProduct.apply(x, gate)
     return y
 
 
@@ -101,8 +102,8 @@ def choose_path(
     that does not pay with everything open.
     """
     gates = [gate for gate in (in_gate, out_gate) if gate is not None]
-    # under a tracer the choice would be frozen into the graph
-    if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    # under a tracer the choice would be frozen into the graph; a transform of torch.func has no values to read
+    if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return "dense"
     live = torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)
     pairs = any(_is_pairs(gate) for gate in gates)

@@ -1,12 +1,12 @@
 """Batch statistics over the samples of all processes, so that k processes compute what one does with all samples.
 
 Inside :func:`synchronized` every batch norm in training takes its statistics over all processes (`torch.nn`'s own
-synchronised batch norm needs CUDA), and so does what asks :func:`processes`: the gate losses and the estimators.
-Every process has as many samples as the others.
+synchronised batch norm needs CUDA), and so do the gate losses and the estimators. Batch norms count the samples of
+every process; for the losses every process has as many as the others.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,36 +18,50 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 _processes: ContextVar[int] = ContextVar("processes", default=1)
+_batch_norms: ContextVar[bool] = ContextVar("batch_norms", default=True)
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def processes() -> int:
-    """Over how many processes batch statistics are taken here: 1 outside of :func:`synchronized`."""
+    """Over how many processes gate losses take their means here: 1 outside of :func:`synchronized`."""
     return _processes.get()
+
+
+def batch_norm_processes() -> int:
+    """Over how many processes batch norms take their statistics here."""
+    return processes() if _batch_norms.get() else 1
 
 
 def statistics_obstacle() -> str | None:
     """Why a kernel that takes batch statistics itself cannot serve here, or None."""
-    if processes() == 1:
+    if batch_norm_processes() == 1:
         return None
-    return f"its kernel takes batch statistics of one process, and they are taken over {processes()}"
+    return f"its kernel takes batch statistics of one process, and they are taken over {batch_norm_processes()}"
 
 
 @contextmanager
-def synchronized() -> Iterator[None]:
-    """Take batch statistics over all processes of `torch.distributed`'s default group; with one nothing changes.
+def synchronized(group: dist.ProcessGroup | None = None, *, batch_norms: bool = True) -> Iterator[None]:
+    """Take batch statistics over all processes of a group, by default all there are; with one nothing changes.
 
     All processes do the same work inside, and backward too, as each of its steps may wait for the others.
+
+    Args:
+        group: of `torch.distributed`; None is its default group.
+        batch_norms: those of `F.batch_norm` as well, which a mode over every call of a torch function sees to. Without
+            them it is gate losses and estimators alone.
     """
-    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    count = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if count == 1:
         yield
         return
-    token = _processes.set(count)
+    tokens = _processes.set(count), _batch_norms.set(batch_norms), _group.set(group)
     try:
-        with _SynchronizedBatchNorms():
+        with _SynchronizedBatchNorms() if batch_norms else nullcontext():
             yield
     finally:
-        _processes.reset(token)
+        _processes.reset(tokens[0])
+        _batch_norms.reset(tokens[1])
+        _group.reset(tokens[2])
 
 
 def all_mean(x: Tensor) -> Tensor:
@@ -67,7 +81,7 @@ def rand_like(x: Tensor) -> Tensor:
         return torch.rand_like(x)
     n = len(x)
     whole = torch.rand(processes() * n, *x.shape[1:], dtype=x.dtype, device=x.device)
-    return whole[dist.get_rank() * n :][:n]
+    return whole[dist.get_rank(_group.get()) * n :][:n]
 
 
 class _AllMean(torch.autograd.Function):
@@ -75,14 +89,19 @@ class _AllMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        mean = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(mean)
-        return mean.div_(dist.get_world_size())
+        ctx.group = _group.get()
+        return _mean_over(ctx.group, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return _AllMean.forward(ctx, grads[0])
+        return _mean_over(ctx.group, grads[0])
+
+
+def _mean_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
+    mean = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(mean, group=group)
+    return mean.div_(dist.get_world_size(group))
 
 
 class _SynchronizedBatchNorms(TorchFunctionMode):
@@ -112,7 +131,7 @@ def _batch_norm(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training, one exchange forward (mean, variance) and one backward (two sums) per channel.
+    """Batch norm in training, one exchange forward (mean, variance, samples) and one backward (two sums) per channel.
 
     Between the exchanges it is batch norm with constant statistics, for which PyTorch's own kernels serve.
     """
@@ -128,33 +147,36 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        channels, count = x.shape[1], dist.get_world_size()
-        samples = count * x.numel() // channels
+        channels, group = x.shape[1], _group.get()
+        processes = dist.get_world_size(group)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         # PyTorch's own statistics; torch.var_mean takes ten times as long on channels_last maps (two EPYC cores)
         mean, var = torch.ops.aten.batch_norm_update_stats(exact, None, None, momentum)
-        gathered = mean.new_empty(count * 2, channels)
-        dist.all_gather_into_tensor(gathered, torch.stack((mean, var)))
-        means, variances = gathered[::2], gathered[1::2]
-        mean = means.mean(0)
-        var = (variances + (means - mean) ** 2).mean(0)
+        samples = torch.full_like(mean, x.numel() // channels)
+        gathered = mean.new_empty(processes * 3, channels)
+        dist.all_gather_into_tensor(gathered, torch.stack((mean, var, samples)), group=group)
+        means, variances, samples = gathered.view(processes, 3, channels).unbind(1)
+        total = samples.sum(0)
+        shares = samples / total
+        mean = (means * shares).sum(0)
+        var = ((variances + (means - mean) ** 2) * shares).sum(0)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean), momentum)
-            running_var.lerp_((var * (samples / (samples - 1))).to(running_var), momentum)
-        ctx.save_for_backward(x, mean, var, weight)
-        ctx.samples, ctx.eps, ctx.biased = samples, eps, bias is not None
+            running_var.lerp_((var * (total / (total - 1))).to(running_var), momentum)
+        ctx.save_for_backward(x, mean, var, weight, total)
+        ctx.group, ctx.eps, ctx.biased = group, eps, bias is not None
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, weight = ctx.saved_tensors
+        x, mean, var, weight, total = ctx.saved_tensors
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             grads[0], x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         sums = torch.stack((d_weight, d_bias))  # of grad * normalised x, and of grad
-        dist.all_reduce(sums)
-        sums = sums / ctx.samples
+        dist.all_reduce(sums, group=ctx.group)
+        sums = sums / total
         # dx = scale * (grad - mean grad - normalised x * mean(grad * normalised x)), affine in grad and x
         deviation = torch.rsqrt(var + ctx.eps)
         scale = deviation if weight is None else deviation * weight

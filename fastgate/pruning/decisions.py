@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.files import write_atomically
-from fastgate.gates import named_gates
+from fastgate.gates import Gate, named_gates
 from fastgate.modes import eval_mode
 
 FORMAT = "fastgate-decisions"
@@ -23,12 +24,15 @@ class GateDecision:
     """The decision of one gate; every tensor is `[gates]` on the CPU: one entry for a layer gate, else one per channel.
 
     Attributes:
-        mean: share of samples for which the gate was open, float64.
+        mean: share of rows for which the gate was open, float64.
         open: the decision, bool.
+        rows: how many rows the gate decided on: samples, and more where the network calls it several times for one or
+            folds other dimensions into the batch; 0 where none was asked.
     """
 
     mean: Tensor
     open: Tensor
+    rows: int = 0
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -91,7 +95,9 @@ class Decisions(Mapping[str, GateDecision]):
                 "version": VERSION,
                 "threshold": self.threshold,
                 "samples": self.samples,
-                "gates": {name: {"mean": g.mean.tolist(), "open": g.open.tolist()} for name, g in self.items()},
+                "gates": {
+                    name: {"mean": g.mean.tolist(), "open": g.open.tolist(), "rows": g.rows} for name, g in self.items()
+                },
             }
         )
         if path is not None:
@@ -116,7 +122,11 @@ class Decisions(Mapping[str, GateDecision]):
             if data.get("format") != FORMAT or data.get("version") != VERSION:
                 raise ValueError(f"format {data.get('format')!r} version {data.get('version')!r}")
             gates = {
-                name: GateDecision(torch.tensor(g["mean"], dtype=torch.float64), torch.tensor(g["open"]).bool())
+                name: GateDecision(
+                    torch.tensor(g["mean"], dtype=torch.float64),
+                    torch.tensor(g["open"]).bool(),
+                    int(g.get("rows", data["samples"])),  # earlier versions counted samples alone
+                )
                 for name, g in data["gates"].items()
             }
             if odd := [name for name, g in gates.items() if g.mean.dim() != 1 or g.mean.shape != g.open.shape]:
@@ -132,13 +142,17 @@ class Decisions(Mapping[str, GateDecision]):
 def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> Decisions:
     """Ask every gate about every sample, in one evaluation pass, and open those whose mean exceeds `threshold`.
 
+    The mean is over what the gate decided on: every call in a forward and every row of each. A compiled network runs
+    eagerly for that.
+
     Args:
         model: a network with gates; its training mode is restored afterwards.
         loader: batches of inputs, or tuples whose first item is the inputs; moved to the model's device.
         threshold: between 0 and 1.
 
     Raises:
-        ValueError: no gates, no samples, or a threshold outside 0 to 1.
+        ValueError: no gates, no samples, a gate that did not run or whose logits are nan, a threshold outside 0 to
+            1.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
@@ -146,27 +160,49 @@ def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> D
     if not gates:
         raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
     device = next(model.parameters()).device
-    sums: dict[str, Tensor] = {name: torch.zeros(g.gates, dtype=torch.float64) for name, g in gates.items()}
+    opened = {name: torch.zeros(gate.gates, dtype=torch.float64, device=device) for name, gate in gates.items()}
+    rows = dict.fromkeys(gates, 0)
     samples = 0
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), torch.compiler.set_stance("force_eager"), _collected(gates) as calls:
         for batch in loader:
             inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            for gate in gates.values():
-                gate.decisions = None  # so that one left from an earlier forward is not counted
             model(inputs.to(device))
             samples += inputs.shape[0]
-            for name, gate in gates.items():
-                if gate.decisions is None:
+            for name, outputs in calls.items():
+                if not outputs:
                     raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
-                opened = gate.decisions.reshape(-1, gate.gates).sum(0, dtype=torch.float64)
-                sums[name] = sums[name].to(device) + opened
+                for output in outputs:
+                    opened[name] += output.flatten(1).sum(0, dtype=torch.float64).to(device)
+                    rows[name] += len(output)
+                outputs.clear()
     if samples == 0:
         raise ValueError("loader: expected at least one batch, got none")
     decided = {}
-    for name, total in sums.items():
-        mean = total.cpu() / samples
-        decided[name] = GateDecision(mean, mean > threshold)
+    for name, total in opened.items():
+        mean = total.cpu() / rows[name]
+        if mean.isnan().any():
+            raise ValueError(
+                f"gate {name!r}: expected logits that are numbers, got nan for some samples; look for nan and "
+                "infinities in the images, in the weights, and in features of half precision"
+            )
+        decided[name] = GateDecision(mean, mean > threshold, rows[name])
     return Decisions(decided, threshold, samples)
+
+
+@contextmanager
+def _collected(gates: Mapping[str, Gate]) -> Iterator[dict[str, list[Tensor]]]:
+    """The results of all calls of these gates, by name, as they come."""
+    calls: dict[str, list[Tensor]] = {name: [] for name in gates}
+    handles = [
+        # append: the replicas of nn.DataParallel call it from several threads
+        gate.register_forward_hook(lambda _, inputs, output, found=calls[name]: found.append(output))
+        for name, gate in gates.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def freeze(model: nn.Module, decisions: Mapping[str, GateDecision]) -> nn.Module:

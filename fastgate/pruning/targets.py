@@ -87,7 +87,7 @@ def meet_target(
     else:
         fixed[free] = _choose(mean[free], cost[free], wanted, near_enough, _WINDOW)
     parts = torch.from_numpy(fixed == _OPEN).split([len(g.open) for g in decisions.values()])
-    gates = {name: GateDecision(g.mean, part) for (name, g), part in zip(decisions.items(), parts, strict=True)}
+    gates = {name: GateDecision(g.mean, part, g.rows) for (name, g), part in zip(decisions.items(), parts, strict=True)}
     return Decisions(gates, decisions.threshold, decisions.samples)
 
 

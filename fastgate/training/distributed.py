@@ -184,8 +184,18 @@ def parallel(model: nn.Module) -> nn.Module:
     for _, gate in named_gates(model):
         gate.requires_grad_(not gate.frozen)
     network = DistributedDataParallel(model)
-    network.broadcast_buffers = False  # running statistics are the same everywhere; the option's name is changing
+    # running statistics are the same everywhere, or made so at the end of an epoch; the option's name is changing
+    network.broadcast_buffers = False
     return network
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the main one's buffers, running statistics of batch norms among them."""
+    if count() > 1:
+        for buffer in model.buffers():
+            received = buffer.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(received, 0)
+            buffer.copy_(received)
 
 
 def merge_decisions(decisions: Decisions) -> Decisions:
@@ -195,8 +205,9 @@ def merge_decisions(decisions: Decisions) -> Decisions:
     samples = int(all_sum(torch.tensor(decisions.samples)))
     gates = {}
     for name, gate in decisions.items():
-        mean = all_sum((gate.mean * decisions.samples).round()) / samples
-        gates[name] = GateDecision(mean, mean > decisions.threshold)
+        rows = int(all_sum(torch.tensor(gate.rows)))
+        mean = all_sum((gate.mean * gate.rows).round()) / rows
+        gates[name] = GateDecision(mean, mean > decisions.threshold, rows)
     return Decisions(gates, decisions.threshold, samples)
 
 

@@ -71,6 +71,7 @@ class Recipe:
     )
     compact_training: bool = _option(True, "what frozen gates closed leaves the network in training at once")
 
+    sync_batch_norms: bool = _option(True, "batch norms take the statistics of all processes, where there are several")
     validation: int = _option(0, "training images held out for validation")
     precision: str = _option("auto", "auto, fp32, fp16 or bf16; auto is fp32 on a CPU, fp16 on sm_75, else bf16")
     seed: int = _option(1, "of initialisation, data order and augmentation")
@@ -254,6 +255,7 @@ def get_preset(name: str) -> Recipe:
 def recipe_from_dict(data: dict[str, Any]) -> Recipe:
     """The recipe that `dataclasses.asdict` gave, for example from a run's config.json."""
     known = {f.name for f in fields(Recipe)}
+    data = {"sync_batch_norms": True, **data}  # as it was before there was a choice
     if odd := sorted(data.keys() ^ known):
         raise ValueError(f"recipe: expected exactly the fields of this version, got a difference at {', '.join(odd)}")
     return Recipe(**data)

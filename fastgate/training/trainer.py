@@ -126,8 +126,10 @@ class Trainer:
                 try:
                     with window:
                         self._enter_phase()
-                        with synchronized():
+                        with synchronized(batch_norms=self.recipe.sync_batch_norms):
                             self._train_epoch(progress, interrupted)
+                        if not self.recipe.sync_batch_norms:
+                            distributed.share_buffers(self.model)
                 except Interrupted:
                     self.spending.add(window.result)
                     self._check_finite(self.sums["loss"])

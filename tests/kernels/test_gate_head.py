@@ -128,6 +128,17 @@ def test_pooled_means_in_another_order() -> None:
     torch.testing.assert_close(*logits)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_nan_is_never_closed(depth: int) -> None:
+    """Not by the ReLU of the head either, which would leave a decision by the biases alone."""
+    leaves, running, _ = make(Case((5, 3, 2, 2), 3, depth=depth, training=False), torch.float32)
+    leaves["x"][1, 0, 0, 0] = torch.nan
+    for found in zip(
+        *(gate_head(**leaves, **running, training=False, impl=i) for i in ("triton", "torch")), strict=True
+    ):
+        assert all(values[1].isnan().all() and values.isnan().sum() == 3 for values in found)
+
+
 def test_twice_gives_the_same_bits() -> None:
     case = Case((9, 33, 5, 5), 33)
     parts = make(case, torch.float32)

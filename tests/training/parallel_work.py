@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fastgate as fg
 from fastgate.energy import Energy
@@ -36,13 +37,16 @@ RECIPES = {
     "gumbel": replace(_LIVE, estimator="gumbel"),
     "mean_threshold": replace(_LIVE, estimator="mean_threshold"),
 }
+# batch norms of every process' own samples
+UNSYNCHRONISED = "unsynchronised"
+_ALL = {**RECIPES, UNSYNCHRONISED: replace(_LIVE, sync_batch_norms=False)}
 # epoch and step (from 0) at which the last process alone is interrupted: some steps after the settle epoch's commit
 STOP = (3, 2)
 
 
 def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) -> None:
     """Train; keep the gradients of every epoch's first step and what training ends with."""
-    recipe = RECIPES[name]
+    recipe = _ALL[name]
     trainer = Trainer(recipe, load_dataset("digits", validation=recipe.validation), folder, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     gradients: dict[str, Tensor] = {}
@@ -60,8 +64,10 @@ def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) 
         trainer.fit()
     except Interrupted:
         return
+    states = distributed.gather(trainer.model.state_dict())
+    agree = all(torch.equal(state[key], value) for state in states for key, value in states[0].items())
     if distributed.is_main():
-        torch.save({"gradients": gradients, "state": trainer.model.state_dict()}, folder / "record.pt")
+        torch.save({"gradients": gradients, "state": states[0], "agree": agree}, folder / "record.pt")
 
 
 def batch_norms(path: Path) -> None:
@@ -87,6 +93,31 @@ def batch_norms(path: Path) -> None:
         torch.save(found, path)
 
 
+def converted_head() -> list[Tensor]:
+    """Logits, gradients and statistics of a gate head that has been converted; of three samples one process has one."""
+    gate = fg.LayerGate(4, init_logit=None)
+    if distributed.count() > 1:
+        gate = nn.SyncBatchNorm.convert_sync_batchnorm(gate)
+    x = torch.linspace(-2, 3, 3 * 4 * 4).sin().reshape(3, 4, 2, 2)
+    own = [slice(0, 3)] if distributed.count() == 1 else [slice(0, 1), slice(1, 3)]
+    x = x[own[distributed.rank()]].clone().requires_grad_()
+    gate(x)
+    gate.logits.square().sum().backward()
+    rows = [torch.cat(distributed.gather(rows)) for rows in (gate.logits.detach(), x.grad)]
+    gradients = [distributed.all_sum(parameter.grad) for parameter in gate.parameters()]
+    return [*rows, *gradients, gate.bn.running_mean, gate.bn.running_var]
+
+
+def frozen_by_the_main_process() -> bool:
+    """Whether DistributedDataParallel's broadcast of buffers makes all processes compute the same network."""
+    gate = fg.ChannelGate(4, init_logit=1.0)
+    network = DistributedDataParallel(gate) if distributed.count() > 1 else gate
+    if distributed.is_main():
+        gate.freeze(torch.tensor([True, False, True, False]))
+    network(torch.ones(2, 4, 2, 2))
+    return distributed.gather(gate.decisions.tolist()) == [[[1, 0, 1, 0]] * 2] * distributed.count()
+
+
 def refusal() -> str:
     """What a head says whose kernel is asked for."""
     gate = fg.LayerGate(4, impl="triton")
@@ -110,11 +141,18 @@ def main() -> None:
     out = Path(sys.argv[1])
     with distributed.joined():
         batch_norms(out / "batch_norms.pt")
-        facts = {"processes": distributed.count(), "refusal": refusal(), "joules": joules()}
+        facts = {
+            "processes": distributed.count(),
+            "refusal": refusal(),
+            "joules": joules(),
+            "frozen": frozen_by_the_main_process(),
+        }
         if distributed.is_main():
             (out / "facts.json").write_text(json.dumps(facts))
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+        torch.manual_seed(0)
+        torch.save(converted_head(), out / f"head-{distributed.rank()}.pt")
         if len(sys.argv) > 2:
             for name in ("layer", "channel"):
                 if distributed.is_main():
@@ -122,7 +160,7 @@ def main() -> None:
                 distributed.wait()
                 train(name, out / f"{name}-resumed", resume=True)
             return
-        for name in RECIPES:
+        for name in _ALL:
             train(name, out / name)
         for name in ("layer", "channel"):
             train(name, out / f"{name}-stopped", stop=True)

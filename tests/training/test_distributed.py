@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgate.training.checkpoint import load_checkpoint
-from tests.training.parallel_work import RECIPES, STOP
+from tests.training.parallel_work import RECIPES, STOP, UNSYNCHRONISED
 from tests.training.runs import (
     ENVIRONMENT,
     TINY_OPTIONS,
@@ -92,6 +92,7 @@ def test_two_processes_train_as_one(runs: dict[int, Path], name: str) -> None:
     assert_close(first[1], first[0], AT_ONCE)
     assert_close(two["gradients"], one["gradients"], LATER)
     assert_close(two["state"], one["state"], LATER)
+    assert two["agree"]
     lines = [metrics(runs[processes] / name) for processes in (1, 2)]
     assert len(lines[0]) == len(lines[1]) == RECIPES[name].epochs
     for expected, got in zip(*lines, strict=True):
@@ -100,6 +101,26 @@ def test_two_processes_train_as_one(runs: dict[int, Path], name: str) -> None:
         if name != "mean_threshold":  # which decides by the mean of a batch, in evaluation of other batches
             assert got["eval"]["accuracy"] == expected["eval"]["accuracy"]
             assert got["eval"]["loss"] == pytest.approx(expected["eval"]["loss"], rel=LATER)
+
+
+def test_a_head_converted_to_sync_batch_norm(runs: dict[int, Path]) -> None:
+    """One process has one sample of three, the other two."""
+    one, *two = (torch.load(runs[processes] / f"head-{rank}.pt") for processes, rank in ((1, 0), (2, 0), (2, 1)))
+    for got in two:
+        for expected, tensor in zip(one, got, strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=AT_ONCE, atol=AT_ONCE)
+
+
+def test_a_gate_frozen_in_one_process_is_frozen_in_all_by_a_broadcast_of_buffers(runs: dict[int, Path]) -> None:
+    assert all(json.loads((folder / "facts.json").read_text())["frozen"] for folder in runs.values())
+
+
+def test_batch_norms_may_keep_to_their_process(runs: dict[int, Path]) -> None:
+    one, two = (torch.load(runs[processes] / UNSYNCHRONISED / "record.pt") for processes in (1, 2))
+    assert two["agree"]  # at the end they all have the main one's
+    name = "epoch 0 conv1.weight"
+    # the statistics of half a batch are others
+    assert (two["gradients"][name] - one["gradients"][name]).abs().max() > 1e-4 * one["gradients"][name].abs().max()
 
 
 @pytest.mark.parametrize("name", ["layer", "channel"])
