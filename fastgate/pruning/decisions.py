@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastgate.files import write_atomically
 from fastgate.gates import named_gates
 from fastgate.modes import eval_mode
+from fastgate.values import Forward, call, to_device_of
 
 FORMAT = "fastgate-decisions"
 VERSION = 1
@@ -129,13 +130,18 @@ class Decisions(Mapping[str, GateDecision]):
             ) from error
 
 
-def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> Decisions:
+def decide(
+    model: nn.Module, loader: Iterable[Any], threshold: float = 0.5, *, forward: Forward | None = None
+) -> Decisions:
     """Ask every gate about every sample, in one evaluation pass, and open those whose mean exceeds `threshold`.
 
     Args:
         model: a network with gates; its training mode is restored afterwards.
-        loader: batches of inputs, or tuples whose first item is the inputs; moved to the model's device.
+        loader: batches, moved to the model's device: the inputs, or a tuple or list whose first item is the inputs. A
+            mapping is passed as keyword arguments, labels and all; a plain tuple as positional ones; anything else,
+            such as a list of images, as the only argument.
         threshold: between 0 and 1.
+        forward: `(model, batch) -> anything`, for networks that are called otherwise; it gets the whole batch.
 
     Raises:
         ValueError: no gates, no samples, or a threshold outside 0 to 1.
@@ -150,16 +156,16 @@ def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> D
     samples = 0
     with torch.no_grad(), eval_mode(model):
         for batch in loader:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
+            inputs = batch[0] if forward is None and isinstance(batch, tuple | list) else batch
             for gate in gates.values():
                 gate.decisions = None  # so that one left from an earlier forward is not counted
-            model(inputs.to(device))
-            samples += inputs.shape[0]
+            call(model, to_device_of(model, inputs), forward)
             for name, gate in gates.items():
                 if gate.decisions is None:
                     raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
                 opened = gate.decisions.reshape(-1, gate.gates).sum(0, dtype=torch.float64)
                 sums[name] = sums[name].to(device) + opened
+            samples += len(gate.decisions)
     if samples == 0:
         raise ValueError("loader: expected at least one batch, got none")
     decided = {}
