@@ -1,7 +1,6 @@
 """Multiply-adds of a forward pass, counted operation by operation while it runs."""
 
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -70,10 +69,9 @@ def count_macs(model: nn.Module, inputs: Any, forward: Forward | None = None) ->
     with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        if "torch._dynamo" in sys.modules:  # compiled parts run as they were written
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=".* when there are global hooks")  # the counter's
+        # the counter's hooks are global, of which torch.compile warns; under the counter nothing is compiled
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".* when there are global hooks")
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # takes no hooks: what it does counts for its caller

@@ -163,9 +163,9 @@ def decide(
             for name, gate in gates.items():
                 if gate.decisions is None:
                     raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
-                opened = gate.decisions.reshape(-1, gate.gates).sum(0, dtype=torch.float64)
-                sums[name] = sums[name].to(device) + opened
-            samples += len(gate.decisions)
+                rows = gate.decisions.reshape(-1, gate.gates)
+                sums[name] = sums[name].to(device) + rows.sum(0, dtype=torch.float64)
+            samples += len(rows)
     if samples == 0:
         raise ValueError("loader: expected at least one batch, got none")
     decided = {}
