@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -119,6 +120,14 @@ def test_macs_leave_out_what_flops_count() -> None:
     assert fg.macs(model, (3, 4, 3)) == macs
     # batch norm in eval mode: two per element
     assert fg.flops(model, (3, 4, 3)) == macs + 2 * 5 * 12
+
+
+def test_only_flops_need_fvcore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)  # importing it raises
+    model = fg.models.resnet(8, gating="layer")
+    assert fg.macs(model, (3, 8, 8)) > sum(int(cost) for cost in fg.gate_costs(model, (3, 8, 8)).values()) > 0
+    with pytest.raises(ImportError):
+        fg.flops(model, (3, 8, 8))
 
 
 def test_a_network_without_parameters_costs_nothing() -> None:
