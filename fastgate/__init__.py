@@ -9,7 +9,8 @@ if TYPE_CHECKING:  # for type checkers and editors
     from fastgate.gates import ChannelGate, LayerGate, named_gates
     from fastgate.losses import activation, budget, polarization
     from fastgate.models.attachment import attach, register_block
-    from fastgate.pruning.compaction import compact, compare
+    from fastgate.pruning.compaction import compact
+    from fastgate.pruning.comparison import compare
     from fastgate.pruning.costs import flops, gate_costs, macs
     from fastgate.pruning.decisions import Decisions, decide, freeze
     from fastgate.pruning.storage import load, save
@@ -23,7 +24,8 @@ _HOMES = {
     "fastgate.gates": ("ChannelGate", "LayerGate", "named_gates"),
     "fastgate.losses": ("activation", "budget", "polarization"),
     "fastgate.models.attachment": ("attach", "register_block"),
-    "fastgate.pruning.compaction": ("compact", "compare"),
+    "fastgate.pruning.compaction": ("compact",),
+    "fastgate.pruning.comparison": ("compare",),
     "fastgate.pruning.costs": ("flops", "gate_costs", "macs"),
     "fastgate.pruning.decisions": ("Decisions", "decide", "freeze"),
     "fastgate.pruning.storage": ("load", "save"),

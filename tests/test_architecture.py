@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "files": 0,
     "modes": 0,
+    "values": 0,
     "env": 0,
     "kernels": 1,
     "ops": 2,

@@ -2,14 +2,13 @@
 
 import copy
 from collections import OrderedDict
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.block import EmptyConv2d, ResidualBlock, gated_blocks
-from fastgate.modes import eval_mode
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -159,27 +158,3 @@ def _without_branch(block: ResidualBlock) -> nn.Module:
     rest = nn.Sequential(kept) if kept else nn.Identity()
     rest.training = block.training
     return rest
-
-
-def compare(masked: nn.Module, compacted: nn.Module, inputs: Tensor) -> float:
-    """Largest absolute difference of the two networks' outputs on `inputs`, in eval mode; modes are restored.
-
-    TF32 is off while they run, so that a difference is one of the networks and not of rounding.
-
-    Raises:
-        ValueError: outputs of different shapes.
-    """
-    torch_backends: Any = torch.backends  # its stubs lack cudnn.conv
-    backends = (torch_backends.cuda.matmul, torch_backends.cudnn.conv)
-    precisions = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), eval_mode(masked, compacted):
-            expected, got = masked(inputs), compacted(inputs)
-    finally:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
-    if expected.shape != got.shape:
-        raise ValueError(f"outputs: expected the same shape, got {list(expected.shape)} and {list(got.shape)}")
-    return float((expected.double() - got.double()).abs().max())

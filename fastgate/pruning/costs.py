@@ -1,75 +1,85 @@
-"""What a network costs: MACs and FLOPs by fvcore's count, and what each gate switches of MACs, parameters or time.
+"""What a network costs in MACs and FLOPs, and what each gate switches of MACs, parameters or time.
 
 One multiply-add is one MAC (and one of fvcore's FLOPs). Gate heads are not counted: they are gone from the network
 that is shipped, and the paper leaves them out too.
+
+Every function takes `inputs`: a size (C, H, W), which stands for one image of zeros; or example inputs, for exactly
+which is then counted: a tensor, a mapping of keyword arguments, a tuple of positional arguments, or anything else, such
+as a list of images, as the only argument. `forward(model, inputs)` calls networks that want to be called otherwise.
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
 from fastgate.models.block import ResidualBlock, gated_blocks
-from fastgate.modes import eval_mode
+from fastgate.pruning.counting import count_macs
 from fastgate.pruning.latency import block_latencies, open_latency
+from fastgate.pruning.probe import check_reached, example_of, open_for_probing
+from fastgate.values import Forward, call, tensors_in, with_tensors
 
 COSTS = ("macs", "params", "latency")
-_MAC_OPERATORS = ("conv", "linear", "addmm", "bmm", "matmul")
 
 
-def _count(model: nn.Module, input_size: Sequence[int]) -> dict[str, Counter[str]]:
-    """fvcore's count for one sample in eval mode: module name -> operator -> FLOPs; "" is the whole model."""
+def macs(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> int:
+    """Multiply-adds of a network in eval mode, gate heads left out; a gated one counts as if every gate were open.
+
+    Counted are convolutions and products of matrices: linear layers, `matmul` and `einsum`, attention, recurrent
+    layers. Of what cannot be counted, such as quantized layers or operators of other libraries, a warning names the
+    operations. Masked attention counts in full, and so do products with sparse operands.
+
+    Args:
+        model: any network.
+        inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
+        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
+
+    Raises:
+        ValueError: integers that are not the size of an image.
+    """
+    return count_macs(model, example_of(model, inputs), forward).total
+
+
+def flops(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> int:
+    """fvcore's full count in eval mode, gate heads left out and every gate open: the paper's column.
+
+    One multiply-add is one FLOP, batch norm in eval mode is two per element. ResNet-110 at (3, 32, 32): 255.27 M.
+    Arguments are those of :func:`macs`. fvcore traces the network: what it does not know it leaves out without a word
+    (attention among it), and `forward` has to compute with the tensors in `inputs`.
+    """
     with warnings.catch_warnings():
         # fvcore's import uses torch.jit.script, which recent versions of PyTorch call deprecated
         warnings.simplefilter("ignore", category=FutureWarning)
         warnings.simplefilter("ignore", category=DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
 
-    if len(input_size) not in (3, 4) or any(int(n) < 1 for n in input_size):
-        raise ValueError(f"input_size: expected (C, H, W) of one image, got {tuple(input_size)}")
-    image = tuple(int(n) for n in input_size[-3:])
-    parameter = next(model.parameters(), torch.zeros(()))
-    # the count must not disturb a training step: the gates' last decisions stay where they are
-    last = {gate: (gate.logits, gate.decisions) for _, gate in named_gates(model)}
-    try:
-        with torch.no_grad(), eval_mode(model):
-            analysis = FlopCountAnalysis(model, parameter.new_zeros(1, *image))
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-            return {name: Counter(count) for name, count in analysis.by_module_and_operator().items()}
-    finally:
-        for gate, (logits, decisions) in last.items():
-            gate.logits, gate.decisions = logits, decisions
+    example = example_of(model, inputs)
+    with open_for_probing(model):
+        traced = _Traced(model, example, forward).eval()
+        analysis = FlopCountAnalysis(traced, tuple(tensors_in(example)))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        counts = analysis.by_module()
+    return int(counts[""] - sum(counts[f"model.{name}"] for name, _ in named_gates(model)))
 
 
-def _without_gates(model: nn.Module, counts: dict[str, Counter[str]]) -> Counter[str]:
-    total = Counter(counts[""])
-    for name, _ in named_gates(model):
-        total.subtract(counts[name])
-    return total
+class _Traced(nn.Module):
+    """A network as the tracer wants it: the tensors in its inputs as arguments, those in its outputs as the result."""
+
+    def __init__(self, model: nn.Module, example: Any, forward: Forward | None) -> None:
+        super().__init__()
+        self.model, self.example, self.call = model, example, forward
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(call(self.model, with_tensors(self.example, tensors), self.call)))
 
 
-def macs(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-adds of convolutions and linear layers for one image of `input_size` (C, H, W), gate heads left out.
-
-    Counted by fvcore in eval mode; a gated network counts as if every gate were open.
-    """
-    total = _without_gates(model, _count(model, input_size))
-    return int(sum(total[name] for name in _MAC_OPERATORS))
-
-
-def flops(model: nn.Module, input_size: Sequence[int]) -> int:
-    """fvcore's full count for one image of `input_size` (C, H, W), gate heads left out: the paper's column.
-
-    One multiply-add is one FLOP, batch norm in eval mode is two per element. ResNet-110 at (3, 32, 32): 255.27 M.
-    """
-    return int(sum(_without_gates(model, _count(model, input_size)).values()))
-
-
-def gate_costs(model: nn.Module, input_size: Sequence[int], cost: str = "macs") -> dict[str, Tensor]:
-    """What each gate (channel) switches: gate name -> int64 `[gates]`, for one image of `input_size` (C, H, W).
+def gate_costs(
+    model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None
+) -> dict[str, Tensor]:
+    """What each gate (channel) switches: gate name -> int64 `[gates]`, for one image or for example inputs.
 
     A closed layer gate removes its block's branch. A closed channel removes, at "middle", a row of the convolution
     before the gate and a column of the one behind it; at "before" a column of the first convolution; at "after" a row
@@ -79,34 +89,40 @@ def gate_costs(model: nn.Module, input_size: Sequence[int], cost: str = "macs") 
 
     Args:
         model: a gated network, on the device where its latency counts.
-        input_size: (C, H, W) of one image.
-        cost: `"macs"`; `"params"` (parameters, without those of gate heads); or `"latency"`: nanoseconds that one image
-            takes less on this device, measured per block with its branch and without it (channel gates: with half of
-            its channels, shared out evenly).
+        inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
+        cost: `"macs"`; `"params"` (parameters, without those of gate heads); or `"latency"`: nanoseconds that the
+            inputs take less on this device, measured per block with its branch and without it (channel gates: with half
+            of its channels, shared out evenly).
+        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
 
     Raises:
-        ValueError: another cost.
+        ValueError: another cost, a gate outside a residual block of this library or in a block that these inputs do not
+            reach, or integers that are not the size of an image.
     """
     _check_cost(cost)
     blocks = gated_blocks(model)
     if cost == "latency":
+        latencies = block_latencies(model, inputs, forward)
         return {
             name: torch.full((_gates(block),), nanoseconds)
-            for (name, block), nanoseconds in zip(blocks.items(), block_latencies(model, input_size), strict=True)
+            for (name, block), nanoseconds in zip(blocks.items(), latencies, strict=True)
         }
-    count = _count_macs(model, input_size) if cost == "macs" else _count_parameters(model)
-    return {name: _cost_of(block, count, name.rpartition(".")[0], cost) for name, block in blocks.items()}
+    if cost == "params":
+        return {name: _cost_of(block, lambda _, child: _parameters(child), cost) for name, block in blocks.items()}
+    calls = count_macs(model, example_of(model, inputs), forward).calls
+    check_reached(blocks, {module for _, module in calls})
+    return {name: _cost_of(block, lambda *call: calls[call], cost) for name, block in blocks.items()}
 
 
-def total_cost(model: nn.Module, input_size: Sequence[int], cost: str = "macs") -> int:
+def total_cost(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> int:
     """What the network costs with every gate open and without gate heads, in the units of :func:`gate_costs`."""
     _check_cost(cost)
     if cost == "macs":
-        return macs(model, input_size)
+        return macs(model, inputs, forward=forward)
     if cost == "params":
         in_gates = {parameter for _, gate in named_gates(model) for parameter in gate.parameters()}
         return sum(parameter.numel() for parameter in model.parameters() if parameter not in in_gates)
-    return open_latency(model, input_size)
+    return open_latency(model, inputs, forward)
 
 
 def _check_cost(cost: str) -> None:
@@ -114,31 +130,27 @@ def _check_cost(cost: str) -> None:
         raise ValueError(f"cost: expected one of {', '.join(COSTS)}, got {cost!r}")
 
 
-def _cost_of(block: ResidualBlock, count: Callable[[str], int], prefix: str, cost: str) -> Tensor:
-    """MACs or parameters that a block's gate (channel) switches; `count` tells those of a module by name."""
+def _cost_of(block: ResidualBlock, count: Callable[[nn.Module, nn.Module], int], cost: str) -> Tensor:
+    """MACs or parameters that a block's gate (channel) switches; `count` tells those of a child by (block, child)."""
 
-    def of(child: str) -> int:
-        return count(f"{prefix}.{child}" if prefix else child)
+    def of(name: str) -> int:
+        return count(block, getattr(block, name))
 
     if isinstance(block.gate, LayerGate):
-        return torch.tensor([sum(of(child) for child in set(block.branch))])
+        # a module that runs twice, under one name or two, is counted with both runs
+        return torch.tensor([sum(count(block, child) for child in {getattr(block, name) for name in block.branch})])
     per_channel = 0
-    for child, conv, dim in block.cut_convs():
+    for name, conv, dim in block.cut_convs():
         bias = conv.bias.numel() if cost == "params" and conv.bias is not None else 0
-        per_channel += (of(child) - bias) // conv.weight.shape[dim]
+        per_channel += (of(name) - bias) // conv.weight.shape[dim]
         per_channel += bias // conv.out_channels if dim == 0 else 0
     if cost == "params":
-        per_channel += sum(of(child) // _gates(block) for child in block.cut_with_gate())
+        per_channel += sum(of(name) // _gates(block) for name in block.cut_with_gate())
     return torch.full((_gates(block),), per_channel)
 
 
-def _count_macs(model: nn.Module, input_size: Sequence[int]) -> Callable[[str], int]:
-    counts = _count(model, input_size)
-    return lambda name: int(sum(counts[name][operator] for operator in _MAC_OPERATORS))
-
-
-def _count_parameters(model: nn.Module) -> Callable[[str], int]:
-    return lambda name: sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _gates(block: ResidualBlock) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastgate.files import write_atomically
 from fastgate.gates import Gate, named_gates
 from fastgate.modes import eval_mode
+from fastgate.values import Forward, call, to_device_of
 
 FORMAT = "fastgate-decisions"
 VERSION = 1
@@ -139,7 +140,9 @@ class Decisions(Mapping[str, GateDecision]):
             ) from error
 
 
-def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> Decisions:
+def decide(
+    model: nn.Module, loader: Iterable[Any], threshold: float = 0.5, *, forward: Forward | None = None
+) -> Decisions:
     """Ask every gate about every sample, in one evaluation pass, and open those whose mean exceeds `threshold`.
 
     The mean is over what the gate decided on: every call in a forward and every row of each. A compiled network runs
@@ -147,8 +150,11 @@ def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> D
 
     Args:
         model: a network with gates; its training mode is restored afterwards.
-        loader: batches of inputs, or tuples whose first item is the inputs; moved to the model's device.
+        loader: batches, moved to the model's device: the inputs, or a tuple or list whose first item is the inputs. A
+            mapping is passed as keyword arguments, labels and all; a plain tuple as positional ones; anything else,
+            such as a list of images, as the only argument.
         threshold: between 0 and 1.
+        forward: `(model, batch) -> anything`, for networks that are called otherwise; it gets the whole batch.
 
     Raises:
         ValueError: no gates, no samples, a gate that did not run or whose logits are nan, a threshold outside 0 to
@@ -165,16 +171,18 @@ def decide(model: nn.Module, loader: Iterable[Any], threshold: float = 0.5) -> D
     samples = 0
     with torch.no_grad(), eval_mode(model), torch.compiler.set_stance("force_eager"), _collected(gates) as calls:
         for batch in loader:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            model(inputs.to(device))
-            samples += inputs.shape[0]
+            inputs = batch[0] if forward is None and isinstance(batch, tuple | list) else batch
+            call(model, to_device_of(model, inputs), forward)
             for name, outputs in calls.items():
                 if not outputs:
                     raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
                 for output in outputs:
                     opened[name] += output.flatten(1).sum(0, dtype=torch.float64).to(device)
-                    rows[name] += len(output)
-                outputs.clear()
+            counts = {name: sum(len(output) for output in outputs) for name, outputs in calls.items()}
+            samples += len(inputs) if isinstance(inputs, Tensor) else max(counts.values())
+            for name, count in counts.items():
+                rows[name] += count
+                calls[name].clear()
     if samples == 0:
         raise ValueError("loader: expected at least one batch, got none")
     decided = {}

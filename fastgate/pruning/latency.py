@@ -3,7 +3,9 @@
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +14,26 @@ from fastgate.gates import LayerGate, named_gates
 from fastgate.models.block import ResidualBlock, gated_blocks
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
+from fastgate.pruning.probe import check_reached, example_of, open_for_probing
+from fastgate.values import Forward, call, tensors_in
 
 # rounds for differences between blocks: 100 of a block of ResNet-20 take 0.1 s
 _BLOCK_ROUNDS = 100
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], inputs: Tensor, *, rounds: int = 30, warmup: int = 3
+    models: Mapping[str, nn.Module], inputs: Any, forward: Forward | None = None, *, rounds: int = 30, warmup: int = 3
 ) -> dict[str, float]:
     """Median seconds of one forward pass of each model on `inputs`, in eval mode; modes are restored.
 
     Every round times each model once, in turn. On a GPU a pass ends when the device has finished it.
+
+    Args:
+        models: name -> network.
+        inputs: of every model, on its device; how a model is called with them says :func:`fastgate.values.call`.
+        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
+        rounds: passes timed of each model.
+        warmup: passes before that.
 
     Raises:
         ValueError: no rounds.
@@ -30,53 +41,58 @@ def measure_latency(
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     times: dict[str, list[float]] = {name: [] for name in models}
+    devices = {tensor.device for tensor in tensors_in(inputs) if tensor.is_cuda}
     with torch.inference_mode(), eval_mode(*models.values()):
         for turn in range(warmup + rounds):
             for name, model in models.items():
-                _synchronize(inputs)
+                _synchronize(devices)
                 start = time.perf_counter()
-                model(inputs)
-                _synchronize(inputs)
+                call(model, inputs, forward)
+                _synchronize(devices)
                 if turn >= warmup:
                     times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def block_latencies(model: nn.Module, input_size: Sequence[int]) -> list[int]:
-    """Nanoseconds that one image takes less per closed gate (channel), for every gated block in forward order.
+def block_latencies(model: nn.Module, inputs: Any, forward: Forward | None = None) -> list[int]:
+    """Nanoseconds that the inputs (or one image) take less per closed gate (channel), of every block in forward order.
 
     Measured on the model's device: the block as it is left with everything open, and with its branch gone (channel
     gates: with half of the channels gone). Blocks of the same modules on the same sizes share one measurement. At
     least 1, so that a smaller network never counts as slower.
+
+    Raises:
+        ValueError: a gated block that these inputs do not reach.
     """
     blocks = gated_blocks(model)
-    inputs: dict[ResidualBlock, Tensor] = {}
-    hooks = [
-        block.register_forward_pre_hook(lambda block, args: inputs.setdefault(block, args[0]))
-        for block in blocks.values()
-    ]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(_one_image(model, input_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    entering: dict[ResidualBlock, Tensor] = {}
+
+    def note(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # cloned: a block may begin with an in-place module
+        entering.setdefault(cast(ResidualBlock, block), args[0].clone())
+
+    with ExitStack() as hooks:
+        for block in blocks.values():
+            hooks.callback(block.register_forward_pre_hook(note).remove)
+        with open_for_probing(model):
+            call(model, example_of(model, inputs), forward)
+    check_reached(blocks, entering)
     known: dict[str, int] = {}
     for block in blocks.values():
-        kind = f"{block} {list(inputs[block].shape)}"
+        kind = f"{block} {list(entering[block].shape)}"
         if kind not in known:
             gates = block.gate.gates  # type: ignore[union-attr]
             gone = 1 if isinstance(block.gate, LayerGate) else max(gates // 2, 1)
             versions = {"open": _cut_copy(block, 0), "cut": _cut_copy(block, gone)}
-            seconds = measure_latency(versions, inputs[block], rounds=_BLOCK_ROUNDS)
+            seconds = measure_latency(versions, entering[block], rounds=_BLOCK_ROUNDS)
             known[kind] = max(round((seconds["open"] - seconds["cut"]) / gone * 1e9), 1)
-    return [known[f"{block} {list(inputs[block].shape)}"] for block in blocks.values()]
+    return [known[f"{block} {list(entering[block].shape)}"] for block in blocks.values()]
 
 
-def open_latency(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Nanoseconds that one image takes through the network without gates."""
+def open_latency(model: nn.Module, inputs: Any, forward: Forward | None = None) -> int:
+    """Nanoseconds that the inputs (or one image) take through the network without gates."""
     plain = _cut_copy(model, 0)
-    return round(measure_latency({"open": plain}, _one_image(model, input_size))["open"] * 1e9)
+    return round(measure_latency({"open": plain}, example_of(plain, inputs), forward)["open"] * 1e9)
 
 
 def _cut_copy(model: nn.Module, closed: int) -> nn.Module:
@@ -87,10 +103,6 @@ def _cut_copy(model: nn.Module, closed: int) -> nn.Module:
     return cut_frozen(copied)
 
 
-def _one_image(model: nn.Module, input_size: Sequence[int]) -> Tensor:
-    return next(model.parameters()).new_zeros(1, *input_size[-3:])
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def _synchronize(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)

@@ -66,7 +66,7 @@ def meet_target(
     if {name: len(g.open) for name, g in decisions.items()} != {name: len(cost) for name, cost in costs.items()}:
         raise ValueError(
             f"costs: expected those of the {len(decisions)} gates decided on, got {len(costs)} of other names or "
-            "sizes; compute them for this model with fastgate.gate_costs(model, input_size)"
+            "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
         )
     lowest = lowest_share(costs, total)
     if not lowest <= target <= 1:

@@ -70,7 +70,7 @@ def _unevenness(widths: Sequence[int], full: Sequence[int], scale: float) -> flo
 
 
 def _count(depth: int, widths: Sequence[int], image_size: Sequence[int], num_classes: int) -> int:
-    """MACs of a plain ResNet of :mod:`fastgate.models.resnet`, as fvcore counts them, without building it."""
+    """MACs of a plain ResNet of `fastgate.models.resnet`, as :func:`fastgate.macs` counts them, without building it."""
     channels, height, width = image_size
     total, before = height * width * 9 * channels * widths[0], widths[0]
     for stage, here in enumerate(widths):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import named_gates
-from fastgate.pruning.compaction import compare
+from fastgate.pruning.comparison import compare
 
 # Largest allowed difference between the frozen and the cut network, relative to the largest output: 0 for layer gates,
 # which leave the same operations on the same tensors; for channel gates a hundred fp32 roundings (a sum over fewer

@@ -565,21 +565,6 @@ def test_compact_networks_export(gating: tuple[str, str]) -> None:
         assert torch.equal(program.module()(images), compacted(images))
 
 
-def test_compare_is_the_largest_difference_in_eval_mode() -> None:
-    first, second = nn.Sequential(nn.Dropout(0.9), nn.Linear(3, 2)), nn.Linear(3, 2)
-    second.load_state_dict(first[1].state_dict())
-    x = torch.randn(4, 3)
-    assert first.training and second.eval() is second
-    assert fg.compare(first, second, x) == 0.0
-    with torch.no_grad():
-        second.bias[1] -= 0.25
-    # 0.25 is exact, the sums it enters round
-    assert fg.compare(first, second, x) == pytest.approx(0.25, abs=1e-6)
-    assert first.training and first[0].training and not second.training
-    with pytest.raises(ValueError, match=r"outputs: expected the same shape, got \[4, 2\] and \[4, 5\]"):
-        fg.compare(second, nn.Linear(3, 5), x)
-
-
 def test_draw_masks_draws_what_it_says() -> None:
     model = fg.models.resnet(20, gating="channel")
     total = sum(mask.numel() for mask in draw_masks(model, "all").values())

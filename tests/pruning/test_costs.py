@@ -1,6 +1,10 @@
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchvision
+import transformers
 from torch import nn
 
 import fastgate as fg
@@ -118,6 +122,14 @@ def test_macs_leave_out_what_flops_count() -> None:
     assert fg.flops(model, (3, 4, 3)) == macs + 2 * 5 * 12
 
 
+def test_only_flops_need_fvcore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)  # importing it raises
+    model = fg.models.resnet(8, gating="layer")
+    assert fg.macs(model, (3, 8, 8)) > sum(int(cost) for cost in fg.gate_costs(model, (3, 8, 8)).values()) > 0
+    with pytest.raises(ImportError):
+        fg.flops(model, (3, 8, 8))
+
+
 def test_a_network_without_parameters_costs_nothing() -> None:
     for count in (fg.macs, fg.flops):
         assert count(nn.Sequential(nn.ReLU()), (3, 4, 4)) == 0
@@ -135,7 +147,7 @@ def test_images_of_any_size(size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("size", [(3, 32), (32,), (1, 1, 3, 32, 32), (3, 0, 32), (3, -1, 32)], ids=str)
 def test_what_is_no_image_size_is_refused(size: tuple[int, ...]) -> None:
     for count in (fg.macs, fg.flops, fg.gate_costs):
-        with pytest.raises(ValueError, match=r"input_size: expected \(C, H, W\) of one image, got"):
+        with pytest.raises(ValueError, match=r"inputs: expected \(C, H, W\) of one image, or .*, got \("):
             count(fg.models.resnet(8, gating="layer"), size)
 
 
@@ -186,6 +198,134 @@ def test_counting_happens_where_the_model_is() -> None:
     assert all(p.is_cuda for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("network", "size", "counted"),
+    [
+        (fg.models.resnet20, (3, 32, 32), 40_813_184),
+        (torchvision.models.resnet18, (3, 224, 224), 1_814_073_344),
+        (torchvision.models.resnet50, (3, 224, 224), 4_089_184_256),
+    ],
+)
+def test_macs_of_known_networks(network: Callable[[], nn.Module], size: tuple[int, ...], counted: int) -> None:
+    """As counted by fvcore up to now; on the meta device, where nothing is computed."""
+    with torch.device("meta"):
+        assert fg.macs(network(), size) == counted
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_a_gated_network_counts_as_if_every_gate_were_open(gating: tuple[str, str]) -> None:
+    """Eval mode on a CPU leaves out what is closed: the count must not."""
+    plain, image = fg.models.resnet(8), (3, 16, 16)
+    closed = fg.models.resnet(8, gating=gating[0], position=gating[1], init_logit=-1.0)
+    fg.freeze(frozen := fg.models.resnet(8, gating=gating[0], position=gating[1]), fg.decide(closed, [zeros(16)]))
+    assert not any(gate.open.any() for _, gate in fg.named_gates(frozen))
+    for model in (closed, frozen):
+        assert fg.macs(model, zeros(16)) == 16 * fg.macs(plain, image)
+        assert fg.flops(model, zeros(16)) == 16 * fg.flops(plain, image)
+        assert sum(int(cost.sum()) for cost in fg.gate_costs(model, image).values()) > 0
+    assert [(g.frozen, g.open.any()) for _, g in fg.named_gates(frozen)] == [(True, False)] * 3
+
+
+def zeros(batch: int) -> torch.Tensor:
+    return torch.zeros(batch, 3, 16, 16)
+
+
+def test_a_gate_of_ones_own_counts_nothing() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate = nn.Conv2d(3, 3, 3, padding=1), fg.LayerGate(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x + self.gate(x) * self.conv(x))
+
+    model = Own()
+    last = model(zeros(2)) is not None and model.gate.decisions
+    assert fg.macs(model, zeros(2)) == 2 * fg.macs(model, (3, 16, 16)) == 2 * 16 * 16 * 81
+    assert fg.flops(model, (3, 16, 16)) == 16 * 16 * 81
+    assert model.gate.decisions is last
+
+
+def test_example_inputs_count_exactly() -> None:
+    model = fg.models.resnet(8, gating="layer")
+    one, costs = fg.macs(model, (3, 16, 16)), fg.gate_costs(model, (3, 16, 16))
+    for inputs in (zeros(5), (zeros(5),), {"x": zeros(5)}):
+        assert fg.macs(model, inputs) == total_cost(model, inputs) == 5 * one
+        assert fg.flops(model, inputs) == 5 * fg.flops(model, (3, 16, 16))
+        assert all(torch.equal(got, 5 * costs[name]) for name, got in fg.gate_costs(model, inputs).items())
+        assert list(fg.gate_costs(model, inputs, "latency")) == list(costs)
+        assert total_cost(model, inputs, "latency") > 10_000
+
+
+class Branches(nn.Module):
+    """Images by name in, results by name out; runs its residual blocks only where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(PlainBlock(3), PlainBlock(3))
+
+    def forward(self, batch: dict[str, list[torch.Tensor]], deep: bool = True) -> dict[str, list[torch.Tensor]]:
+        return {"maps": [self.blocks(x) if deep else x for x in batch["images"]]}
+
+
+def test_a_network_that_is_called_otherwise() -> None:
+    model = fg.attach(Branches(), "layer")
+    batch = {"batch": {"images": [zeros(1), zeros(2)]}}
+    block = 16 * 16 * 2 * 81
+    assert fg.macs(model, batch) == fg.flops(model, batch) - 3 * 16 * 16 * 2 * 2 * 2 * 3 == 3 * 2 * block
+    assert [int(cost) for cost in fg.gate_costs(model, batch).values()] == [3 * block] * 2
+
+    def as_list(model: nn.Module, images: torch.Tensor) -> object:
+        return model({"images": [images]})
+
+    for inputs in ((3, 16, 16), zeros(1)):
+        assert fg.macs(model, inputs, forward=as_list) == total_cost(model, inputs, forward=as_list) == 2 * block
+        assert fg.flops(model, inputs, forward=as_list) == 2 * block + 2 * 2 * 2 * 3 * 16 * 16
+        assert [int(cost) for cost in fg.gate_costs(model, inputs, forward=as_list).values()] == [block] * 2
+        assert len(fg.gate_costs(model, inputs, "latency", forward=as_list)) == 2
+        assert total_cost(model, inputs, "latency", forward=as_list) > 0
+
+
+@pytest.mark.parametrize("cost", ["macs", "latency"])
+def test_a_block_that_does_not_run_has_no_known_cost(cost: str) -> None:
+    model = fg.attach(Branches(), "layer")
+    with pytest.raises(ValueError, match=r"gate 'blocks\.0\.gate': its block did not run on these inputs, .*forward="):
+        fg.gate_costs(model, {"batch": {"images": [zeros(1)]}, "deep": False}, cost)
+
+
+def test_a_layer_that_two_blocks_share_counts_in_each() -> None:
+    first, second = PlainBlock(3), PlainBlock(3)
+    second.conv2 = first.conv2
+    model = fg.attach(nn.Sequential(first, nn.MaxPool2d(2), second), "layer")
+    assert [int(cost) for cost in fg.gate_costs(model, (3, 16, 16)).values()] == [16 * 16 * 162, 8 * 8 * 162]
+
+
+def test_networks_that_take_and_return_nested_values() -> None:
+    """Real ones: segmentation returns a dict, Hugging Face takes keywords, detection takes a list of images."""
+    segmentation = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=2)
+    fg.attach(segmentation, "layer")
+    stem = 16 * 16 * 64 * 3 * 49  # of a 32x32 image
+    costs = fg.gate_costs(segmentation, (3, 32, 32))
+    # the head: 3x3 on 2048 channels at an eighth of the size, then 1x1
+    head = 4 * 4 * (2048 * 512 * 9 + 512 * 2)
+    shortcuts = 8 * 8 * 64 * 256 + 4 * 4 * (256 * 512 + 512 * 1024 + 1024 * 2048)
+    assert fg.macs(segmentation, (3, 32, 32)) == stem + sum(int(c) for c in costs.values()) + shortcuts + head
+
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    classifier = transformers.ResNetForImageClassification(config)
+    batch = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    assert fg.macs(classifier, batch) == 2 * fg.macs(classifier, (3, 32, 32)) > 0
+    assert fg.flops(classifier, batch) > fg.macs(classifier, batch)
+
+    detection = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=32, max_size=64, rpn_post_nms_top_n_test=3, num_classes=2
+    )
+    fg.attach(detection, "layer")
+    images = [torch.zeros(3, 32, 32), torch.zeros(3, 24, 24)]  # both are resized to 32 x 32
+    backbone = fg.gate_costs(detection, images)["backbone.body.layer1.1.gate"]
+    assert int(backbone) == 2 * 8 * 8 * (256 * 64 * 2 + 64 * 64 * 9)
+
+
 @pytest.mark.parametrize("mode", ["random", "one"])
 @pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
 def test_the_compact_network_has_the_parameters_that_the_costs_predict(gating: tuple[str, str], mode: str) -> None:
@@ -206,6 +346,7 @@ def test_latency_is_measured_per_kind_of_block(gating: tuple[str, str]) -> None:
     costs = fg.gate_costs(model, (3, 16, 16), "latency")
     assert_same_state(model, before)
     assert model.training and not any(gate.frozen for _, gate in fg.named_gates(model))
+    assert all(gate.decisions is None for _, gate in fg.named_gates(model))
     assert {name: len(cost) for name, cost in costs.items()} == {n: g.gates for n, g in fg.named_gates(model)}
     assert all(cost.dtype == torch.int64 and int(cost.min()) >= 1 for cost in costs.values())
     for stage in (1, 2, 3):

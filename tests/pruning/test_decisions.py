@@ -136,6 +136,41 @@ def test_a_loader_of_torch_is_a_loader() -> None:
     assert decisions["channels"].mean.tolist() == pytest.approx([7 / 9, 6 / 9, 0])
 
 
+class Keywords(Signs):
+    """Takes its images by name, and labels, as networks of Hugging Face do."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": super().forward(pixel_values)}
+
+
+class Images(Signs):
+    """Takes a list of images `[C, H, W]`, as detection does."""
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [{"boxes": y} for y in super().forward(torch.stack(images))]
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (Keywords(), {"pixel_values": images(SIGNS), "labels": torch.zeros(9)}),
+        (Keywords(), ({"pixel_values": images(SIGNS)}, torch.zeros(9))),
+        (Keywords(), ((images(SIGNS), torch.zeros(9)), torch.zeros(9))),
+        (Images(), (list(images(SIGNS)), [{}] * 9)),
+    ],
+    ids=["keywords", "keywords-and-targets", "positional-and-targets", "list-of-images-and-targets"],
+)
+def test_batches_of_nested_values(model: nn.Module, batch: object) -> None:
+    assert fg.decide(model, [batch])["channels"].mean.tolist() == pytest.approx([7 / 9, 6 / 9, 0])
+
+
+def test_a_forward_function_gets_the_whole_batch() -> None:
+    # as torchvision's detection references collate: tuples of images and of targets
+    batch = (tuple(images(SIGNS)), ({},) * 9)
+    decisions = fg.decide(Images(), [batch], forward=lambda model, batch: model(list(batch[0])))
+    assert decisions["channels"].mean.tolist() == pytest.approx([7 / 9, 6 / 9, 0])
+
+
 def test_decide_refuses_what_it_cannot_ask() -> None:
     with pytest.raises(ValueError, match=r"model: expected gates, got none; .*attach"):
         fg.decide(fg.models.resnet(8), [])

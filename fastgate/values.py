@@ -1,0 +1,189 @@
+"""Nested inputs and outputs of networks: calling a model with them, and how far two of them are apart."""
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# how a network is called where its inputs do not say it: (model, inputs) -> outputs
+Forward = Callable[[nn.Module, Any], Any]
+
+_EXACT = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def call(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
+    """Call the model with a mapping as keyword arguments, a plain tuple as positional ones, all else as the only one.
+
+    A list is one argument that is a list: the images of a detection network. `forward(model, inputs)` comes first.
+    """
+    if forward is not None:
+        return forward(model, inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if type(inputs) is tuple:  # not a named one, such as a PackedSequence
+        return model(*inputs)
+    return model(inputs)
+
+
+def to_device_of(model: nn.Module, values: Any, *, copied: bool = False) -> Any:
+    """The values with every tensor on the model's device; `copied`: in memory of its own, so that no model changes it.
+
+    Tensors are found in mappings, lists, tuples and dataclasses; anything else with a method `to` moves itself.
+    """
+    device = device_of(model)
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device or leaf.device, copy=copied)
+        if not hasattr(leaf, "to"):
+            return leaf
+        leaf = copy.deepcopy(leaf) if copied else leaf
+        return leaf if device is None else leaf.to(device)
+
+    return _map(values, move)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the model's first parameter or buffer is that holds data; None for a model without any."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), tensors[0].device if tensors else None)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Every tensor in nested values, in order."""
+    found: list[Tensor] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return leaf
+
+    _map(values, note)
+    return found
+
+
+def with_tensors(values: Any, tensors: Iterable[Tensor]) -> Any:
+    """The nested values with these tensors in the places of :func:`tensors_in`."""
+    rest = iter(tensors)
+    return _map(values, lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
+
+
+def _map(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same containers with `change` of everything in them that is no container."""
+    if isinstance(value, Mapping):
+        mapped: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+        for key, item in value.items():
+            mapped[key] = _map(item, change)
+        return mapped
+    if type(value) in (list, tuple):
+        return type(value)(_map(item, change) for item in value)
+    if hasattr(value, "to"):  # a tensor, or what knows which of its tensors move, such as a PackedSequence
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(_map(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(mapped, field.name, _map(getattr(value, field.name), change))
+        return mapped
+    return change(value)
+
+
+def difference(expected: Any, got: Any) -> float:
+    """Largest absolute difference of two nested values of one structure.
+
+    Floating-point and complex numbers differ by their distance. Integers, bools and strings are equal or infinitely far
+    apart: a class index has no distance. NaN and infinities differ infinitely from everything but themselves; numbers
+    that are NaN in both are left out, with a warning.
+
+    Raises:
+        ValueError: unlike structures or shapes, something that cannot be compared, or no number that could be.
+    """
+    worst, compared, unknown = 0.0, 0, 0
+    for path, a, b in _pairs(expected, got, "outputs"):
+        if not isinstance(a, Tensor):
+            worst = max(worst, 0.0 if a == b else math.inf)
+            compared += isinstance(a, int)
+            continue
+        apart, both_nan = _tensor_difference(path, a, b)
+        worst, compared = max(worst, apart), compared + a.numel() - both_nan
+        if both_nan:
+            unknown += both_nan
+            warnings.warn(
+                f"{path}: {both_nan} of {a.numel()} numbers are NaN in both networks and were not compared",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if not compared and worst == 0:
+        found = f"only {unknown} that are NaN in both" if unknown else "none"
+        raise ValueError(
+            f"outputs: expected numbers to compare, got {found}; use other inputs, or forward=, a function (model, "
+            "inputs) that returns tensors"
+        )
+    return worst
+
+
+def _pairs(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """The leaves of both values side by side, with where they are; numbers with a fraction as tensors."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if a.keys() != b.keys():
+            raise ValueError(f"{path}: expected the same keys, got {_listed(a)} and {_listed(b)}")
+        for key in a:
+            yield from _pairs(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            raise ValueError(f"{path}: expected the same length, got {len(a)} and {len(b)}")
+        for i, (item, other) in enumerate(zip(a, b, strict=True)):
+            yield from _pairs(item, other, f"{path}[{i}]")
+    elif isinstance(a, Tensor) and isinstance(b, Tensor):
+        yield path, a, b
+    elif isinstance(a, float | complex) and isinstance(b, float | complex):
+        dtype = torch.complex128 if isinstance(a, complex) or isinstance(b, complex) else torch.float64
+        yield path, torch.tensor(a, dtype=dtype), torch.tensor(b, dtype=dtype)
+    elif isinstance(a, _EXACT) and isinstance(b, _EXACT) and (a is None) == (b is None):
+        yield path, a, b
+    elif type(a) is type(b) and dataclasses.is_dataclass(a) and not isinstance(a, type):
+        for field in dataclasses.fields(a):
+            yield from _pairs(getattr(a, field.name), getattr(b, field.name), f"{path}.{field.name}")
+    elif type(a) is not type(b):
+        raise ValueError(f"{path}: expected values of one kind, got {type(a).__name__} and {type(b).__name__}")
+    else:
+        raise ValueError(
+            f"{path}: cannot compare two {type(a).__name__}; use forward=, a function (model, inputs) that returns "
+            "tensors, or containers of them"
+        )
+
+
+def _listed(mapping: Mapping[Any, Any]) -> str:
+    return "[" + ", ".join(repr(key) for key in mapping) + "]"
+
+
+def _tensor_difference(path: str, a: Tensor, b: Tensor) -> tuple[float, int]:
+    """(largest absolute difference, how many numbers are NaN in both and left out)."""
+    if a.shape != b.shape:
+        raise ValueError(f"{path}: expected the same shape, got {list(a.shape)} and {list(b.shape)}")
+    a, b = _dense(a), _dense(b).to(a.device)
+    inexact = [tensor.is_floating_point() or tensor.is_complex() for tensor in (a, b)]
+    if inexact[0] != inexact[1]:
+        raise ValueError(f"{path}: expected dtypes of one kind, got {a.dtype} and {b.dtype}")
+    if a.numel() == 0:
+        return 0.0, 0
+    if not inexact[0]:
+        return (math.inf if bool((a != b).any()) else 0.0), 0
+    dtype = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    a, b = a.to(dtype), b.to(dtype)
+    both_nan = a.isnan() & b.isnan()
+    apart = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    apart = apart.masked_fill((a == b) | both_nan, 0.0)  # an infinity less itself is NaN
+    return float(apart.max()), int(both_nan.sum())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
