@@ -95,7 +95,7 @@ class ResNet(nn.Module):
         _check_images(x, self.in_channels)
         x = self.relu(self.bn1(self.conv1(x)))
         # by name: TorchScript knows no others
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
         return self.fc(x.mean((2, 3)))
 
 
