@@ -11,6 +11,9 @@ from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
 
+# a Proxy of torch.fx cannot tell the memory format that `take` asks for
+torch.fx.wrap("take")
+
 POSITIONS = ("middle", "before", "after")
 
 # modules that act on each channel (and pixel) by itself and have no weights to cut
@@ -37,6 +40,9 @@ class ResidualBlock(nn.Module):
         gate_at: where a channel gate acts; ignored otherwise.
         input_nonnegative: x is known to be >= 0 (it comes out of a ReLU), so relu(x) = x.
     """
+
+    # what TorchScript may take as known when it compiles a block
+    __constants__ = ("activation_name", "branch", "gate_at", "shortcut_name")
 
     in_index: Tensor | None
     out_index: Tensor | None
@@ -67,6 +73,35 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block for x `[N, C, H, W]`; in eval mode what a gate has closed is skipped where that pays."""
+        # apart, so that tracers and TorchScript, which compiles only what can be reached, see nothing of the gates
+        if self.gate is None:  # noqa: SIM108 (TorchScript leaves out the other branch of a statement only)
+            y = self._forward_plain(x)
+        else:
+            y = self._forward_gated(x)
+        return y
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        """The block without a gate, as it is built or as compaction leaves it, in what every exporter understands."""
+        shortcut = x if self.shortcut_name is None else self._run_child(self.shortcut_name, x)
+        in_index, out_index = self.in_index, self.out_index
+        y = x
+        for i, name in enumerate(self.branch):
+            if i == self.gate_at and in_index is not None:
+                y = take(y, in_index, 1)
+            y = self._run_child(name, y)
+        y = shortcut + y if out_index is None else shortcut.index_add(1, out_index, y.to(shortcut.dtype))
+        return y if self.activation_name is None else self._run_child(self.activation_name, y)
+
+    def _run_child(self, name: str, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            # it knows getattr for a literal only, and unrolls this
+            for child_name, child in self.named_children():
+                if child_name == name:
+                    return child(x)
+            return x
+        return getattr(self, name)(x)
+
+    def _forward_gated(self, x: Tensor) -> Tensor:
         # the decision comes first: a branch that begins with an in-place ReLU changes x
         decision = self.gate(x) if isinstance(self.gate, LayerGate) else None
         shortcut = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
@@ -81,8 +116,6 @@ class ResidualBlock(nn.Module):
         if self.gate is not None and decision is not None:
             y = functional.gated_residual(shortcut, y, decision, relu=relu, impl=self.gate.impl)
             return y if relu else self._activate(y)
-        if self.out_index is not None:
-            return self._activate(shortcut.index_add(1, self.out_index, y.to(shortcut.dtype)))
         return self._activate(shortcut + y)
 
     def _activate(self, y: Tensor) -> Tensor:
@@ -107,8 +140,6 @@ class ResidualBlock(nn.Module):
                 mask = self.gate(y)[:1] if self.gate.known_frozen else self.gate(y)
                 if self.gate.known_all_open:
                     mask = None  # then it is the plain network to the bit: a bias added apart may round otherwise
-            elif i == self.gate_at and self.in_index is not None:
-                y = take(y, self.in_index, 1)
             y = self._run(name, y, mask, unread.get(name))
         return y
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgate.models.attachment import attach
@@ -30,6 +31,17 @@ def basic_block(in_channels: int, out_channels: int, stride: int, shortcut: str)
     elif downsamples:
         modules["shortcut"] = PadShortcut(in_channels, out_channels, stride)
     return ResidualBlock(modules, BRANCH, "shortcut" if downsamples else None, "relu", input_nonnegative=True)
+
+
+# a Proxy of torch.fx has no shape to compare
+@torch.fx.wrap
+def _check_images(x: Tensor, in_channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        # int(): under tracing (fvcore) the sizes are tensors
+        shape = [int(n) for n in x.shape]
+        raise ValueError(
+            f"x: expected [N, {in_channels}, H, W], got {shape}; for others build the network with in_channels"
+        )
 
 
 class ResNet(nn.Module):
@@ -80,15 +92,10 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                # int(): under tracing (fvcore) the sizes are tensors
-                f"x: expected [N, {self.in_channels}, H, W], got {[int(n) for n in x.shape]}; for others build "
-                "the network with in_channels"
-            )
+        _check_images(x, self.in_channels)
         x = self.relu(self.bn1(self.conv1(x)))
-        for stage in range(1, len(WIDTHS) + 1):
-            x = getattr(self, f"layer{stage}")(x)
+        # by name: TorchScript knows no others
+        x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
         return self.fc(x.mean((2, 3)))
 
 

@@ -69,7 +69,8 @@ def gated_conv2d_gathered(
 
 def take(x: Tensor, indices: Tensor, dim: int) -> Tensor:
     """`x.index_select` on samples (dim 0) or channels (dim 1) in the layout of x, where its own is always NCHW."""
-    if _layout(x) is torch.contiguous_format:
+    # in TorchScript's words, as compact networks call it
+    if not _is_channels_last(x):
         return x.index_select(dim, indices)
     n, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1)
@@ -162,8 +163,11 @@ def _wgrad_fake(x: Tensor, dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 _LISTS = "Tensor? in_list, Tensor? in_count, Tensor? out_list, Tensor? out_count"

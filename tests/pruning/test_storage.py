@@ -26,6 +26,8 @@ from tests.helpers import (
     state_copy,
 )
 
+FILES = Path(__file__).parent / "files"
+
 
 def assert_loads_equal(model: nn.Module, path: Path, x: Tensor, **options: object) -> nn.Module:
     """Save and load: same text, same tensors to the bit, same outputs to the bit, eval mode."""
@@ -128,6 +130,8 @@ def test_special_values_come_back_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded.weight.view(torch.int32), bits.view(torch.int32))
 
 
+LINEAR = {"class": "torch.nn.modules.linear:Linear", "arguments": {"in_features": 3, "out_features": 2, "bias": True}}
+
 LAYERS = [
     nn.Conv2d(
         2, 4, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, bias=False, padding_mode="reflect"
@@ -167,6 +171,61 @@ def test_layers_of_torch_come_back_with_their_arguments(tmp_path: Path, layer: n
     torch.manual_seed(1)
     assert torch.equal(loaded.train()(x), wanted)
     assert_same_state(loaded, model.state_dict())
+
+
+def strides(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.stride() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
+def test_the_memory_format_comes_back(tmp_path: Path, gating: tuple[str, str]) -> None:
+    model = gated_resnet(8, gating).to(memory_format=torch.channels_last)
+    freeze_at_random(model)
+    x = torch.randn(3, 3, 16, 16).to(memory_format=torch.channels_last)
+    for network in (model, fg.compact(model)):
+        loaded = assert_loads_equal(network, tmp_path / "model.safetensors", x)
+        assert strides(loaded) == strides(network)
+        assert loaded.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_any_order_of_dimensions_comes_back_and_gaps_are_closed(tmp_path: Path) -> None:
+    tensors = {
+        "transposed": torch.randn(3, 4).t(),
+        "channels_last_3d": torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+        "one_pixel": torch.randn(4, 3, 1, 1).to(memory_format=torch.channels_last),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(1.0),
+        "with_gaps": torch.randn(4, 6)[:, ::2],
+        "expanded": torch.randn(3, 1).expand(3, 2),
+    }
+    model = nn.ParameterDict(tensors)
+    fg.save(model, tmp_path / "model.safetensors")
+    loaded = fg.load(tmp_path / "model.safetensors")
+    assert_same_state(loaded, model.state_dict())
+    wanted = {**strides(model), "with_gaps": (3, 1), "expanded": (2, 1)}
+    assert strides(loaded) == wanted
+
+
+@pytest.mark.parametrize("stride", [[1, 1], [0, 1], [-3, 1], [300000000000, 1], [3], "31", [3.0, 1.0]], ids=str)
+def test_strides_that_do_not_fit_are_refused(tmp_path: Path, stride: object) -> None:
+    path = tmp_path / "odd.safetensors"
+    described = json.dumps({"network": LINEAR, "frozen": [], "strides": {"weight": stride}})
+    metadata = {"format": "fastgate-network", "version": "1", "architecture": described}
+    save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, path, metadata)
+    with pytest.raises(ValueError, match=r"odd\.safetensors: "):
+        fg.load(path)
+
+
+def test_files_of_before_are_still_read() -> None:
+    # written by the library of 26 November 2026, which knew no strides and no attributes but plain ones
+    gated, compacted = (fg.load(FILES / f"version1-{kind}.safetensors") for kind in ("gated", "compact"))
+    assert sum(1 for _ in fg.named_gates(gated)) == 3 and not dict(fg.named_gates(compacted))
+    assert compacted.layer2[0].in_index.tolist() == [1]
+    # up to the order of sums; the outputs are of unit size
+    assert fg.compare(gated, compacted, torch.randn(2, 3, 8, 8)) < 1e-5
+    rebuilt = fg.compact(gated)
+    assert_same_state(compacted, rebuilt.state_dict())
+    assert repr(compacted) == repr(rebuilt)
 
 
 class Scaled(nn.Module):
@@ -345,7 +404,10 @@ def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None, 
         fg.load(path)
 
 
-LINEAR = {"class": "torch.nn.modules.linear:Linear", "arguments": {"in_features": 3, "out_features": 2, "bias": True}}
+def value_of(value: object) -> dict:
+    """An architecture with an attribute that is written so."""
+    nothing: dict = {"parameters": {}, "buffers": {}, "children": {}}
+    return {"class": "torch.nn.modules.container:ModuleDict", "attributes": {"note": value}, **nothing}
 
 
 @pytest.mark.parametrize(
@@ -363,9 +425,29 @@ LINEAR = {"class": "torch.nn.modules.linear:Linear", "arguments": {"in_features"
             {"class": "fastgate.pruning.storage:os.system", "arguments": {"command": "true"}},
             "expected a class of modules",
         ),
+        (value_of({"enum": ["enum:Enum", "x"]}), "its class enum:Enum is not of fastgate"),
+        (value_of({"enum": ["torch.nn.modules.linear:Linear", "x"]}), "expected a class of Enum"),
+        (value_of({"dtype": "manual_seed"}), "expected the name of a dtype"),
+        (value_of({"call": "os:system"}), "a value of kind 'call'"),
+        (value_of({}), "odd.safetensors"),
         ({"class": "timmy.models:Linear", "arguments": {}}, "its class timmy.models:Linear is not of fastgate"),
     ],
-    ids=["size", "missing", "argument", "class", "module", "os", "function", "through-an-import", "prefix"],
+    ids=[
+        "size",
+        "missing",
+        "argument",
+        "class",
+        "module",
+        "os",
+        "function",
+        "through-an-import",
+        "enum",
+        "no-enum",
+        "dtype",
+        "kind",
+        "no-kind",
+        "prefix",
+    ],
 )
 def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path, architecture: dict, message: str) -> None:
     path = tmp_path / "odd.safetensors"
@@ -400,6 +482,9 @@ class Unplain(nn.Module):
         super().__init__()
         self.conv, self._mean = nn.Conv2d(3, 3, 1), torch.zeros(3)
 
+    def predict(self, x: Tensor) -> Tensor:
+        return self.conv(x - self._mean[:, None, None])
+
 
 @pytest.mark.parametrize(
     ("build", "message"),
@@ -408,10 +493,9 @@ class Unplain(nn.Module):
         # .contiguous() of each makes two copies
         (lambda: Tied().to(memory_format=torch.channels_last), "tensors that share memory; clone the"),
         (Unsaved, "cannot describe Unsaved: its buffer 'mean' is not in state_dict"),
-        (Unplain, "cannot describe Unplain: its attribute '_mean': a Tensor is not a plain value; make it a module"),
-        (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "cannot describe MultiheadAttention: its argument"),
+        (Unplain, "cannot describe Unplain: its attribute '_mean': a Tensor is not a plain value, and its code"),
     ],
-    ids=["shared-tensors", "shared-channels-last", "unsaved-buffer", "unplain-attribute", "unreadable-arguments"],
+    ids=["shared-tensors", "shared-channels-last", "unsaved-buffer", "unplain-attribute"],
 )
 def test_what_cannot_be_saved_is_refused_and_leaves_no_file(
     tmp_path: Path, build: Callable[[], nn.Module], message: str

@@ -1,0 +1,292 @@
+"""The architecture of a network as JSON values, and back: classes by name, attributes as plain data, no code."""
+
+import importlib
+import inspect
+import json
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastgate.pruning.reads import Reads
+
+# modules are rebuilt from these packages; classes of the user's own are named in load(..., classes=...)
+_PACKAGES = ("fastgate", "torch.nn", "torchvision", "timm")
+
+# attributes that every module has; all others belong to its class
+_BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+_MISSING = object()
+
+# kinds of values that JSON lacks, by the key under which they are written
+_SEQUENCES = {"tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
+_MAPPINGS = {"dict": dict, "ordered_dict": OrderedDict}
+
+
+def _encode(value: Any) -> Any:
+    """A plain value as JSON, its type kept apart from like ones; raises TypeError for anything else."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [_encode(item) for item in value]
+    for key, sequence in _SEQUENCES.items():
+        if type(value) is sequence:
+            return {key: [_encode(item) for item in value]}
+    for key, mapping in _MAPPINGS.items():
+        if type(value) is mapping:
+            return {key: [[_encode(k), _encode(v)] for k, v in value.items()]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Enum) and _is_known(type(value).__module__):
+        return {"enum": [_class_name(type(value)), value.name]}
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    [(key, content)] = value.items()
+    if key in _SEQUENCES:
+        return _SEQUENCES[key](_decode(item) for item in content)
+    if key in _MAPPINGS:
+        return _MAPPINGS[key]((_decode(k), _decode(v)) for k, v in content)
+    if key == "dtype":
+        return _find_dtype(content)
+    if key == "enum":
+        return _find_class(content[0], Enum).__members__[content[1]]
+    raise KeyError(f"a value of kind {key!r}")
+
+
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is_known(module_name: str) -> bool:
+    return any(module_name == package or module_name.startswith(f"{package}.") for package in _PACKAGES)
+
+
+def own_classes(model: nn.Module) -> set[type[nn.Module]]:
+    """The classes of a network that :func:`build` has to be given."""
+    return {type(module) for module in model.modules() if not _is_known(type(module).__module__)}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The architecture of a module tree as JSON values, without the values of its tensors.
+
+    Modules of `torch.nn` without children are described by their constructor's arguments where these give them back.
+    All others by what makes their forward: class, attributes that are plain values, own parameters and buffers, and
+    children in order. Other attributes are left out where no code of the network can read them (constructors that
+    torchvision and timm keep), and cannot be described elsewhere.
+
+    Raises:
+        ValueError: an attribute in use that is not a plain value, a buffer outside state_dict, a forward hook.
+    """
+    reads: list[Reads] = []  # found out at most once, and only where it is asked
+
+    def may_be_read(module: nn.Module, name: str) -> bool:
+        if not reads:
+            reads.append(Reads(model, [package.partition(".")[0] for package in _PACKAGES]))
+        return reads[0].may_read(module, name)
+
+    def describe_module(name: str, module: nn.Module) -> dict[str, Any]:
+        cls = type(module)
+        _check_describable(name, module)
+        if cls.__module__.startswith("torch.nn.") and (arguments := _constructor_arguments(module)) is not None:
+            return {"class": _class_name(cls), "arguments": arguments}
+        attributes = {}
+        for key, value in _own_attributes(module).items():
+            try:
+                attributes[key] = _encode(value)
+            except TypeError as error:
+                if may_be_read(module, key):
+                    remedy = (
+                        "save its state_dict() and build the network in code"
+                        if _is_known(cls.__module__)
+                        else "make it a module, a buffer or a plain value"
+                    )
+                    raise ValueError(
+                        f"cannot describe {cls.__name__}{_at(name)}: its attribute {key!r}: {error}, and its code may "
+                        f"use it; {remedy}"
+                    ) from error
+        return {
+            "class": _class_name(cls),
+            "attributes": attributes,
+            "parameters": _shapes(module._parameters),
+            "buffers": _shapes(module._buffers),
+            "children": {
+                key: None if child is None else describe_module(f"{name}.{key}" if name else key, child)
+                for key, child in module._modules.items()
+            },
+        }
+
+    return describe_module("", model)
+
+
+def _at(name: str) -> str:
+    return f" {name!r}" if name else ""
+
+
+def _check_describable(name: str, module: nn.Module) -> None:
+    """Refuse what a file cannot hold, warn of what it leaves out."""
+    cls = type(module)
+    where = f"{cls.__name__}{_at(name)}"
+    # safetensors holds what state_dict holds; anything else would be lost without a word
+    unsaved = [n for n in module._buffers if n in module._non_persistent_buffers_set and module._buffers[n] is not None]
+    if unsaved:
+        raise ValueError(f"cannot describe {where}: its buffer {unsaved[0]!r} is not in state_dict")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(
+            f"cannot describe {where}: a forward hook on it, which may change what it computes, would be lost; remove "
+            "it first (its handle's remove(), or that of the weight_norm, spectral_norm or prune it belongs to)"
+        )
+    if parametrize.is_parametrized(module):
+        raise ValueError(
+            f"cannot describe {where}: its parametrizations are code, which is not saved; fold them into its tensors "
+            "first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    if module._backward_hooks or module._backward_pre_hooks:
+        warnings.warn(f"{where}: its backward hooks are not saved", stacklevel=2)
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    # gates say by __getstate__ that the last forward's tensors are no part of them
+    state = module.__getstate__() if type(module).__module__.startswith("fastgate.") else vars(module)
+    return {name: value for name, value in state.items() if name not in _BASE_ATTRIBUTES}
+
+
+def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
+    """What a module of torch.nn was constructed with, None where that does not give the same module."""
+    if module._modules:
+        return None
+    arguments = {}
+    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if name in ("self", "device", "dtype") or variadic:
+            continue
+        try:
+            value = getattr(module, name)
+            is_tensor = name == "bias" and isinstance(value, torch.Tensor | None)
+            arguments[name] = value is not None if is_tensor else _encode(value)
+        except (AttributeError, TypeError):
+            return None
+    try:
+        with torch.device("meta"):
+            twin = _construct(type(module), arguments)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return None if any(_differences(module, twin)) else arguments
+
+
+def _construct(cls: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
+    return cls(**{name: _decode(value) for name, value in arguments.items()})
+
+
+def _shapes(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if t is None else {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+        for name, t in tensors.items()
+    }
+
+
+def _differences(module: nn.Module, twin: nn.Module) -> Iterator[str]:
+    """Names of what a module and its twin have not alike, children apart: attributes, kinds of tensors."""
+    ours, theirs = _own_attributes(module), _own_attributes(twin)
+    for name in sorted({*ours, *theirs}):
+        default = getattr(type(module), name, _MISSING)
+        if not _is_same(ours.get(name, default), theirs.get(name, default)):
+            yield name
+    for kind in ("_parameters", "_buffers"):
+        if getattr(module, kind).keys() != getattr(twin, kind).keys():
+            yield kind
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        _encode(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if value is other or not (_is_plain(value) and _is_plain(other)):
+        return value is other
+    return json.dumps(_encode(value)) == json.dumps(_encode(other))  # not ==: nan is the same as nan
+
+
+def build(description: dict[str, Any], classes: Iterable[type[nn.Module]] = ()) -> nn.Module:
+    """The module tree that :func:`describe` described, its tensors on the meta device.
+
+    Raises:
+        ValueError: a class that is neither of the known packages nor among `classes`.
+        AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError: what is no description.
+    """
+    with torch.device("meta"):  # nothing is drawn from the random generator, nor allocated
+        return _build(description, {_class_name(c): c for c in classes})
+
+
+def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.Module:
+    name = description["class"]
+    cls = own[name] if name in own else _find_class(name, nn.Module)
+    if "arguments" in description:
+        return _construct(cls, description["arguments"])
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for key, value in description["attributes"].items():
+        setattr(module, key, _decode(value))
+
+    def empty(spec: dict[str, Any] | None) -> torch.Tensor | None:
+        return None if spec is None else torch.empty(spec["shape"], dtype=_find_dtype(spec["dtype"]))
+
+    for key, spec in description["parameters"].items():
+        tensor = empty(spec)
+        module.register_parameter(key, None if tensor is None else nn.Parameter(tensor))
+    for key, spec in description["buffers"].items():
+        module.register_buffer(key, empty(spec))
+    for key, child in description["children"].items():
+        module.add_module(key, None if child is None else _build(child, own))
+    return module
+
+
+def _find_class(name: str, base: type) -> Any:
+    """A class of a known package that is derived from `base`."""
+    module_name, _, qualname = name.partition(":")
+    if not _is_known(module_name):
+        raise ValueError(f"network: its class {name} is not of {', '.join(_PACKAGES)}; pass load(path, classes=[...])")
+    found: Any = importlib.import_module(module_name)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        kind = "modules" if base is nn.Module else base.__name__
+        raise ValueError(f"network: expected a class of {kind}, got {name}")
+    return found
+
+
+def _find_dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"expected the name of a dtype, got {name}")
+    return found
+
+
+def check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
+    """Compare a described network with what was built from its description, module by module.
+
+    Raises:
+        ValueError: a class or an attribute differs, but for attributes that :func:`describe` rightly left out.
+    """
+    twins = dict(rebuilt.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        twin = twins[name]
+        if type(twin) is not type(module):
+            raise ValueError(f"{type(module).__name__}{_at(name)}: another class has its name")
+        for key in _differences(module, twin):
+            if not (hasattr(module, key) and key not in vars(twin) and not _is_plain(getattr(module, key))):
+                raise ValueError(f"{type(module).__name__}{_at(name)}: its {key!r} does not come back")
