@@ -78,9 +78,7 @@ class Command:
         return out, err
 
 
-def _run_command(
-    arguments: list[str], code: str, streams: list[str], folder: str, environment: dict[str, str]
-) -> None:
+def _run_command(arguments: list[str], code: str, streams: list[str], folder: str, environment: dict[str, str]) -> None:
     os.setsid()
     for number, stream in enumerate(streams, 1):
         file = os.open(stream, os.O_WRONLY | os.O_CREAT)

@@ -26,7 +26,7 @@ def vote(name: str, gates: int, epoch: int) -> list[float]:
     From AGREED_IN on all samples close the layers of the first stage and open those of the last one; of channels they
     open two of five there. They never agree on what is between.
     """
-    stage = name.split(".")[0]
+    stage = name.split(".", maxsplit=1)[0]
     if epoch < AGREED_IN or stage == "layer2":
         return [0.2 + 0.6 * (i + 1) / (gates + 1) for i in range(gates)]
     if gates == 1:
