@@ -117,6 +117,8 @@ def test_finished_runs_are_reused(output: Path, monkeypatch: pytest.MonkeyPatch)
 WAIT = """
 import time
 from fastgate.training import pipeline
+
+pytestmark = pytest.mark.xdist_group("reproduce")
 pipeline._save_network = lambda network, run: time.sleep(120)
 """
 

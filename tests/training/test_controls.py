@@ -127,6 +127,8 @@ def test_controls_resume_to_the_same_bits(tmp_path: Path) -> None:
     code = """
 import os, signal
 from fastgate.training.trainer import Trainer
+
+pytestmark = pytest.mark.xdist_group("controls")
 save = Trainer._save_checkpoint
 def dying(self):
     save(self)

@@ -33,6 +33,8 @@ DYING = """
 import os, signal
 from fastgate.cli import main
 from fastgate.training.trainer import Trainer
+
+pytestmark = pytest.mark.xdist_group("distributed")
 enter = Trainer._enter_phase
 def dying_enter(self):
     if self.epoch == 2 and os.environ["RANK"] == "1":
