@@ -167,7 +167,7 @@ def test_a_file_of_another_kind_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert "expected a file written by python -m bench.record" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["test_gate_head", "test_compact"])
+@pytest.mark.parametrize("name", ["test_gate_head", pytest.param("test_compact", marks=pytest.mark.slow)])
 def test_benchmarks_run_without_timing(name: str) -> None:
     run_benchmarks(f"bench/{name}.py", "--benchmark-disable", "-k", "stage3 or 0.5-1")
 

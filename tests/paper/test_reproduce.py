@@ -16,6 +16,8 @@ from fastgate.training import pipeline
 from tests.training.runs import run_cli, send_when_written, start_cli
 from tests.training.votes import CAST, cast_votes
 
+pytestmark = pytest.mark.xdist_group("reproduce")
+
 # one epoch: that the numbers mean something is not looked at here
 SHORT = {"epochs": 1, "network": "resnet8"}
 OPTIONS = ["--epochs", "1", "--network", "resnet8", "--device", "cpu"]
@@ -117,8 +119,6 @@ def test_finished_runs_are_reused(output: Path, monkeypatch: pytest.MonkeyPatch)
 WAIT = """
 import time
 from fastgate.training import pipeline
-
-pytestmark = pytest.mark.xdist_group("reproduce")
 pipeline._save_network = lambda network, run: time.sleep(120)
 """
 

@@ -144,8 +144,15 @@ def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
 
 
 @pytest.mark.usefixtures("votes")
-@pytest.mark.parametrize("epoch", [4, 6])
-@pytest.mark.parametrize("gating", ["layer", "channel"])
+@pytest.mark.parametrize(
+    ("gating", "epoch"),
+    [
+        ("layer", 4),
+        ("channel", 6),
+        pytest.param("channel", 4, marks=pytest.mark.slow),
+        pytest.param("layer", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tmp_path: Path) -> None:
     """Epoch 4 (from 0) begins with the early commit of two gates, epoch 6 with that of the last one."""
     recipe = replace(EARLY, gating=gating)

@@ -20,6 +20,8 @@ from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY, checkpoint_state, differences, run_cli
 from tests.training.votes import cast_votes
 
+pytestmark = pytest.mark.xdist_group("controls")
+
 CIFAR = (3, 32, 32)
 # a target that leaves random sub-networks something to choose from
 ALL = replace(TINY, network="resnet14", epochs=2, control=",".join(CONTROLS), open_until=0.0, settle_at=0.5)
@@ -127,8 +129,6 @@ def test_controls_resume_to_the_same_bits(tmp_path: Path) -> None:
     code = """
 import os, signal
 from fastgate.training.trainer import Trainer
-
-pytestmark = pytest.mark.xdist_group("controls")
 save = Trainer._save_checkpoint
 def dying(self):
     save(self)
