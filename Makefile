@@ -3,13 +3,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint bench gpu clean
+.PHONY: demo test test-all test-portable test-oldest lint bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastgate train --preset demo
 
+# tests of one group share what takes long to make, so they run in one process
+PARALLEL := $(BIN)/pytest -n 2 --dist loadgroup
+
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(PARALLEL) -m "not slow"
+
+# with the slow cases of what `make test` has one case of
+test-all: $(INSTALLED)
+	$(PARALLEL)
+
+# what trains, once more as on another processor: sums are rounded in other places
+test-portable: $(INSTALLED)
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 \
+	  $(BIN)/pytest -m "not slow" tests/training tests/paper tests/reports tests/test_cli.py
 
 # the oldest NVML bindings that pyproject.toml allows, beside the installed ones
 test-oldest: $(INSTALLED)

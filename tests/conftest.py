@@ -8,8 +8,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# one thread: the suite runs in several worker processes, and results do not depend on how sums are split
-torch.set_num_threads(1)
+# one thread, unless OMP_NUM_THREADS says otherwise: the suite runs in several worker processes. What they start has as
+# many, for sums are split among them: only then two runs are the same bit by bit
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # no deadline: the first call of an operation is much slower than the next;
 # derandomized: CI and a developer see the same examples

@@ -2,7 +2,8 @@
 
 Run in a process of its own without TRITON_INTERPRET (interpreted kernels have no binary):
 
-    python -m tests.kernels.budget 75
+    python -m tests.kernels.budget 75            # each launch
+    python -m tests.kernels.budget 75 kernel     # the first launch of each kernel
 
 The launchers run on meta tensors of real shapes with Triton's launch replaced by a recorder, so what is compiled has
 the very tile sizes, warps and flags of a real call. Compiling needs the Triton wheel only, which carries ptxas and
@@ -277,13 +278,14 @@ def launches_for(capability: int) -> list[Launch]:
     return launches
 
 
-def main(capability: int) -> None:
-    """Print the usage of every launch on one architecture as JSON."""
-    usages = [
-        inspect(launch.name, compile_launch(launch, capability), capability) for launch in launches_for(capability)
-    ]
+def main(capability: int, each: str = "launch") -> None:
+    """Print the usage of each launch on one architecture as JSON, or of the first one of each kernel."""
+    launches = launches_for(capability)
+    if each == "kernel":
+        launches = list({launch.kernel: launch for launch in reversed(launches)}.values())
+    usages = [inspect(launch.name, compile_launch(launch, capability), capability) for launch in launches]
     print(json.dumps([asdict(usage) for usage in usages]))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -27,10 +27,12 @@ def run_without_interpreter(*arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED)
-def test_kernels_fit(capability: int) -> None:
-    usages = json.loads(run_without_interpreter("-m", "tests.kernels.budget", str(capability)))
+@pytest.mark.parametrize(
+    ("capability", "each"),
+    [(75, "kernel"), *(pytest.param(capability, "launch", marks=pytest.mark.slow) for capability in SHARED)],
+)
+def test_kernels_fit(capability: int, each: str) -> None:
+    usages = json.loads(run_without_interpreter("-m", "tests.kernels.budget", str(capability), each))
     assert {usage["name"].split()[-1] for usage in usages} == {
         "gate_head_fwd_pooled_kernel",
         "gate_head_fwd_flat_kernel",
@@ -76,6 +78,7 @@ assert usage.low_precision_atomics, usage
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_takes_too_much_or_uses_low_precision_atomics_is_noticed(tmp_path: Path) -> None:
     script = tmp_path / "spilling.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n{SPILLING}")

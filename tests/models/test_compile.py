@@ -24,8 +24,15 @@ def step(forward: nn.Module, network: nn.Module, x: Tensor) -> Tensor:
     return loss.detach()
 
 
-@pytest.mark.parametrize("gating", ["layer", "channel"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("impl", "gating"),
+    [
+        ("torch", "layer"),
+        ("torch", "channel"),
+        ("triton", "layer"),
+        pytest.param("triton", "channel", marks=pytest.mark.slow),  # 20 s in the interpreter
+    ],
+)
 @pytest.mark.parametrize(
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow] if DEVICE == "cuda" else [pytest.mark.gpu])],

@@ -14,6 +14,9 @@ from fastgate.paper.targets import TARGETS, plan_target
 from fastgate.reports.paper_tables import write_result
 from fastgate.training import pipeline
 from tests.training.runs import run_cli, send_when_written, start_cli
+from tests.training.votes import CAST, cast_votes
+
+pytestmark = pytest.mark.xdist_group("reproduce")
 
 # one epoch: that the numbers mean something is not looked at here
 SHORT = {"epochs": 1, "network": "resnet8"}
@@ -32,6 +35,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # no table of the paper has a latency, and measuring it takes a third of the time of such short runs
         patch.setattr(pipeline, "measure_latency", lambda networks, x, **options: dict.fromkeys(networks, 1.0))
+        cast_votes(patch.setattr)
         for target in TARGETS:
             reproduce(target, folder)
     return folder
@@ -111,16 +115,24 @@ def test_finished_runs_are_reused(output: Path, monkeypatch: pytest.MonkeyPatch)
     assert {path: path.stat().st_mtime_ns for path in (output / RUNS).rglob("*")} == before
 
 
+# does not get further than training
+WAIT = """
+import time
+from fastgate.training import pipeline
+pipeline._save_network = lambda network, run: time.sleep(120)
+"""
+
+
 def test_a_kill_goes_on_with_the_same_command(output: Path, tmp_path: Path) -> None:
     shutil.copytree(output, tmp_path / "paper")
     folder = tmp_path / "paper" / RUNS / "digits-resnet8-batch128-layer-lambda3"
     shutil.rmtree(folder)
     command = ["reproduce", "table4", *OPTIONS, "--output", tmp_path / "paper"]
-    process = start_cli(*command)
+    process = start_cli(*command, code=CAST + WAIT)
     send_when_written(process, folder / "checkpoint.pt", signal.SIGKILL)
     process.communicate()
     assert not (folder / "summary.json").exists()
-    result = run_cli(*command)
+    result = run_cli(*command, code=CAST)
     assert result.returncode == 0, result.stderr
     measured = ("accuracy", "open_ratio", "polarization", "flops", "macs")
     resumed, undisturbed = (

@@ -1,10 +1,13 @@
 """Short real runs on digits, in process or through the command line, for the tests of this folder and of the CLI."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,23 +34,76 @@ TINY_OPTIONS = [
     *("--open-until", "0.25", "--anneal-until", "0.5", "--settle-at", "0.75", "--control", "none", "--device", "cpu"),
 ]
 
-# bit-identical runs need the same number of threads, since sums are split among them
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+# wide enough for every table
+ENVIRONMENT = {**os.environ, "COLUMNS": "200"}
+
+# what a run imports takes four times as long as the run: one process does it, and every command is a fork of that one
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["pytest", "sklearn.datasets", "torchvision", "fvcore.nn", "matplotlib.pyplot", "rich.table", "fastgate.cli",
+     "fastgate.training.controls", "fastgate.training.pipeline", "tests.training.runs"]
+)  # fmt: skip
 
 
-def start_cli(*arguments: str | Path, code: str = "") -> subprocess.Popen[str]:
+class Command:
+    """`fastgate ARGUMENTS` in a process of its own, with the methods of :class:`subprocess.Popen` that tests use."""
+
+    def __init__(self, arguments: Sequence[str], code: str) -> None:
+        self.args = ["fastgate", *arguments]
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [str(Path(self._folder.name) / name) for name in ("out", "err")]
+        environment = {**os.environ, "COLUMNS": ENVIRONMENT["COLUMNS"]}
+        where = (self._streams, os.getcwd(), environment)
+        self._process = _FORKS.Process(target=_run_command, args=(self.args, code, *where), daemon=True)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Wait for its end; what it wrote to its standard output and error streams."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        out, err = (Path(stream).read_text() for stream in self._streams)
+        return out, err
+
+
+def _run_command(arguments: list[str], code: str, streams: list[str], folder: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    for number, stream in enumerate(streams, 1):
+        file = os.open(stream, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    exec(code, {})
+    sys.argv = arguments
+    from fastgate.cli import main
+
+    main()
+
+
+def start_cli(*arguments: str | Path, code: str = "") -> Command:
     """Start `fastgate ARGUMENTS` in a new process, after running `code` in it."""
-    program = f"{code}\nimport sys\nfrom fastgate.cli import main\nsys.argv[0] = 'fastgate'\nmain()"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
-    )
+    return Command([str(argument) for argument in arguments], code)
 
 
 def run_cli(*arguments: str | Path, code: str = "") -> subprocess.CompletedProcess[str]:
     """Run `fastgate ARGUMENTS` to its end."""
     process = start_cli(*arguments, code=code)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
+    assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -67,7 +123,7 @@ def start_parallel(processes: int, *arguments: str | Path) -> subprocess.Popen[s
     )  # fmt: skip
 
 
-def send_when_written(process: subprocess.Popen[str], file: Path, number: signal.Signals) -> None:
+def send_when_written(process: subprocess.Popen[str] | Command, file: Path, number: signal.Signals) -> None:
     """Send a signal as soon as the process has written the file."""
     deadline = time.monotonic() + 120
     while not file.exists():

@@ -1,5 +1,6 @@
 """Gates whose decisions are final leave the network in training: what that changes, and what it must not."""
 
+import copy
 import itertools
 import json
 import signal
@@ -14,18 +15,25 @@ import fastgate as fg
 from fastgate.pruning.decisions import GateDecision
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Dataset, load_dataset
+from fastgate.training.equality import hold_open
 from fastgate.training.networks import evaluate, load_network
 from fastgate.training.pipeline import Run, train
 from fastgate.training.trainer import Interrupted, Trainer
 from tests.training.runs import TINY, TINY_OPTIONS, checkpoint_state, differences, run_cli
+from tests.training.votes import cast_votes
 
-# after four epochs all samples close the first block and open the last one: committed; the other is settled after six
+# with chosen votes the gates of the first and the last block are committed after four epochs, the other after six
 EARLY = replace(TINY, epochs=7, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset("digits")
+
+
+@pytest.fixture
+def votes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cast_votes(monkeypatch.setattr)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -39,6 +47,7 @@ def fit(recipe: Any, digits: Dataset, folder: Path) -> Trainer:
     return trainer
 
 
+@pytest.mark.usefixtures("votes")
 def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) -> None:
     trainer = fit(EARLY, digits, tmp_path)
     lines = metrics(tmp_path)
@@ -66,25 +75,33 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
     assert lines[-1]["frozen"] and not lines[3]["frozen"]
 
 
+@pytest.mark.usefixtures("votes")
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_a_commit_changes_nothing_in_what_the_network_says(gating: str, digits: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
     cut, seen = trainer.search._cut, []
 
+    def measure() -> dict[str, float]:
+        model = copy.deepcopy(trainer.model)
+        hold_open(model)  # a rounding may change what a live gate decides
+        return evaluate(model, trainer.batches(digits.test))
+
     def watched_cut(optimizer: torch.optim.Optimizer) -> None:
-        before = evaluate(trainer.model, trainer.batches(digits.test))
+        before = measure()
         cut(optimizer)
-        seen.append((before, evaluate(trainer.model, trainer.batches(digits.test))))
+        seen.append((before, measure()))
 
     trainer.search._cut = watched_cut  # type: ignore[method-assign]
     trainer.fit()
-    assert len(seen) == (2 if gating == "layer" else 1)
+    assert len(seen) == 2
     for before, after in seen:
-        assert after["accuracy"] == before["accuracy"]
         assert after["loss"] == pytest.approx(before["loss"], rel=0.0 if gating == "layer" else 1e-5)
+        # rounding may turn an image whose two best classes are level
+        assert abs(after["accuracy"] - before["accuracy"]) <= (0.0 if gating == "layer" else 1.5 / len(digits.test))
     assert trainer.search.difference <= (0.0 if gating == "layer" else 1e-4)
 
 
+@pytest.mark.usefixtures("votes")
 def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(digits: Dataset, tmp_path: Path) -> None:
     """Times zero or gone is the same to the rest of the network, in every step."""
     cut = fit(EARLY, digits, tmp_path / "cut")
@@ -126,10 +143,18 @@ def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
     trainer._train_epoch = train_and_stop  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("epoch", [4, 6])
-@pytest.mark.parametrize("gating", ["layer", "channel"])
+@pytest.mark.usefixtures("votes")
+@pytest.mark.parametrize(
+    ("gating", "epoch"),
+    [
+        ("layer", 4),
+        ("channel", 6),
+        pytest.param("channel", 4, marks=pytest.mark.slow),
+        pytest.param("layer", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tmp_path: Path) -> None:
-    """Epoch 4 (from 0) begins with the early commit of two layer gates, epoch 6 with that of all gates."""
+    """Epoch 4 (from 0) begins with the early commit of two gates, epoch 6 with that of the last one."""
     recipe = replace(EARLY, gating=gating)
     whole = fit(recipe, digits, tmp_path / "whole")
     (tmp_path / "parts").mkdir()
@@ -139,7 +164,7 @@ def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tm
         first.fit()
     saved = load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
     assert (saved["epoch"], saved["step"]) == (epoch, 1)
-    assert len(saved["search"]["decided"]) == (3 if epoch == 6 else 2 if gating == "layer" else 0)
+    assert len(saved["search"]["decided"]) == (3 if epoch == 6 else 2)
     second = Trainer(recipe, digits, tmp_path / "parts", resume=True)
     second.fit()
     assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts")) == []
@@ -151,12 +176,20 @@ def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tm
     assert second.search.difference == whole.search.difference
 
 
+CHANNELS = [*TINY_OPTIONS, "--gating", "channel", "--epochs", "5"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = run_cli("train", *CHANNELS, "--output", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
 @pytest.mark.parametrize("when", ["commit", "epoch"])
-def test_killed_after_a_commit(when: str, tmp_path: Path) -> None:
+def test_killed_after_a_commit(when: str, undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL between the settle commit and its first step, or right after the epoch behind it was saved."""
-    options = [*TINY_OPTIONS, "--gating", "channel", "--epochs", "5"]
-    undisturbed = run_cli("train", *options, "--output", tmp_path / "whole")
-    assert undisturbed.returncode == 0, undisturbed.stderr
     if when == "commit":
         owner, method, condition = "search import Search", "Search._cut", "True"
     else:
@@ -172,19 +205,20 @@ def dying(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 {method} = dying
 """
-    assert run_cli("train", *options, "--output", tmp_path / "run", code=code).returncode == -signal.SIGKILL
+    assert run_cli("train", *CHANNELS, "--output", tmp_path / "run", code=code).returncode == -signal.SIGKILL
     assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["search"]["decided"]) == (
         3 if when == "epoch" else 0
     )
     resumed = run_cli("train", "--output", tmp_path / "run", "--resume", "--device", "cpu")
     assert resumed.returncode == 0, resumed.stderr
-    assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "run")) == []
+    assert differences(checkpoint_state(undisturbed), checkpoint_state(tmp_path / "run")) == []
 
 
+@pytest.mark.usefixtures("votes")
 @pytest.mark.parametrize("epochs", [5, 7])
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_a_checkpoint_gives_the_cut_network(gating: str, epochs: int, digits: Dataset, tmp_path: Path) -> None:
-    """After five epochs some layer gates are gone, after seven all."""
+    """After five epochs two of three gates are gone, after seven all."""
     trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
     if epochs == 5:
         interrupt_in_epoch(trainer, epochs - 1)
@@ -208,6 +242,7 @@ def test_a_checkpoint_gives_the_cut_network(gating: str, epochs: int, digits: Da
         load_network(tmp_path / "checkpoint.pt", fg.Decisions({}))
 
 
+@pytest.mark.usefixtures("votes")
 def test_early_commits_without_a_settle_epoch(tmp_path: Path) -> None:
     """Gates that are left at the end are decided then; the table has what was trained and what is shipped."""
     summary = train(Run(replace(EARLY, settle_at=None), tmp_path / "run"))

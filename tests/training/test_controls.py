@@ -10,6 +10,7 @@ import torch
 
 import fastgate as fg
 from fastgate.reports.comparison import compare_runs
+from fastgate.training import search
 from fastgate.training.controls import draw_decisions, match_macs
 from fastgate.training.data import load_dataset
 from fastgate.training.networks import build_network
@@ -17,6 +18,9 @@ from fastgate.training.pipeline import Run, train
 from fastgate.training.presets import CONTROLS, get_preset
 from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY, checkpoint_state, differences, run_cli
+from tests.training.votes import cast_votes
+
+pytestmark = pytest.mark.xdist_group("controls")
 
 CIFAR = (3, 32, 32)
 # a target that leaves random sub-networks something to choose from
@@ -27,9 +31,11 @@ ALL = replace(TINY, network="resnet14", epochs=2, control=",".join(CONTROLS), op
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same recipe with two seeds, and all controls."""
     folders = []
-    for seed in (1, 2):
-        folders.append(tmp_path_factory.mktemp("controls") / f"seed{seed}")
-        train(Run(replace(ALL, seed=seed), folders[-1]))
+    with pytest.MonkeyPatch.context() as patch:
+        cast_votes(patch.setattr)
+        for seed in (1, 2):
+            folders.append(tmp_path_factory.mktemp("controls") / f"seed{seed}")
+            train(Run(replace(ALL, seed=seed), folders[-1]))
     return folders
 
 
@@ -87,7 +93,7 @@ def test_controls_of_a_run(runs: list[Path]) -> None:
     assert rows["retrain"]["parameters"] == rows["compact"]["parameters"]
     assert rows["equal-macs"]["macs"] == pytest.approx(rows["compact"]["macs"], rel=0.01)
     assert rows["random"]["macs"] == rows["compact"]["macs"]
-    assert all(row["accuracy"] > 0.1 and row["seconds_training"] > 0 for row in rows.values())
+    assert all(0 < row["accuracy"] <= 1 and row["seconds_training"] > 0 for row in rows.values())
     # sub-networks trained from scratch cost their own MACs from the first epoch on
     assert rows["retrain"]["macs_training"] == rows["compact"]["macs"] * summary["images_trained"]
     assert rows["unpruned"]["macs_training"] == rows["unpruned"]["macs"] * summary["images_trained"]
@@ -199,27 +205,33 @@ def search_state(folder: Path) -> dict[str, Any]:
     return {**state, "left": state["total"] - closed}
 
 
-def test_a_target_in_parameters(tmp_path: Path) -> None:
+def test_a_target_in_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cast_votes(monkeypatch.setattr)
     recipe = replace(TINY, gating="channel", cost="params", target_macs=0.6, epochs=2, open_until=0.0, settle_at=0.5)
     rows, state = train(Run(recipe, tmp_path / "run"))["rows"], search_state(tmp_path / "run")
     assert state["total"] == rows["unpruned"]["parameters"]
     assert rows["compact"]["parameters"] == state["left"] == pytest.approx(0.6 * state["total"], rel=0.01)
 
 
-def test_a_target_in_measured_time(tmp_path: Path) -> None:
+def test_a_target_in_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The costs are measured once: a resumed run goes on with those it began with."""
+    measured: list[int] = []
+
+    def measure(model: torch.nn.Module, image_size: Any, cost: str = "macs") -> dict[str, torch.Tensor]:
+        if cost != "latency":
+            return fg.gate_costs(model, image_size, cost)
+        measured.append(100_000 + 7 * len(measured))  # nanoseconds, others every time
+        return {name: torch.tensor([measured[-1]]) for name, _ in fg.named_gates(model)}
+
+    monkeypatch.setattr(search, "gate_costs", measure)
+    monkeypatch.setattr(search, "total_cost", lambda *_: 1_000_000)
     recipe = replace(TINY, cost="latency", target_macs=0.9, epochs=2, open_until=0.0, settle_at=0.5)
-    for last in (False, False, True):
-        try:
-            train(Run(recipe, tmp_path / "run"))
-            break
-        except ValueError as error:  # a busy machine may measure blocks so cheap that 0.9 is out of reach: once it did
-            if last or "target_macs" not in str(error):
-                raise
+    train(Run(recipe, tmp_path / "run"))
     state = search_state(tmp_path / "run")
+    assert state["left"] == 900_000  # one of three blocks is closed
     costs = [int(cost) for cost in state["costs"].values()]
-    assert abs(state["left"] - 0.9 * state["total"]) <= max(costs) / 2
     resumed = Trainer(recipe, load_dataset("digits"), tmp_path / "run", resume=True)
     assert {name: int(cost) for name, cost in resumed.search.costs.items()} == dict(
         zip(state["costs"], costs, strict=True)
     )
+    assert len(measured) == 2 and set(costs) == {measured[0]}

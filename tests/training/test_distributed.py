@@ -24,6 +24,8 @@ from tests.training.runs import (
     start_parallel,
 )
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
 # Sums are taken in other parts, in fp64. Before the first update gradients differ by roundings alone (seen: 4e-15 of
 # the largest one), which twenty steps multiply (seen: 2e-13); statistics of half a batch are off by 1e-2 at once.
 AT_ONCE, LATER = 1e-12, 1e-9
@@ -131,7 +133,7 @@ def test_decisions_and_commits_are_the_same(runs: dict[int, Path], name: str) ->
     assert lines[-1]["frozen"] and lines[-1]["macs_training"]["per_image"] < lines[0]["macs_training"]["per_image"]
 
 
-@pytest.mark.parametrize(("began", "resumed"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("began", "resumed"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_stopped_and_resumed_on_another_number_of_processes(
     runs: dict[int, Path], tmp_path: Path, began: int, resumed: int
 ) -> None:

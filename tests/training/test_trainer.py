@@ -69,7 +69,7 @@ def test_last_line_is_what_the_network_does(digits: Dataset, tmp_path: Path) -> 
     trainer = Trainer(replace(TINY, epochs=1, open_until=0, anneal_until=0, settle_at=None), digits, tmp_path)
     trainer.fit()
     model, _ = load_network(tmp_path / "checkpoint.pt")
-    model.eval()
+    model.eval().to(memory_format=torch.channels_last)  # as it trained: the same sums
     batches = trainer.batches(digits.test)
     with torch.no_grad():
         correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
@@ -94,27 +94,51 @@ def test_gates_have_their_own_optimizer_group(digits: Dataset, tmp_path: Path) -
     assert {id(p) for p in network["params"]} | in_gates == {id(p) for p in trainer.model.parameters()}
 
 
-def test_the_gates_follow_the_target(digits: Dataset, tmp_path: Path) -> None:
-    # a strong budget on live gates: half of the switchable MACs in real training, within one of three blocks
-    recipe = replace(TINY, epochs=12, anneal_until=0.5, settle_at=None, target_macs=0.55)
-    Trainer(recipe, digits, tmp_path).fit()
-    lines = metrics(tmp_path)
-    assert lines[0]["macs"] == lines[2]["macs"] > lines[-1]["macs"]
-    assert lines[-1]["train"]["budget"] < 0.05
+def pull(recipe: Recipe, bias: float, digits: Dataset, folder: Path) -> dict[str, float]:
+    """The gradient of a first step at the last bias of every gate: what pulls it closed.
+
+    All gates decide by this bias alone.
+    """
+    trainer = Trainer(replace(recipe, open_until=0.0, anneal_until=0.0, lambda_polar="0"), digits, folder)
+    with torch.no_grad():
+        for gate in trainer.search.gates.values():
+            gate.fc2.weight.zero_()
+            gate.fc2.bias.fill_(bias)
+    trainer.model.train()
+    x, y = next(iter(trainer.train_batches))
+    trainer.training_step(x, y, trainer._schedule()[0])
+    return {name: float(gate.fc2.bias.grad) for name, gate in trainer.search.gates.items()}
+
+
+@pytest.mark.parametrize("bias", [0.5, -0.5])
+def test_the_gates_follow_the_target(bias: float, digits: Dataset, tmp_path: Path) -> None:
+    """Open ones are pulled closed and closed ones open, all of them, by a budget beside which the task is nothing."""
+    pulls = pull(replace(TINY, target_macs=0.55, lambda_budget="1e4"), bias, digits, tmp_path)
+    assert len(pulls) == 3 and all((each > 0) == (bias > 0) and abs(each) > 1 for each in pulls.values())
 
 
 def test_capacity_decides_between_blocks_of_like_cost(digits: Dataset, tmp_path: Path) -> None:
-    """Weighed strongly it gives up the blocks of the first stage, which hold the fewest parameters."""
-    recipe = replace(TINY, network="resnet14", epochs=4, lambda_capacity="10", target_macs=0.6)
-    trainer = Trainer(recipe, digits, tmp_path)
-    trainer.fit()
-    # without it, layer1.0 stays and layer2.1 goes: seeds 1, 2 and 3
-    closed = {name for name, opened in trainer.search.decided.items() if not opened}
-    assert closed == {"layer1.0.gate", "layer1.1.gate"}
+    """Every gate is held open by its share of the parameters: the blocks of the first stage have the fewest."""
+    recipe = replace(TINY, network="resnet14", lambda_capacity="0", target_macs=0.6)
+    without = pull(recipe, 0.5, digits, tmp_path)
+    held = {
+        name: without[name] - strongly
+        for name, strongly in pull(replace(recipe, lambda_capacity="10"), 0.5, digits, tmp_path).items()
+    }
+    model = build_network(recipe, digits.image_size, 10)
+    macs, parameters = (fg.gate_costs(model, digits.image_size, cost) for cost in ("macs", "params"))
+    alike = [f"layer{block}.gate" for block in ("1.0", "1.1", "2.1", "3.1")]
+    assert len({int(macs[name]) for name in alike}) == 1
+    assert [int(parameters[name]) for name in alike] == sorted(int(parameters[name]) for name in alike)
+    shares = [int(parameters[name]) / sum(int(count) for count in parameters.values()) for name in alike]
+    slope = held["layer3.1.gate"] / shares[-1]
+    assert slope > 1  # of ten, what the estimator's window lets pass
+    # differences of fp32 gradients that are of order 10
+    assert [held[name] for name in alike] == pytest.approx([slope * share for share in shares], abs=1e-4)
 
 
 @pytest.mark.parametrize("settle_at", [0.75, None])
-@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4, 5))])
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_the_compact_network_meets_the_target(
     gating: str, seed: int, settle_at: float | None, digits: Dataset, tmp_path: Path
@@ -157,10 +181,13 @@ def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(digits: Dataset, tmp_p
 
 def test_evaluate_counts_every_image_once(digits: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(TINY, digits, tmp_path)
-    whole = evaluate(trainer.model, trainer.batches(digits.test, 360))
-    parts = evaluate(trainer.model, trainer.batches(digits.test, 7))
+    # scores that do not hang on the size of a batch: ten of the pixels
+    pick = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False))
+    torch.nn.init.eye_(pick[1].weight)
+    whole = evaluate(pick, trainer.batches(digits.test, 360))
+    parts = evaluate(pick, trainer.batches(digits.test, 7))
     assert whole["accuracy"] == parts["accuracy"]
-    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-6)
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)  # fp32 sums of 360 terms
 
 
 @pytest.mark.parametrize("gating", ["none", "layer", "channel"])
@@ -180,9 +207,13 @@ def test_bf16_on_a_cpu_and_fp16_refused(digits: Dataset, tmp_path: Path) -> None
     assert resolve_precision("auto", cpu) == torch.float32
     with pytest.raises(ValueError, match="fp16 training needs a GPU"):
         resolve_precision("fp16", cpu)
-    # live to the end: one epoch after blocks were closed is too short to recover
-    Trainer(replace(TINY, precision="bf16", settle_at=None), digits, tmp_path).fit()
-    assert metrics(tmp_path)[-1]["eval"]["accuracy"] > 0.5  # ten classes: it learns
+    trainer = Trainer(replace(TINY, precision="bf16", settle_at=None), digits, tmp_path)
+    seen = set()
+    trainer.model.layer1[0].conv1.register_forward_hook(lambda *arguments: seen.add(arguments[2].dtype))
+    trainer.fit()
+    assert seen == {torch.bfloat16}
+    lines = metrics(tmp_path)
+    assert lines[-1]["train"]["task"] < lines[0]["train"]["task"]  # it learns
 
 
 @pytest.mark.gpu
