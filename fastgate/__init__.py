@@ -8,7 +8,8 @@ if TYPE_CHECKING:  # for type checkers and editors
     from fastgate.energy import EnergyMeter, measure_energy
     from fastgate.gates import ChannelGate, LayerGate, named_gates
     from fastgate.losses import activation, budget, polarization
-    from fastgate.models.attachment import attach, register_block
+    from fastgate.models.attachment import attach
+    from fastgate.models.layout import register_block
     from fastgate.pruning.compaction import compact
     from fastgate.pruning.comparison import compare
     from fastgate.pruning.costs import flops, gate_costs, macs
@@ -23,7 +24,8 @@ _HOMES = {
     "fastgate.energy": ("EnergyMeter", "measure_energy"),
     "fastgate.gates": ("ChannelGate", "LayerGate", "named_gates"),
     "fastgate.losses": ("activation", "budget", "polarization"),
-    "fastgate.models.attachment": ("attach", "register_block"),
+    "fastgate.models.attachment": ("attach",),
+    "fastgate.models.layout": ("register_block",),
     "fastgate.pruning.compaction": ("compact",),
     "fastgate.pruning.comparison": ("compare",),
     "fastgate.pruning.costs": ("flops", "gate_costs", "macs"),

@@ -1,7 +1,8 @@
 """Networks with residual blocks, and gates on them."""
 
-from fastgate.models.attachment import attach, register_block
+from fastgate.models.attachment import attach
 from fastgate.models.block import ResidualBlock
+from fastgate.models.layout import register_block
 from fastgate.models.resnet import ResNet, resnet, resnet20, resnet32, resnet44, resnet56, resnet110
 
 __all__ = [

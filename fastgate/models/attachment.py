@@ -1,100 +1,22 @@
 """Gates on the residual blocks of any network: ours, torchvision's, timm's, or a registered class of your own."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.hooks import RemovableHandle
 
 from fastgate.gates import ChannelGate, Gate, LayerGate, named_gates
 from fastgate.models.block import POSITIONS, ResidualBlock
+from fastgate.models.cuts import runs_as, shared_modules
+from fastgate.models.hooks import move_hooks
+from fastgate.models.layout import BlockLayout, check_layout, find_layout, known_classes, to_residual_block
 from fastgate.modes import eval_mode
 
 GATINGS = ("layer", "channel")
 Network = TypeVar("Network", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Which children of a residual block do what; children that are None or missing are left out."""
-
-    branch: tuple[str, ...]
-    shortcut: str | None
-    activation: str | None
-
-
-# by qualified class name, so that nothing is imported to know them
-_LAYOUTS = {
-    "torchvision.models.resnet.BasicBlock": BlockLayout(("conv1", "bn1", "relu", "conv2", "bn2"), "downsample", "relu"),
-    "torchvision.models.resnet.Bottleneck": BlockLayout(
-        ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3"), "downsample", "relu"
-    ),
-    "timm.models.resnet.BasicBlock": BlockLayout(
-        ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path"), "downsample", "act2"
-    ),
-    "timm.models.resnet.Bottleneck": BlockLayout(
-        ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3", "se", "drop_path"),
-        "downsample",
-        "act3",
-    ),
-}
-
-
-# networks whose blocks follow the stem's activation (by these names) and each other, with pooling at most in between
-_RELU_NETWORKS = {"torchvision.models.resnet.ResNet": "relu", "timm.models.resnet.ResNet": "act1"}
-
-
-def _all_relu(model: nn.Module, blocks: Iterable[ResidualBlock]) -> bool:
-    """Whether the stem and every block of a network of `_RELU_NETWORKS` end in a ReLU, so that all inputs are >= 0."""
-    ends = [getattr(model, _RELU_NETWORKS[_class_name(type(model))], None)]
-    ends += [getattr(block, block.activation_name or "", None) for block in blocks]
-    return all(type(end) is nn.ReLU for end in ends)
-
-
-def _class_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def register_block(
-    cls: type[nn.Module], *, branch: Sequence[str], shortcut: str | None = None, activation: str | None = None
-) -> None:
-    """Tell :func:`attach` how a residual block class computes: activation(shortcut(x) + branch(x)).
-
-    Args:
-        cls: the block's class.
-        branch: names of the child modules of the branch, in the order they run; a name may occur twice.
-        shortcut: name of the child on the shortcut; None, or a child that is None, is the identity.
-        activation: name of the child applied to the sum; None for none.
-
-    Example: `register_block(MyBlock, branch=("conv1", "bn1", "relu", "conv2", "bn2"), activation="relu")`
-    """
-    if not branch:
-        raise ValueError(f"branch: expected the names of child modules of {cls.__name__}, got none")
-    _LAYOUTS[_class_name(cls)] = BlockLayout(tuple(branch), shortcut, activation)
-
-
-def _to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
-    """The same children under the same names, so that state_dict keys stay as they were."""
-    # not named_children(): it leaves out a module that is registered under a second name
-    children = {name: child for name, child in block._modules.items() if child is not None}
-    named = [*layout.branch, *(name for name in (layout.shortcut, layout.activation) if name is not None)]
-    remedy = "correct its register_block()"
-    if missing := [name for name in named if not hasattr(block, name)]:
-        raise ValueError(f"{type(block).__name__}: no child named {', '.join(missing)}; {remedy}")
-    unused = [name for name in children if name not in named and not isinstance(children[name], nn.Identity)]
-    if unused := unused + list(block._parameters) + list(block._buffers):
-        raise ValueError(f"{type(block).__name__}: its layout leaves out {', '.join(unused)}; {remedy}")
-    branch = [name for name in layout.branch if name in children]
-    result = ResidualBlock(
-        children,
-        branch,
-        layout.shortcut if layout.shortcut in children else None,
-        layout.activation if layout.activation in children else None,
-    )
-    result.training = block.training
-    return result
 
 
 @dataclass(frozen=True)
@@ -110,28 +32,23 @@ class _Cut:
         return self.conv.out_channels if self.on_output else self.conv.in_channels
 
 
-def _find_cut(name: str, block: ResidualBlock, position: str) -> _Cut:
+def _find_cut(name: str, block: ResidualBlock, position: str, shared: set[nn.Module]) -> _Cut:
     convs = block.branch_convs()
-    if len({child for _, child, _ in convs}) < len(convs):
+    if len({conv for _, _, conv in convs}) < len(convs):
         raise ValueError(f"block {name!r}: a convolution that runs twice cannot be cut; use gating='layer'")
     (first_at, _, first), (last_at, _, last) = convs[0], convs[-1]
     if position == "after":
-        cut, sliced = _Cut(last, len(block.branch), True), [last]
+        cut = _Cut(last, len(block.branch), True)
     elif position == "before":
-        cut, sliced = _Cut(first, first_at, False), [first]
+        cut = _Cut(first, first_at, False)
     elif len(convs) > 1:
-        cut, sliced = _Cut(last, last_at, False), [convs[-2][2], last]
+        cut = _Cut(last, last_at, False)
     else:
         raise ValueError(f"block {name!r}: position 'middle' needs two convolutions in the branch, got 1")
-    if any(conv.groups != 1 for conv in sliced):
-        raise ValueError(
-            f"block {name!r}: channel gates at position {position!r} would cut a grouped convolution, which is not "
-            "supported; use another position or gating='layer'"
-        )
     # the place is tried out on the block now, so that no network trains with gates that compact() would refuse
     previous, block.gate_at = block.gate_at, cut.gate_at
     try:
-        block.cut_with_gate()
+        block.check_cut(shared)
         if position != "after":
             block.gone_when_empty()
     except ValueError as error:
@@ -163,6 +80,15 @@ def _map_sizes(model: nn.Module, cuts: dict[str, _Cut], image: tuple[int, int]) 
     return sizes
 
 
+def _refuse_lazy(name: str, block: nn.Module) -> None:
+    for child, module in block.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(
+                f"block {name!r}: expected the sizes of its modules to be known, got an uninitialized "
+                f"{type(module).__name__} {child!r}; run one batch through the network first"
+            )
+
+
 def attach(
     model: Network,
     gating: str = "layer",
@@ -174,7 +100,9 @@ def attach(
     """Put a gate on every residual block of the model, in place, and return the model.
 
     Each block of a known class becomes a :class:`~fastgate.models.block.ResidualBlock` with the same children under
-    the same names (state_dict keys stay) and a child `gate`. Downsampling blocks are gated too; shortcuts always run.
+    the same names (state_dict keys stay) and a child `gate`; it keeps the block's hooks and plain attributes.
+    Downsampling blocks are gated too; shortcuts always run. What a class is known to compute is compared with the
+    forward of every block first, on a copy.
 
     Args:
         model: a network of this library, of torchvision or timm (ResNet blocks), or with registered blocks.
@@ -185,8 +113,8 @@ def attach(
         gate_options: passed to :class:`~fastgate.LayerGate` or :class:`~fastgate.ChannelGate`.
 
     Raises:
-        ValueError: unknown gating or position, no known residual block, a network that has gates already, a block
-            whose convolutions cannot be cut there.
+        ValueError: unknown gating or position, no known residual block, a network that has gates already, a block that
+            computes something else than its layout says, a block whose convolutions cannot be cut there.
         TypeError: an unknown gate option.
     """
     if gating not in GATINGS:
@@ -202,9 +130,10 @@ def attach(
     if "out_channels" in gate_options:
         raise TypeError("attach() got an unexpected gate option 'out_channels': it is that of the gated features")
     blocks: dict[str, ResidualBlock] = {}
+    originals: dict[str, tuple[nn.Module, BlockLayout]] = {}
     seen: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        layout = _LAYOUTS.get(_class_name(type(module)))
+        layout = find_layout(module)
         if layout is not None or isinstance(module, ResidualBlock):
             if module in seen:
                 raise ValueError(
@@ -212,14 +141,20 @@ def attach(
                     "each place a block of its own"
                 )
             seen[module] = name
+            _refuse_lazy(name, module)
         if isinstance(module, ResidualBlock):
+            if not runs_as(module, ResidualBlock):
+                raise ValueError(
+                    f"block {name!r}: expected the forward of fastgate's ResidualBlock, got another one in "
+                    f"{type(module).__name__}; declare what it computes with fastgate.register_block()"
+                )
             blocks[name] = module
         elif layout is not None:
-            blocks[name] = _to_residual_block(module, layout)
+            blocks[name], originals[name] = to_residual_block(module, layout), (module, layout)
     if not blocks:
         raise ValueError(
             f"model: found no residual block in {type(model).__name__}; known are fastgate's own and "
-            f"{', '.join(_LAYOUTS)}; declare others with fastgate.register_block()"
+            f"{known_classes()}; declare others with fastgate.register_block()"
         )
     if compacted := [name for name, b in blocks.items() if b.in_index is not None or b.out_index is not None]:
         raise ValueError(
@@ -228,21 +163,25 @@ def attach(
         )
     if empty := [name for name, block in blocks.items() if not block.branch_convs()]:
         raise ValueError(f"block {empty[0]!r}: expected a convolution in its branch, got none")
+    for name, (original, layout) in originals.items():
+        if check_layout(name, original, layout):
+            blocks[name].mixes_samples = True
     cuts: dict[str, _Cut] = {}
     if gating == "layer":
         gates: dict[str, Gate] = {
             name: LayerGate(block.branch_convs()[0][2].in_channels, **gate_options) for name, block in blocks.items()
         }
     else:
-        cuts = {name: _find_cut(name, block, position) for name, block in blocks.items()}
+        shared = shared_modules(model)
+        cuts = {name: _find_cut(name, block, position, shared) for name, block in blocks.items()}
         sizes = {} if spatial_size is None else _map_sizes(model, cuts, spatial_size)
         gates = {
             name: ChannelGate(cut.channels, spatial_size=sizes.get(name), **gate_options) for name, cut in cuts.items()
         }
     # nothing raises from here on: a model that was refused above is as it was
-    in_relu_network = _class_name(type(model)) in _RELU_NETWORKS and _all_relu(model, blocks.values())
     for name, block in blocks.items():
-        block.input_nonnegative = block.input_nonnegative or in_relu_network
+        if name in originals:
+            move_hooks(originals[name][0], block)
         block.gate = gates[name].to(block.branch_convs()[0][2].weight).train(block.training)
         block.gate_at = cuts[name].gate_at if name in cuts else 0
         if name == "":

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fastgate import functional
 from fastgate.gates import Gate, LayerGate, named_gates
+from fastgate.models.cuts import check_cut, check_size
+from fastgate.models.hooks import has_call_hooks
 from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
 
@@ -15,10 +17,6 @@ from fastgate.ops.gated_conv import take
 torch.fx.wrap("take")
 
 POSITIONS = ("middle", "before", "after")
-
-# modules that act on each channel (and pixel) by itself and have no weights to cut
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d)
-
 
 # closed outputs of a convolution are left out for at least so many samples: for fewer the overhead is larger (at one
 # image a frozen ResNet-20 took 2.8 times as long as the plain one)
@@ -38,7 +36,6 @@ class ResidualBlock(nn.Module):
         activation: name of the child applied to the sum, None for none.
         gate: a layer gate, a channel gate, or None.
         gate_at: where a channel gate acts; ignored otherwise.
-        input_nonnegative: x is known to be >= 0 (it comes out of a ReLU), so relu(x) = x.
     """
 
     # what TorchScript may take as known when it compiles a block
@@ -46,6 +43,7 @@ class ResidualBlock(nn.Module):
 
     in_index: Tensor | None
     out_index: Tensor | None
+    mixes_samples = False  # set by attach(), which saw a sample's result in eval mode change with the others
 
     def __init__(
         self,
@@ -56,14 +54,12 @@ class ResidualBlock(nn.Module):
         *,
         gate: Gate | None = None,
         gate_at: int = 0,
-        input_nonnegative: bool = False,
     ) -> None:
         super().__init__()
         self.branch = list(branch)
         self.shortcut_name = shortcut
         self.activation_name = activation
         self.gate_at = gate_at
-        self.input_nonnegative = input_nonnegative
         for name, module in modules.items():
             self.add_module(name, module)
         self.gate = gate
@@ -165,18 +161,19 @@ class ResidualBlock(nn.Module):
         return next((name for name, _, dim in self.cut_convs() if dim == 0), "")
 
     def _in_eval(self) -> bool:
-        """Whether no module of the branch takes statistics over the batch, which skipping would change."""
-        return not (self.training or any(getattr(self, name).training for name in self.branch))
+        """Whether each sample of the branch is computed by itself, so that others can be skipped."""
+        return not (self.training or self.mixes_samples or any(_mixes(getattr(self, name)) for name in self.branch))
 
     def _may_gather(self, decision: Tensor) -> bool:
         """Whether to run the branch on the open samples alone, which asks what they are: on a CPU, for constants."""
-        return self._in_eval() and not (
+        return not (
             decision.requires_grad
             or decision.device.type != "cpu"
             or torch.jit.is_tracing()
             or torch.compiler.is_compiling()
             or transforms_active()
             or getattr(getattr(self, self.branch[0]), "inplace", False)  # changes the shortcut of every sample
+            or not self._in_eval()
         )
 
     def _add_open(self, shortcut: Tensor, x: Tensor, samples: Tensor) -> Tensor:
@@ -216,13 +213,31 @@ class ResidualBlock(nn.Module):
             return []
         names = self.branch[self.branch.index(cut[0][0]) + 1 : self.gate_at]
         for name in names:
-            module = getattr(self, name)
-            if not isinstance(module, (nn.BatchNorm2d, *ELEMENTWISE)):
-                raise ValueError(
-                    f"cannot cut the channels of {type(module).__name__} {name!r} between a convolution and its gate; "
-                    "use another position or gating='layer'"
-                )
+            check_cut(name, getattr(self, name))
         return names
+
+    def check_cut(self, shared: set[nn.Module]) -> None:
+        """Raise ValueError unless all that the gate cuts can be cut exactly and stands nowhere else.
+
+        Args:
+            shared: modules that stand at several places of the network.
+        """
+        between = self.cut_with_gate()
+        for name, conv, _ in self.cut_convs():
+            check_cut(name, conv)
+            if conv.groups != 1:
+                raise ValueError(
+                    f"a channel gate there would cut {name!r}, a grouped convolution, which is not supported; use "
+                    "another position or gating='layer'"
+                )
+        runs = [getattr(self, name) for name in self.branch]
+        for name in (*between, *(name for name, _, _ in self.cut_convs())):
+            module = getattr(self, name)
+            if module._parameters and (module in shared or runs.count(module) > 1):
+                raise ValueError(
+                    f"cannot cut the channels of {type(module).__name__} {name!r}, which stands at another place of "
+                    "the network too; give each place a module of its own or use gating='layer'"
+                )
 
     def gone_when_empty(self) -> list[str]:
         """The branch's modules that only feed the convolution behind the gate where the gate has no channel left.
@@ -234,13 +249,7 @@ class ResidualBlock(nn.Module):
         start = 0 if len(self.cut_convs()) == 2 else self.gate_at
         names = self.branch[start : self.branch.index(behind)]
         for name in (*names, behind):
-            module = getattr(self, name)
-            is_conv = isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-            if not is_conv and not isinstance(module, (nn.BatchNorm2d, *ELEMENTWISE)):
-                raise ValueError(
-                    f"cannot do without the channels that {type(module).__name__} {name!r} hands on; use another "
-                    "position, numeric padding, or gating='layer'"
-                )
+            check_size(name, getattr(self, name))
         return names
 
     def extra_repr(self) -> str:
@@ -266,6 +275,15 @@ def gated_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
     return blocks
 
 
+def _mixes(module: nn.Module) -> bool:
+    """Whether a module, or one in it, takes statistics over the batch, in training mode or without running ones."""
+    return (
+        module.training
+        or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module._buffers.get("running_mean") is None)
+        or any(_mixes(child) for child in module._modules.values() if child is not None)
+    )
+
+
 def _is_plain_conv(module: nn.Module) -> bool:
     """A convolution that `functional.gated_conv2d` can compute in place of the module, whose hooks would not run."""
     return (
@@ -275,7 +293,8 @@ def _is_plain_conv(module: nn.Module) -> bool:
         and not isinstance(module.padding, str)
         and tuple(module.dilation) == (1, 1)
         and len({*module.stride}) == len({*module.padding}) == 1
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and "forward" not in vars(module)
+        and not has_call_hooks(module)
     )
 
 

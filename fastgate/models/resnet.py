@@ -30,7 +30,7 @@ def basic_block(in_channels: int, out_channels: int, stride: int, shortcut: str)
         )
     elif downsamples:
         modules["shortcut"] = PadShortcut(in_channels, out_channels, stride)
-    return ResidualBlock(modules, BRANCH, "shortcut" if downsamples else None, "relu", input_nonnegative=True)
+    return ResidualBlock(modules, BRANCH, "shortcut" if downsamples else None, "relu")
 
 
 # a Proxy of torch.fx has no shape to compare

@@ -150,7 +150,7 @@ def _without_branch(block: ResidualBlock) -> nn.Module:
         kept[block.branch[0]] = getattr(block, block.branch[0])
     if block.activation_name is not None:
         activation = getattr(block, block.activation_name)
-        if kept or not (block.input_nonnegative and type(activation) is nn.ReLU):
+        if kept or not (False):
             kept[block.activation_name] = activation
     for module in kept.values():
         if isinstance(module, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Dropout | nn.Dropout2d):

@@ -1,0 +1,105 @@
+"""Hooks on modules: they move to the module that takes another's place, and those that leave a network are named."""
+
+import copy
+import warnings
+import weakref
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# the dictionaries in which torch.nn.Module keeps them
+_CALL_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# how torch.nn.utils computes weights (weight norm, spectral norm, pruning); such a hook belongs to its module
+_OF_TORCH = "torch.nn.utils."
+
+
+def has_call_hooks(module: nn.Module) -> bool:
+    """Whether anything runs beside the module's forward when it is called or differentiated."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
+def move_hooks(source: nn.Module, target: nn.Module, *, state: bool = True) -> None:
+    """Give `target`, which takes the place of `source`, its hooks; the handles that remove them keep working.
+
+    Args:
+        source: the module that leaves.
+        target: the module that comes.
+        state: with the hooks of `state_dict` and `load_state_dict`, which read the module's tensors.
+    """
+    # a handle knows the dictionary that it removes from: the very same dictionaries move
+    for kind in (*_CALL_HOOKS, *_STATE_HOOKS) if state else _CALL_HOOKS:
+        hooks = getattr(source, kind)
+        hooks.update(getattr(target, kind))
+        setattr(target, kind, hooks)
+    target._is_full_backward_hook = source._is_full_backward_hook
+    for hook in target._load_state_dict_pre_hooks.values() if state else ():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(target)
+
+
+def _is_own(hook: Any) -> bool:
+    return not type(getattr(hook, "hook", hook)).__module__.startswith(_OF_TORCH)
+
+
+def drop_own_hooks(module: nn.Module) -> None:
+    """Remove every hook of a module tree, those excepted by which torch.nn.utils computes weights."""
+    for part in module.modules():
+        for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
+            hooks = getattr(part, kind)
+            for key in [key for key, hook in hooks.items() if _is_own(hook)]:
+                del hooks[key]
+
+
+def hooked(model: nn.Module) -> dict[str, list[int]]:
+    """Names of the modules with hooks of their own -> ids of the dictionaries that hold these."""
+    found: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
+            hooks = getattr(module, kind)
+            hooks = hooks.values() if kind.endswith("hooks") else ()  # the others say how these are called
+            if any(map(_is_own, hooks)):
+                found.setdefault(name, []).append(id(getattr(module, kind)))
+    return found
+
+
+def warn_of_lost_hooks(before: dict[str, list[int]], model: nn.Module) -> None:
+    """Name the modules whose hooks (:func:`hooked`, before the network was cut) are no longer in it."""
+    left = {kept for ids in hooked(model).values() for kept in ids}
+    if lost := [name for name, ids in before.items() if not left.issuperset(ids)]:
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        warnings.warn(
+            f"hooks on {', '.join(map(repr, lost[:4]))}{more} do not run any more: what they hung on left the network; "
+            "register them on a module that stays",
+            stacklevel=3,
+        )
+
+
+def copy_network(model: Module) -> Module:
+    """A deep copy, also of modules that hold a computed tensor, which `copy.deepcopy` refuses (weight norm, pruning).
+
+    In the copy such a tensor is a plain value, until the hook that computes it runs again.
+    """
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return cast(Module, copy.deepcopy(model, memo))
