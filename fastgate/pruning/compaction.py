@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.block import EmptyConv2d, ResidualBlock, gated_blocks
+from fastgate.pruning.signs import given_nonnegative
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -52,7 +53,9 @@ def cut_frozen(model: nn.Module) -> nn.Module:
             be cut in part.
     """
     parents = {child: parent for parent in model.modules() for child in parent.children()}
-    for block in gated_blocks(model).values():
+    blocks = gated_blocks(model)
+    nonnegative = given_nonnegative(model) if any(_may_drop_relu(block) for block in blocks.values()) else set()
+    for name, block in blocks.items():
         gate = cast(Gate, block.gate)
         if not gate.frozen:
             continue
@@ -65,7 +68,7 @@ def cut_frozen(model: nn.Module) -> nn.Module:
                 _empty_channels(block)
                 continue
         if closed:
-            rest = _without_branch(block)
+            rest = _without_branch(block, name.rpartition(".")[0] in nonnegative)
             if block is model:
                 return rest
             key = next(key for key, module in parents[block].named_children() if module is block)
@@ -141,7 +144,14 @@ def _drop_unused(block: ResidualBlock) -> None:
         delattr(block, child)
 
 
-def _without_branch(block: ResidualBlock) -> nn.Module:
+def _may_drop_relu(block: ResidualBlock) -> bool:
+    """Whether the block is closed and its ReLU may be all that is left of it."""
+    gate = cast(Gate, block.gate)
+    activation = getattr(block, block.activation_name or "", None)
+    return type(activation) is nn.ReLU and block.shortcut_name is None and gate.frozen and not bool(gate.open.any())
+
+
+def _without_branch(block: ResidualBlock, input_nonnegative: bool) -> nn.Module:
     """What the block computes without its branch, activation(shortcut(x)), as the fewest modules that do so."""
     kept: OrderedDict[str, nn.Module] = OrderedDict()
     if block.shortcut_name is not None:
@@ -150,7 +160,7 @@ def _without_branch(block: ResidualBlock) -> nn.Module:
         kept[block.branch[0]] = getattr(block, block.branch[0])
     if block.activation_name is not None:
         activation = getattr(block, block.activation_name)
-        if kept or not (False):
+        if kept or not (input_nonnegative and type(activation) is nn.ReLU):
             kept[block.activation_name] = activation
     for module in kept.values():
         if isinstance(module, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Dropout | nn.Dropout2d):
