@@ -152,13 +152,15 @@ def test_a_closed_block_keeps_its_relu_where_the_input_may_be_negative() -> None
 
 
 @pytest.mark.parametrize("opened", [[True, False, True], [True, False, False], [False, False, False]], ids=str)
-def test_in_a_network_with_an_unknown_forward_every_closed_block_keeps_its_relu(opened: list[bool]) -> None:
+def test_in_a_network_of_ones_own_the_first_closed_block_keeps_its_relu(opened: list[bool]) -> None:
     model = layer_gated(Net(nn.Identity()), opened)
     compacted = fg.compact(model)
     assert fg.compare(model, compacted, torch.randn(2, 3, 6, 6)) == 0.0
     assert count(compacted, nn.Conv2d) == 2 * sum(opened)
-    closed = [block for block, is_open in zip(compacted.blocks, opened, strict=True) if not is_open]
-    assert [[type(module) for module in block] for block in closed] == [[nn.ReLU]] * len(closed)
+    # the first block sees the images; what the others see comes out of a block's ReLU
+    for i, (block, is_open) in enumerate(zip(compacted.blocks, opened, strict=True)):
+        if not is_open:
+            assert type(block) is (nn.Identity if i else nn.Sequential)
 
 
 @pytest.mark.parametrize(
@@ -536,7 +538,7 @@ def test_strides_paddings_and_dilations_of_emptied_convolutions() -> None:
             self.conv1 = nn.Conv2d(3, 4, (3, 5), stride=(2, 1), padding=(0, 3), dilation=(1, 2))
             self.relu = nn.ReLU()
             self.conv2 = nn.Conv2d(4, 6, 3, stride=(1, 3), padding=2, bias=True)
-            self.short = nn.Sequential(nn.AdaptiveAvgPool2d((7, 3)), nn.Conv2d(3, 6, 1))
+            self.short = nn.Conv2d(3, 6, 1, stride=(2, 3), padding=(1, 0))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.short(x) + self.conv2(self.relu(self.conv1(x)))
