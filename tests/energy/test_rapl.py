@@ -61,6 +61,80 @@ def test_packages_are_summed_and_nothing_else(root: Path, no_gpu: Fake) -> None:
     assert (w.result.joules, w.result.source, w.result.joules_per_item) == (2023.0, "rapl", 202.3)
 
 
+def dies(root: Path, *microjoules: int, package: int = 0) -> list[Path]:
+    """One zone per die of a package, with these counters."""
+    start = len(list(root.glob("*")))
+    names = [f"package-{package}-die-{i}" for i in range(len(microjoules))]
+    return [add_zone(root, f"intel-rapl:{start + i}", names[i], value) for i, value in enumerate(microjoules)]
+
+
+@pytest.mark.parametrize("start", [0, 7_000_000_000, RANGE - 100_000_000], ids=["just-reset", "running", "wraps"])
+def test_dies_that_mirror_one_counter_count_once(tmp_path: Path, no_gpu: Fake, start: int) -> None:
+    zones = dies(tmp_path / "powercap", start, start + 40_000, start + 80_000, start + 80_000)
+    meter = no_gpu.meter()
+    laps = []
+    with meter.window("w") as w:
+        for joules in (300, 380):
+            for zone in zones:
+                burn(zone, joules)
+            no_gpu.run(5)
+            laps.append(w.lap().joules)
+    assert laps == [300.0, 380.0]
+    assert (w.result.joules, w.result.per_device) == (680.0, {"cpu:package-0": 680.0})
+
+
+@pytest.mark.parametrize("apart", [0, 1_000_000, 3_000_000_000], ids=["just-reset", "a-joule-apart", "running"])
+def test_dies_with_counters_of_their_own_add_up(tmp_path: Path, no_gpu: Fake, apart: int) -> None:
+    first, second, third = dies(tmp_path / "powercap", 5_000_000, 5_000_000 + apart, 5_000_000 + 2 * apart)
+    with no_gpu.meter().window("w") as w:
+        for _ in range(2):
+            burn(first, 200)
+            burn(second, 140)
+            burn(third, 60)
+            no_gpu.run(5)
+            w.lap()
+    assert [lap.joules for lap in w.laps[:2]] == [400.0, 400.0]
+    assert (w.result.joules, w.result.per_device) == (800.0, {"cpu:package-0": 800.0})
+
+
+def test_packages_of_mirroring_dies_add_up(tmp_path: Path, no_gpu: Fake) -> None:
+    # counters of two packages are two counters, whatever they show
+    first = dies(tmp_path / "powercap", 5_000_000, 5_000_000)
+    second = dies(tmp_path / "powercap", 5_000_000, 5_000_000, package=1)
+    with no_gpu.meter().window("w") as w:
+        for zone in (*first, *second):
+            burn(zone, 68)
+        no_gpu.run(1)
+    assert w.result.per_device == {"cpu:package-0": 68.0, "cpu:package-1": 68.0}
+
+
+def test_two_counters_that_two_zones_each_mirror(tmp_path: Path, no_gpu: Fake) -> None:
+    zones = dies(tmp_path / "powercap", 5_000_000, 9_000_000, 5_000_000, 9_000_000)
+    with no_gpu.meter().window("w") as w:
+        for zone, joules in zip(zones, (20, 3, 20, 3), strict=True):
+            burn(zone, joules)
+        no_gpu.run(1)
+    assert w.result.joules == 23.0
+
+
+def test_a_mirror_is_seen_however_late_a_zone_is_read(
+    tmp_path: Path, no_gpu: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 30 J go by between any two readings, as when the process is kept from running
+    zones = dies(tmp_path / "powercap", 5_000_000, 5_000_000, 5_000_000)
+    read = rapl._Zone.read
+
+    def read_late(zone: Any) -> int:
+        for other in zones:
+            burn(other, 30)
+        return read(zone)
+
+    monkeypatch.setattr(rapl._Zone, "read", read_late)
+    (package,) = rapl.packages(tmp_path / "powercap")
+    before = package.read()
+    assert package.read().microjoules - before.microjoules == 6 * 30 * 10**6
+
+
 def test_a_wrap_inside_a_window(tmp_path: Path, no_gpu: Fake) -> None:
     zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", RANGE - 1_000_000)
     with no_gpu.meter().window("w") as w:
@@ -80,7 +154,7 @@ def test_many_wraps_in_a_long_window_are_kept_by_the_thread(
     with meter.window("w") as w:
         for _ in range(5):
             burn(zone, 200_000)
-            while source._last != int((zone / "energy_uj").read_text()):
+            while source._zones[0].last != int((zone / "energy_uj").read_text()):
                 no_gpu.run(0.001)
     assert w.result.joules == 1_000_000.0
     meter.close()
