@@ -1,18 +1,20 @@
 """Energy of CPU packages through Linux' powercap tree (RAPL: Intel, and AMD since Linux 5.8)."""
 
-import os
 import re
-import threading
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 from fastgate.energy.errors import EnergyError, NotSupported, PermissionDenied
-from fastgate.energy.sources import Reading, stale_edges_bound
+from fastgate.energy.locks import ForkLock
+from fastgate.energy.sources import Clock, Reading, stale_edges_bound
+from fastgate.energy.trail import Trail
 
 ROOT = Path("/sys/class/powercap")
-# the counter wraps after some 262 kJ, at 1 kW within five minutes: read it more often than that
-KEEP_SECONDS = 60.0
+# no CPU package draws more (an AMD MI300A: 0.76 kW)
+_NO_PACKAGE_WATTS = 1000.0
+# counters start over after 65 or 262 kJ, at 1 kW in 65 s at the soonest: read them more often than that
+KEEP_SECONDS = 20.0
 # two views of one counter may be a renewal apart (1 ms at 500 W); two counters are so close in 1 of 10^5 cases at most
 _ONE_COUNTER_MICROJOULES = 500_000
 
@@ -37,7 +39,9 @@ class _Zone:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.range = self._read_number("max_energy_range_uj")
-        self.last = self.read()
+        if self.range <= 0:
+            raise EnergyError(f"{folder}/max_energy_range_uj: expected a number above 0, got {self.range}")
+        self.trail = Trail(_NO_PACKAGE_WATTS, self.range)
 
     def read(self) -> int:
         return self._read_number("energy_uj")
@@ -53,12 +57,6 @@ class _Zone:
             ) from error
         except (OSError, ValueError) as error:
             raise EnergyError(f"{path}: expected a number of microjoules, got {error}") from error
-
-    def advance(self, now: int) -> int:
-        """Microjoules since the last call."""
-        step = now - self.last if now >= self.last else now - self.last + self.range
-        self.last = now
-        return step
 
 
 class RaplPackage:
@@ -76,53 +74,62 @@ class RaplPackage:
     """
 
     kind = "rapl"
+    limit_watts = None  # what powercap says of limits is what firmware set, up to "unlimited"
+    possible_watts = _NO_PACKAGE_WATTS
+    reads_power = False
 
-    def __init__(self, name: str, folders: Sequence[Path]) -> None:
+    def __init__(self, name: str, folders: Sequence[Path], clock: Clock) -> None:
         self.key = f"cpu:{name}"
         self.tick: float | None = None
         self._zones = [_Zone(folder) for folder in folders]
-        self._total = 0
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        # pairs of zones (the earlier first) that have agreed at every reading
-        self._agreeing = set(combinations(range(len(self._zones)), 2))
+        self._clock = clock
+        self._lock = ForkLock()
+        self._microjoules = self._breaks = 0
+        self._agreeing = self._pairs()  # those that have agreed at every reading
         self.read()
-        self._total = 0
+
+    def _pairs(self) -> set[tuple[int, int]]:
+        """All pairs of zones, the one that is read earlier first."""
+        return set(combinations(range(len(self._zones)), 2))
 
     def read(self) -> Reading:
         """The energy since this object was made, across wraps of the counters."""
-        if self._pid != os.getpid():  # a forked child: the lock may be held by a thread that exists no more
-            self._pid, self._lock = os.getpid(), threading.Lock()
         with self._lock:
+            before = self._clock.now()
             values = [zone.read() for zone in self._zones]
-            if self._agreeing:
-                again = [zone.read() for zone in self._zones]
-                self._agreeing = {
-                    (i, j)
-                    for i, j in self._agreeing
-                    if self._zones[i].range == self._zones[j].range
-                    and _lies_between(values[i], values[j], again[i], self._zones[i].range)
-                }
+            after = self._clock.now()
+            again = [zone.read() for zone in self._zones] if self._agreeing else values
+            trails = [zone.trail for zone in self._zones]
+            steps = [trail.follow(value, before, after) for trail, value in zip(trails, values, strict=True)]
+            breaks = sum(trail.breaks for trail in trails)
+            if breaks > self._breaks:  # a glitch tells nothing of what is one counter, and what it has told is forgotten
+                self._breaks, self._agreeing = breaks, self._pairs()
+            else:
+                self._agreeing = {(i, j) for i, j in self._agreeing if self._agree(i, j, values, again)}
             mirrors = {j for _, j in self._agreeing}
-            steps = [zone.advance(value) for zone, value in zip(self._zones, values, strict=True)]
-            self._total += sum(step for i, step in enumerate(steps) if i not in mirrors)
-            return Reading(self._total)
+            self._microjoules += sum(step for i, step in enumerate(steps) if i not in mirrors)
+            return Reading(
+                self._microjoules,
+                before,
+                after,
+                breaks=breaks,
+                reason=max(trails, key=lambda trail: trail.broken_at).reason,
+                still_seconds=max(trail.still_seconds for trail in trails),
+            )
 
-    def error_bound(self, begin: Reading, end: Reading, seconds: float) -> float | None:
+    def _agree(self, i: int, j: int, values: Sequence[int], again: Sequence[int]) -> bool:
+        """Whether the value of zone j can be of the counter that zone i has read before and, in `again`, after it."""
+        wrap, slack = self._zones[i].range, _ONE_COUNTER_MICROJOULES
+        if self._zones[j].range != wrap:
+            return False
+        return (values[j] - values[i] + slack) % wrap <= (again[i] - values[i]) % wrap + 2 * slack
+
+    def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
         """See :func:`fastgate.energy.sources.stale_edges_bound`."""
-        return stale_edges_bound(self.tick, begin, end, seconds)
+        return stale_edges_bound(self.tick, begin, end, watts)
 
 
-def _lies_between(first: int, value: int, again: int, wrap: int) -> bool:
-    """Whether `value`, read after `first` and before `again`, can be of the same counter, which starts over at `wrap`.
-
-    All in microjoules.
-    """
-    slack = _ONE_COUNTER_MICROJOULES
-    return (value - first + slack) % wrap <= (again - first) % wrap + 2 * slack
-
-
-def packages(root: Path | None = None) -> list[RaplPackage]:
+def packages(root: Path | None = None, clock: Clock | None = None) -> list[RaplPackage]:
     """Every CPU package. `psys`, `core` and `uncore` contain or are part of one, so they are never added.
 
     Raises:
@@ -136,4 +143,5 @@ def packages(root: Path | None = None) -> list[RaplPackage]:
             found.setdefault(name[0], []).append(folder)
     if not found:
         raise NotSupported(f"no RAPL packages under {root or ROOT} (usual in virtual machines and containers)")
-    return [RaplPackage(name, folders) for name, folders in found.items()]
+    clock = clock or Clock()
+    return [RaplPackage(name, folders, clock) for name, folders in found.items()]
