@@ -36,7 +36,9 @@ typedef struct device {
     double limit_watts;
     uint64_t period_us;
     int stalled;            /* the counter is not renewed */
-    unsigned long long energy_glitch, power_glitch; /* what the next reading answers, plus one; 0: the truth */
+    unsigned long long energy_glitch;
+    unsigned power_glitch;
+    int energy_glitches, power_glitches; /* how many readings answer these in place of the truth */
     int has_counter, has_instant, has_average;
     int error;              /* what every call on this board answers */
     int hidden;             /* what looking it up answers */
@@ -149,8 +151,15 @@ void fake_set_limit_watts(unsigned index, double watts) { devices[index].limit_w
 void fake_set_stalled(unsigned index, int stalled) { devices[index].stalled = stalled; }
 
 /* What the next reading of the counter (mJ) or of the power (mW) answers, in place of the truth. */
-void fake_glitch_energy(unsigned index, unsigned long long mj) { devices[index].energy_glitch = mj + 1; }
-void fake_glitch_power(unsigned index, unsigned mw) { devices[index].power_glitch = mw + 1ull; }
+void fake_glitch_energy(unsigned index, unsigned long long mj) {
+    devices[index].energy_glitch = mj;
+    devices[index].energy_glitches = 1;
+}
+
+void fake_glitch_power(unsigned index, unsigned mw) {
+    devices[index].power_glitch = mw;
+    devices[index].power_glitches = 1;
+}
 
 /* Every reading of energy or power takes so long; it answers what is true at its end. */
 void fake_set_slowness_us(uint64_t us) { slowness_us = us; }
@@ -246,18 +255,14 @@ __attribute__((constructor)) static void add_boards_of_environment(void) {
 
 #ifndef OLD_DRIVER
 static unsigned long long read_energy(device_t *device) {
-    unsigned long long glitch = device->energy_glitch;
-    device->energy_glitch = 0;
-    if (glitch) return glitch - 1;
+    if (device->energy_glitches && device->energy_glitches--) return device->energy_glitch;
     if (slowness_us) fake_advance_us(slowness_us);
     return (unsigned long long)(device->latched_mj + 1e-6);
 }
 #endif
 
 static unsigned read_power(device_t *device) {
-    unsigned long long glitch = device->power_glitch;
-    device->power_glitch = 0;
-    if (glitch) return (unsigned)(glitch - 1);
+    if (device->power_glitches && device->power_glitches--) return device->power_glitch;
     if (slowness_us) fake_advance_us(slowness_us);
     return (unsigned)(device->latched_watts * 1000);
 }
