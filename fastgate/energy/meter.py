@@ -223,13 +223,12 @@ class EnergyMeter:
         if self._session is not None:
             self._session.close()
 
-
     def __repr__(self) -> str:
         names = {board.uuid: f" ({board.name})" for board in self._boards}
         metered = [f"{source.key}{names.get(source.key, '')} by {source.kind}" for source in self.sources]
         missed = [f"{device} not metered: {reason}" for device, reason in self.unavailable.items()]
-        said = "; ".join([*(["closed"] if self.closed else []), *(metered or ["nothing metered"]), *missed, *self.notes])
-        return f"<EnergyMeter: {said}>"
+        said = "; ".join([*(metered or ["nothing metered"]), *missed, *self.notes])
+        return f"<EnergyMeter{', closed' if self.closed else ''}: {said}>"
 
 
 def _other_processes(board: Board) -> int:

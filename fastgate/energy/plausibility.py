@@ -63,7 +63,7 @@ def spent_between(source: Source, begin: Reading | EnergyError, end: Reading | E
         return _nothing(source, seconds)
     joules = microjoules / 1e6
     possible = max(source.possible_watts, 2 * most)
-    if not could_be(microjoules, end.after - begin.before, possible):
+    if not could_be(microjoules, end.after - begin.before, possible, source.tick):
         return Spent(None, None, (f"{joules:.6g} J in {seconds:.3g} s are impossible: more than {possible:.4g} W",))
 
     mean = joules / seconds if seconds > 0 else 0.0
@@ -71,12 +71,12 @@ def spent_between(source: Source, begin: Reading | EnergyError, end: Reading | E
     bound = source.error_bound(begin, end, highest)
     warnings = [*_doubts(source, begin, end, mean, seconds), *_slowness(begin, end, span)]
     if bound is not None:
-        # what was used while the meter was reading is in the difference, though not in the window
-        bound += highest * max((span.begun - begin.before) + (end.after - span.end), 0.0)
         if source.reads_power and len(seen) == 2:
-            beyond = _beyond(joules, bound, seconds, seen)
-            bound += abs(beyond)
-            warnings += _contradictions(mean, beyond, seconds, seen)
+            beyond = _beyond(joules, seconds, seen)
+            warnings += _contradictions(mean, beyond, bound, seconds, seen)
+            bound = max(bound, abs(beyond))
+        # what was used while the meter was reading is in the difference, though not in the window
+        bound += highest * (max(span.begun - begin.before, 0.0) + max(end.after - span.end, 0.0))
     return Spent(microjoules, bound, tuple(warnings))
 
 
@@ -104,7 +104,8 @@ def _doubts(source: Source, begin: Reading, end: Reading, mean: float, seconds: 
             doubts.append(f"the counter had stood still for {reading.still_seconds:.3g} s when the window {edge}")
     blind = end.blind_seconds - begin.blind_seconds
     if blind > 0:
-        doubts.append(f"power was not sampled for {blind:.3g} s (a suspended or starved process, or a lost board)")
+        unseen = "the counter was not read" if source.kind == "rapl" else "power was not sampled"
+        doubts.append(f"{unseen} for {blind:.3g} s (a suspended or starved process, or a lost device)")
     limit = source.possible_watts if source.limit_watts is None else _OVER_LIMIT * source.limit_watts
     if mean > max(limit, begin.watts or 0.0, end.watts or 0.0):  # readings that say the same say that the limit is odd
         doubts.append(f"a mean of {mean:.4g} W is doubtful: the device keeps below {limit:.4g} W")
@@ -120,14 +121,13 @@ def _slowness(begin: Reading, end: Reading, span: Span) -> list[str]:
     return [f"{reading:.3g} s of readings are counted with the {span.seconds:.3g} s of the window"]
 
 
-def _beyond(joules: float, bound: float, seconds: float, seen: list[float]) -> float:
+def _beyond(joules: float, seconds: float, seen: list[float]) -> float:
     """By how many joules a counter is below (negative) or above what the power at both edges would make."""
-    lowest, highest = min(seen) * seconds, max(seen) * seconds
-    return min(joules + bound - lowest, 0.0) + max(joules - bound - highest, 0.0)
+    return min(joules - min(seen) * seconds, 0.0) + max(joules - max(seen) * seconds, 0.0)
 
 
-def _contradictions(mean: float, beyond: float, seconds: float, seen: list[float]) -> list[str]:
-    if abs(beyond) <= _CONTRADICTION * max(min(seen) if beyond < 0 else max(seen), 1e-3) * seconds:
+def _contradictions(mean: float, beyond: float, bound: float, seconds: float, seen: list[float]) -> list[str]:
+    if abs(beyond) - bound <= _CONTRADICTION * (min(seen) if beyond < 0 else max(seen)) * seconds:
         return []
     side, why = ("below", "was reset, or stood still") if beyond < 0 else ("above", "jumped, or caught up")
     return [

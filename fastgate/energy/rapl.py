@@ -13,8 +13,11 @@ from fastgate.energy.trail import Trail
 ROOT = Path("/sys/class/powercap")
 # no CPU package draws more (an AMD MI300A: 0.76 kW)
 _NO_PACKAGE_WATTS = 1000.0
-# counters start over after 65 or 262 kJ, at 1 kW in 65 s at the soonest: read them more often than that
-KEEP_SECONDS = 20.0
+# Counters start over after 65 or 262 kJ, at 1 kW in 65 s at the soonest. They are read far more often than that, since
+# nothing but the power that a step implies tells a wrap from a reset: in a second, one as high is a rare chance.
+KEEP_SECONDS = 1.0
+# a window says so where they were not read for longer
+_BLIND_SECONDS = 3.0
 # two views of one counter may be a renewal apart (1 ms at 500 W); two counters are so close in 1 of 10^5 cases at most
 _ONE_COUNTER_MICROJOULES = 500_000
 
@@ -85,6 +88,7 @@ class RaplPackage:
         self._clock = clock
         self._lock = ForkLock()
         self._microjoules = self._breaks = 0
+        self._read_at, self._blind = clock.now(), 0.0
         self._agreeing = self._pairs()  # those that have agreed at every reading
         self.read()
 
@@ -98,11 +102,13 @@ class RaplPackage:
             before = self._clock.now()
             values = [zone.read() for zone in self._zones]
             after = self._clock.now()
+            gap, self._read_at = after - self._read_at, before
+            self._blind += gap if gap > _BLIND_SECONDS else 0.0
             again = [zone.read() for zone in self._zones] if self._agreeing else values
             trails = [zone.trail for zone in self._zones]
-            steps = [trail.follow(value, before, after) for trail, value in zip(trails, values, strict=True)]
+            steps = [trail.follow(value, before, after, self.tick) for trail, value in zip(trails, values, strict=True)]
             breaks = sum(trail.breaks for trail in trails)
-            if breaks > self._breaks:  # a glitch tells nothing of what is one counter, and what it has told is forgotten
+            if breaks > self._breaks:  # a glitch tells nothing of what is one counter: look anew
                 self._breaks, self._agreeing = breaks, self._pairs()
             else:
                 self._agreeing = {(i, j) for i, j in self._agreeing if self._agree(i, j, values, again)}
@@ -115,6 +121,8 @@ class RaplPackage:
                 breaks=breaks,
                 reason=max(trails, key=lambda trail: trail.broken_at).reason,
                 still_seconds=max(trail.still_seconds for trail in trails),
+                doubt_joules=sum(trail.doubt_microjoules for trail in trails) / 1e6,
+                blind_seconds=self._blind,
             )
 
     def _agree(self, i: int, j: int, values: Sequence[int], again: Sequence[int]) -> bool:

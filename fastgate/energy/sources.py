@@ -50,7 +50,7 @@ class Reading:
         reason: of the latest break.
         still_seconds: for how long the source has said the same.
         doubt_joules: growing, as the energy does: by how much it may be off.
-        blind_seconds: growing: time in which the power was not looked at.
+        blind_seconds: growing: time in which a source that is to be looked at all the time was not.
     """
 
     microjoules: int
@@ -94,7 +94,7 @@ def stale_edges_bound(tick: float | None, begin: Reading, end: Reading, watts: f
     if tick is None:
         return None
     still = max(begin.still_seconds, end.still_seconds)
-    return watts * (tick if still < 1.5 * tick else still + tick)
+    return watts * (tick if still < 1.5 * tick else still + tick) + end.doubt_joules - begin.doubt_joules
 
 
 class NvmlCounter:
@@ -122,10 +122,10 @@ class NvmlCounter:
                 watts: float | None = self.board.read_milliwatts() / 1000
             except EnergyError:
                 watts = None
-            if watts is not None and watts > _NO_BOARD_WATTS:
-                watts = None
+            if watts is not None and not 0 < watts < _NO_BOARD_WATTS:
+                watts = None  # a glitch, from which nothing is to be concluded
             trail = self._trail
-            trail.follow(microjoules, before, after, watts)
+            trail.follow(microjoules, before, after, self.tick, watts)
             return Reading(
                 trail.microjoules, before, after, watts, trail.breaks, trail.reason, still_seconds=trail.still_seconds
             )
@@ -167,7 +167,7 @@ class PowerIntegral:
             after = self._clock.now()
             if watts > self.possible_watts:
                 raise EnergyError(
-                    f"a power reading of {watts:.6g} W is a glitch: no more than {self.possible_watts:.4g} W are possible"
+                    f"a power reading of {watts:.6g} W is a glitch: only {self.possible_watts:.4g} W are possible"
                 )
             now = (before + after) / 2
             if self._last is not None:

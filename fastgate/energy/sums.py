@@ -1,4 +1,4 @@
-"""Energies added up, over time and over processes. Part of a sum is never the sum: one unknown part makes it unknown."""
+"""Energies added up, over time and over processes. Part of a sum is never the sum: unknown parts make it unknown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -2,13 +2,21 @@
 
 import math
 
-# a reading may be late by the renewal of the counter (20 to 100 ms seen, perhaps not yet observed) and by the scheduler
-LATE_SECONDS = 1.0
+# a counter whose renewal was not observed may lag so far behind; one that is renewed every so often, some of its ticks
+_LATE_SECONDS, _LATE_TICKS = 1.0, 5
 
 
-def could_be(microjoules: int, seconds: float, possible_watts: float) -> bool:
-    """Whether a device that draws `possible_watts` at most can have used so much between two readings."""
-    return microjoules <= possible_watts * (seconds + LATE_SECONDS) * 1e6
+def could_be(microjoules: int, seconds: float, possible_watts: float, tick: float | None) -> bool:
+    """Whether a device that draws `possible_watts` at most can have used so much between two readings of its counter.
+
+    Args:
+        microjoules: what the counter says.
+        seconds: from before the first reading to after the second.
+        possible_watts: on average.
+        tick: seconds between two changes of the counter, None where unknown; what it lagged behind comes in addition.
+    """
+    late = _LATE_SECONDS if tick is None else min(_LATE_SECONDS, _LATE_TICKS * tick)
+    return microjoules <= possible_watts * (seconds + late) * 1e6
 
 
 class Trail:
@@ -25,6 +33,7 @@ class Trail:
         microjoules: the sum of the believed steps.
         breaks: how often the trail broke.
         reason, broken_at: why and when it last did.
+        doubt_microjoules: by how much the sum may be off: a reset shortly before the end of a counter looks like a wrap.
         still_seconds: for how long, up to the latest reading, all readings have shown the same value.
     """
 
@@ -34,16 +43,20 @@ class Trail:
         self._value: int | None = None
         self._read_at = self._changed_at = 0.0
         self._watts = 0.0
-        self.microjoules = self.breaks = 0
+        self._left: tuple[int, float] | None = None  # value and moment before the latest step backwards
+        self.microjoules = self.breaks = self.doubt_microjoules = 0
         self.reason, self.broken_at = "", -math.inf
         self.still_seconds = 0.0
 
-    def follow(self, value: int, before: float, after: float, watts: float | None = None) -> int:
+    def follow(
+        self, value: int, before: float, after: float, tick: float | None = None, watts: float | None = None
+    ) -> int:
         """Take a reading; the microjoules it adds.
 
         Args:
             value: microjoules, read between the moments `before` and `after`.
             before, after: seconds.
+            tick: of the counter, see :func:`could_be`.
             watts: the power at that time, where another sensor tells it: twice as much is possible.
         """
         if self._value is None:
@@ -54,8 +67,13 @@ class Trail:
         step, gap, since = value - self._value, after - self._read_at, after - self._changed_at
         possible = max(self._possible_watts, 2 * self._watts, 2 * (watts or 0.0))
         self._read_at, self._watts = before, watts or 0.0
-        refused = self._refuse(step, gap, since, possible)
+        refused = self._refuse(step, gap, since, possible, tick)
+        if refused is None and step != 0 and self._left is not None:
+            (left, then), self._left = self._left, None
+            if value >= left and could_be(value - left, after - then, possible, tick):
+                refused = "the counter was back where it had been: one reading of it was wrong"
         if refused is not None:
+            self._left = (self._value, self._changed_at) if step < 0 else None
             self.breaks += 1
             self.reason, self.broken_at = refused, after
             self._restart(value, before)
@@ -63,8 +81,9 @@ class Trail:
         if step == 0:
             self.still_seconds = since
             return 0
-        if self._wraps_at is not None:
-            step %= self._wraps_at
+        if step < 0 and self._wraps_at is not None:
+            step += self._wraps_at
+            self.doubt_microjoules += step
         self._restart(value, before)
         self.microjoules += step
         return step
@@ -72,7 +91,7 @@ class Trail:
     def _restart(self, value: int, moment: float) -> None:
         self._value, self._changed_at, self.still_seconds = value, moment, 0.0
 
-    def _refuse(self, step: int, gap: float, since: float, possible_watts: float) -> str | None:
+    def _refuse(self, step: int, gap: float, since: float, possible_watts: float, tick: float | None) -> str | None:
         """Why a step is no energy; None where it is."""
         if self._wraps_at is None:
             if step < 0:
@@ -85,12 +104,12 @@ class Trail:
                     f"the counter starts over every {self._wraps_at / 1e6:.6g} J and was not read for {gap:.3g} s, so "
                     "it is not known how often it did"
                 )
-            if step < 0 and not could_be(used, since, possible_watts):
+            if step < 0 and not could_be(used, since, possible_watts, tick):
                 return (
                     f"the counter went backwards by {-step / 1e6:.6g} J, too far from its end to have started over "
                     "(it was reset, or the machine was suspended)"
                 )
-        if not could_be(used, since, possible_watts):
+        if not could_be(used, since, possible_watts, tick):
             return (
                 f"the counter jumped by {used / 1e6:.6g} J in {since:.3g} s, and no more than {possible_watts:.4g} W "
                 "are possible"

@@ -47,6 +47,7 @@ SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fake_initialised": ([], ctypes.c_ulong),
     "fake_calls": ([], ctypes.c_ulong),
     "fake_exact_mj": ([ctypes.c_uint], ctypes.c_double),
+    "fake_true_mj": ([ctypes.c_uint], ctypes.c_double),
 }
 
 
