@@ -1,5 +1,6 @@
 """Energy of phases that follow one another: what the callbacks for other trainers have in common."""
 
+import sys
 from typing import Any
 
 from fastgate.energy.meter import EnergyMeter
@@ -32,5 +33,14 @@ class Timeline:
             "joules": total.joules or None,  # counters that did not move at all have not seen the phase
             "seconds": total.seconds,
             "source": total.source,
-            "warnings": list(total.warnings),
+            "warnings": [*_one_of_several(), *total.warnings],
         }
+
+
+def _one_of_several() -> list[str]:
+    """What to know of joules that other processes of the run add to; they are not asked, for they may not listen."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    processes = torch.distributed.get_world_size()
+    return [] if processes == 1 else [f"metered by one process of {processes}: what its own devices used"]

@@ -145,6 +145,87 @@ def test_a_wrap_inside_a_window(tmp_path: Path, no_gpu: Fake) -> None:
     assert w.result.joules == 5.0
 
 
+def set_counter(zone: Path, microjoules: int) -> None:
+    (zone / "energy_uj").write_text(f"{microjoules}\n")
+
+
+@pytest.mark.parametrize(("start", "back"), [(5_000_000_000, 50_000_000), (7_000_001, 7_000_000)], ids=["reset", "1uJ"])
+def test_a_step_back_that_is_no_wrap(tmp_path: Path, no_gpu: Fake, start: int, back: int) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", start)
+    meter = no_gpu.meter()
+    with meter.window("w") as w:
+        no_gpu.run(1)
+        set_counter(zone, back)
+    assert (w.result.joules, w.result.microjoules) == (None, None)
+    assert "the counter went backwards by" in w.result.warnings[0]
+    assert "(it was reset, or the machine was suspended)" in w.result.warnings[0]
+    for joules in (30, 50):
+        with meter.window("afterwards") as w:
+            burn(zone, joules)
+            no_gpu.run(1)
+    assert w.result.joules == 50.0
+
+
+@pytest.mark.parametrize("wraps", [0, 1, 2])
+def test_a_counter_that_was_not_read_for_longer_than_a_wrap_takes(tmp_path: Path, no_gpu: Fake, wraps: int) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000_000)
+    with no_gpu.meter().window("w") as w:
+        no_gpu.run(655)
+        burn(zone, wraps * RANGE / 1e6 + 1)
+    assert w.result.joules is None
+    assert "starts over every 262143 J and was not read for 65" in w.result.warnings[0]
+
+
+def test_a_jump_that_is_impossible(tmp_path: Path, no_gpu: Fake) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000_000)
+    with no_gpu.meter().window("w") as w:
+        burn(zone, 100_000)
+        no_gpu.run(10)
+    assert w.result.joules is None
+    assert "the counter jumped by 100000 J in 10" in w.result.warnings[0]
+
+
+def test_a_counter_that_was_not_read_for_a_while_warns(tmp_path: Path, no_gpu: Fake) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000_000)
+    meter = no_gpu.meter()
+    meter.lap()
+    with meter.window("w") as w:
+        burn(zone, 1000)
+        no_gpu.run(10)
+    assert w.result.joules == 1000.0
+    assert any("the counter was not read for 10 s" in warning for warning in w.result.warnings)
+
+
+@pytest.mark.parametrize("at", ["made", "used"])
+def test_a_glitch_does_not_make_two_counters_of_mirrors(tmp_path: Path, no_gpu: Fake, at: str) -> None:
+    first, second = dies(tmp_path / "powercap", 5_000_000_000, 5_000_000_000)
+    if at == "made":
+        set_counter(second, 0)
+    meter = no_gpu.meter()
+    no_gpu.run(1)
+    set_counter(second, 5_000_000_000 if at == "made" else 0)
+    meter.lap()
+    no_gpu.run(1)
+    set_counter(second, 5_000_000_000)
+    meter.lap()
+    for _ in range(2):
+        with meter.window("w") as w:
+            for zone in (first, second):
+                burn(zone, 68)
+            no_gpu.run(1)
+    assert w.result.joules == 68.0
+
+
+def test_one_of_two_packages_that_is_lost_makes_the_sum_unknown(root: Path, no_gpu: Fake) -> None:
+    meter = no_gpu.meter()
+    with meter.window("w") as w:
+        burn(root / "intel-rapl:0", 300)
+        (root / "intel-rapl:2" / "energy_uj").unlink()
+        no_gpu.run(10)
+    assert (w.result.joules, w.result.microjoules) == (None, None)
+    assert w.result.per_device == {"cpu:package-0": 300.0, "cpu:package-1": None}
+
+
 def test_many_wraps_in_a_long_window_are_kept_by_the_thread(
     tmp_path: Path, no_gpu: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
