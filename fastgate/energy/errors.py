@@ -34,4 +34,8 @@ class NotSupported(EnergyError):
 
 
 class WindowOpenError(EnergyError):
-    """The result of a window was asked for before the window ended."""
+    """A window was asked for its result before it ended, or entered while it is open."""
+
+
+class WindowClosedError(EnergyError):
+    """A window has ended, or its meter was closed."""

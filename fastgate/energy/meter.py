@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 
 from fastgate.energy import cuda, rapl
 from fastgate.energy.devices import Device, find_board, parse_devices
-from fastgate.energy.errors import DeviceMissing, EnergyError, LibraryMissing, NotSupported
+from fastgate.energy.errors import DeviceMissing, EnergyError, LibraryMissing, NotSupported, WindowClosedError
 from fastgate.energy.nvml import Board, Session
 from fastgate.energy.results import Energy
 from fastgate.energy.sources import Clock, PowerIntegral, Sampler, Source, nvml_source, observe_ticks
-from fastgate.energy.windows import Window
+from fastgate.energy.windows import Window, read_boundary
 
 _CPU = ("auto", "off", "require")
 
@@ -65,6 +65,7 @@ class EnergyMeter:
         self._boards: list[Board] = []
         self._samplers: list[Sampler] = []
         self._session: Session | None = None
+        self.closed = False
         self._synchronize = synchronize
         self._finalizer = weakref.finalize(self, _stop, self._samplers)
         try:
@@ -138,7 +139,7 @@ class EnergyMeter:
 
     def _add_packages(self, *, require: bool) -> None:
         try:
-            self.sources += rapl.packages()
+            self.sources += rapl.packages(clock=self.clock)
         except EnergyError as error:
             if require:
                 raise
@@ -155,7 +156,11 @@ class EnergyMeter:
         Args:
             name: any text; names need not differ.
             items: what is worked on in it, for `joules_per_item`.
+
+        Raises:
+            WindowClosedError: the meter was closed.
         """
+        self.check_open()
         return Window(self, name, items)
 
     def begin(self, name: str, items: int | None = None) -> Window:
@@ -194,11 +199,36 @@ class EnergyMeter:
                 warnings.append(f"{board.uuid}: the joules include those of {others} other process(es) on the board")
         return warnings
 
+    def is_readable(self) -> bool:
+        """Whether anything can be metered right now."""
+        readings = read_boundary(self.sources, self.clock).readings.values()
+        return any(not isinstance(reading, EnergyError) for reading in readings)
+
+    def check_open(self) -> None:
+        """Refuse to meter once the meter is closed.
+
+        Raises:
+            WindowClosedError: it is.
+        """
+        if self.closed:
+            raise WindowClosedError("this meter was closed: make another EnergyMeter")
+
     def close(self) -> None:
-        """Stop sampling and give NVML back; otherwise this happens when the meter is garbage."""
+        """Stop sampling and give NVML back; otherwise this happens when the meter is garbage.
+
+        Windows that are still open end with unknown energy, and no other can begin.
+        """
+        self.closed = True
         self._finalizer()
         if self._session is not None:
             self._session.close()
+
+    def __repr__(self) -> str:
+        names = {board.uuid: f" ({board.name})" for board in self._boards}
+        metered = [f"{source.key}{names.get(source.key, '')} by {source.kind}" for source in self.sources]
+        missed = [f"{device} not metered: {reason}" for device, reason in self.unavailable.items()]
+        said = "; ".join([*(metered or ["nothing metered"]), *missed, *self.notes])
+        return f"<EnergyMeter{', closed' if self.closed else ''}: {said}>"
 
 
 def _other_processes(board: Board) -> int:

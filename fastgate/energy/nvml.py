@@ -222,6 +222,12 @@ class Board:
         milliwatts = self._try("nvmlDeviceGetEnforcedPowerLimit")
         return None if milliwatts is None else milliwatts / 1000
 
+    def highest_power_limit_watts(self) -> float | None:
+        """The highest power limit that may be in force at any time, None where unknown."""
+        constraints = self._try("nvmlDeviceGetPowerManagementLimitConstraints")
+        limits = [self.power_limit_watts(), None if constraints is None else constraints[1] / 1000]
+        return max((limit for limit in limits if limit is not None), default=None)
+
     def temperature_celsius(self) -> int | None:
         """The temperature of the GPU, None where unknown."""
         celsius = self._try("nvmlDeviceGetTemperature", 0)

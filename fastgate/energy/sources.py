@@ -10,14 +10,20 @@ from itertools import pairwise
 from typing import Protocol
 
 from fastgate.energy.errors import EnergyError, NotSupported
+from fastgate.energy.locks import ForkLock
 from fastgate.energy.nvml import Board
+from fastgate.energy.trail import Trail
 
 # a device is asked for its power this often; boards renew the reading every 20 to 100 ms
 _SAMPLE_SECONDS = 0.05
 # a power reading may be this old: the slowest renewal in published measurements of data-center boards
 _SENSOR_LAG_SECONDS = 0.1
-# between samples further apart than this the power is a guess
-_BLIND_SECONDS = 1.0
+# between samples further apart than this the power is anybody's guess, and a window says so
+_BLIND_SECONDS = 5 * _SAMPLE_SECONDS
+# no board draws more (an NVIDIA GB300: 1.4 kW); what says so is no reading
+_NO_BOARD_WATTS = 10_000.0
+# more than its power limit a board draws for milliseconds only; more than twice as much on average it cannot
+_OVER_LIMIT = 2.0
 
 
 class Clock:
@@ -34,13 +40,28 @@ class Clock:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source said at one moment; a window is the difference of two readings."""
+    """What a source said once, between two moments; a window is the difference of two readings.
+
+    Attributes:
+        microjoules: used up to now, of what can be believed.
+        before, after: seconds; the source was asked then, and had answered.
+        watts: power about now, None where not known.
+        breaks: how much could not be believed so far: across a break there is no difference.
+        reason: of the latest break.
+        still_seconds: for how long the source has said the same.
+        doubt_joules: growing, as the energy does: by how much it may be off.
+        blind_seconds: growing: time in which a source that is to be looked at all the time was not.
+    """
 
     microjoules: int
-    watts: float | None = None  # power about now
-    origin: int = 0  # readings with different origins do not belong together
-    doubt_joules: float = 0.0  # growing, as the energy does
-    blind_seconds: float = 0.0  # growing: time in which the power was not looked at
+    before: float
+    after: float
+    watts: float | None = None
+    breaks: int = 0
+    reason: str = ""
+    still_seconds: float = 0.0
+    doubt_joules: float = 0.0
+    blind_seconds: float = 0.0
 
 
 class Source(Protocol):
@@ -49,89 +70,146 @@ class Source(Protocol):
     key: str
     kind: str
     tick: float | None  # seconds between two changes of the reading, None where not observed
+    limit_watts: float | None  # the device keeps below on average, None where unknown
+    possible_watts: float  # it never draws more
+    reads_power: bool  # whether its power is known by another sensor than the one its energy comes from
 
     def read(self) -> Reading:
         """The energy so far; raises EnergyError where it cannot be read."""
 
-    def error_bound(self, begin: Reading, end: Reading, seconds: float) -> float | None:
-        """Joules by which the difference of two readings may be off, None where unknown."""
+    def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
+        """Joules by which the difference of two readings may be off, None where unknown.
+
+        Args:
+            begin, end: the readings.
+            watts: the highest power to be reckoned with.
+        """
 
 
-def stale_edges_bound(tick: float | None, begin: Reading, end: Reading, seconds: float) -> float | None:
+def stale_edges_bound(tick: float | None, begin: Reading, end: Reading, watts: float) -> float | None:
     """The bound for a counter that is renewed once per tick: at either edge it may lack one tick's energy.
 
-    The power during that tick is taken as the highest known: the window's mean, or the power read at an edge.
+    Where the counter has stood still for longer than a tick, it may lack what was used in all that time.
     """
     if tick is None:
         return None
-    mean = (end.microjoules - begin.microjoules) / 1e6 / seconds if seconds > 0 else 0.0
-    return tick * max(mean, begin.watts or 0.0, end.watts or 0.0)
+    still = max(begin.still_seconds, end.still_seconds)
+    return watts * (tick if still < 1.5 * tick else still + tick) + end.doubt_joules - begin.doubt_joules
 
 
 class NvmlCounter:
-    """The energy counter of a board."""
+    """The energy counter of a board; its power readings say what it can have counted."""
 
     kind = "nvml-counter"
+    reads_power = True
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, clock: Clock) -> None:
         self.board = board
         self.key = board.uuid
         self.tick: float | None = None
+        self.limit_watts, self.possible_watts = _power_limits(board)
+        self._clock = clock
+        self._lock = ForkLock()
+        self._trail = Trail(self.possible_watts)
 
     def read(self) -> Reading:
-        """One call for the energy, one for the power (which only serves the error bound)."""
-        microjoules = self.board.read_millijoules() * 1000
-        try:
-            watts = self.board.read_milliwatts() / 1000
-        except EnergyError:
-            watts = None
-        return Reading(microjoules, watts)
+        """One call for the energy, one for the power."""
+        with self._lock:
+            before = self._clock.now()
+            microjoules = self.board.read_millijoules() * 1000
+            after = self._clock.now()
+            try:
+                watts: float | None = self.board.read_milliwatts() / 1000
+            except EnergyError:
+                watts = None
+            if watts is not None and not 0 < watts < _NO_BOARD_WATTS:
+                watts = None  # a glitch, from which nothing is to be concluded
+            trail = self._trail
+            trail.follow(microjoules, before, after, self.tick, watts)
+            return Reading(
+                trail.microjoules, before, after, watts, trail.breaks, trail.reason, still_seconds=trail.still_seconds
+            )
 
-    def error_bound(self, begin: Reading, end: Reading, seconds: float) -> float | None:
+    def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
         """See :func:`stale_edges_bound`."""
-        return stale_edges_bound(self.tick, begin, end, seconds)
+        return stale_edges_bound(self.tick, begin, end, watts)
 
 
 class PowerIntegral:
     """Power of a board without a counter, added up by the trapezoid rule between samples.
 
-    Samples come from every reading and from a :class:`Sampler`; after a fork the child starts from a new origin.
+    Samples come from every reading and from a :class:`Sampler`; after a fork the child starts anew.
     """
 
     kind = "nvml-power-integral"
+    reads_power = False
     sample_seconds = _SAMPLE_SECONDS
 
     def __init__(self, board: Board, clock: Clock) -> None:
         self.board = board
         self.key = board.uuid
         self.tick: float | None = _SAMPLE_SECONDS
+        self.limit_watts, self.possible_watts = _power_limits(board)
         self._clock = clock
-        self._start()
-
-    def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._origin = os.getpid()
+        self._pid = os.getpid()
+        self._lock = ForkLock()
         self._joules = self._doubt = self._blind = 0.0
-        self._last: tuple[float, float] | None = None
+        self._breaks = 0
+        self._last: tuple[float, float, float] | None = None  # watts, moment, and when that sample was asked for
 
     def read(self) -> Reading:
         """Take a sample now; the energy up to it."""
-        if self._origin != os.getpid():  # a forked child: the lock may be held by a thread that exists no more
-            self._start()
         with self._lock:
-            watts, now = self.board.read_milliwatts() / 1000, self._clock.now()
+            if self._pid != os.getpid():
+                self._pid, self._last, self._breaks = os.getpid(), None, self._breaks + 1
+            before = self._clock.now()
+            watts = self.board.read_milliwatts() / 1000
+            after = self._clock.now()
+            if watts > self.possible_watts:
+                raise EnergyError(
+                    f"a power reading of {watts:.6g} W is a glitch: only {self.possible_watts:.4g} W are possible"
+                )
+            now = (before + after) / 2
             if self._last is not None:
-                before, then = self._last
-                gap = now - then
-                self._joules += gap * (watts + before) / 2
-                self._doubt += (gap / 2 + _SENSOR_LAG_SECONDS) * abs(watts - before)
-                self._blind += gap if gap > _BLIND_SECONDS else 0.0
-            self._last = watts, now
-            return Reading(round(self._joules * 1e6), watts, self._origin, self._doubt, self._blind)
+                self._add(watts, now, after)
+            self._last = watts, now, before
+            return Reading(
+                round(self._joules * 1e6),
+                before,
+                after,
+                watts,
+                self._breaks,
+                "the process was forked inside the window, and power was not sampled all along",
+                doubt_joules=self._doubt,
+                blind_seconds=self._blind,
+            )
 
-    def error_bound(self, begin: Reading, end: Reading, seconds: float) -> float | None:
-        """Half a step of power for the time between its two samples, and the whole step for the lag of the sensor."""
-        return end.doubt_joules - begin.doubt_joules
+    def _add(self, watts: float, now: float, after: float) -> None:
+        """Add the time since the last sample."""
+        last, then, asked = self._last or (watts, now, now)
+        mean, gap = (watts + last) / 2, after - asked
+        self._joules += (now - then) * mean
+        self._doubt += _SENSOR_LAG_SECONDS * abs(watts - last)
+        if gap <= 2 * _SAMPLE_SECONDS:
+            self._doubt += gap / 2 * abs(watts - last)
+        else:  # a burst, or a pause, may have come and gone
+            self._doubt += gap * max(mean, (self.limit_watts or self.possible_watts) - mean)
+        self._blind += gap if gap > _BLIND_SECONDS else 0.0
+
+    def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
+        """For the time between two samples half a step of power, or where it is long whatever the board can draw.
+
+        For the lag of the sensor the whole step; at the end of the window the step is not seen any more.
+        """
+        return end.doubt_joules - begin.doubt_joules + _SENSOR_LAG_SECONDS * watts
+
+
+def _power_limits(board: Board) -> tuple[float | None, float]:
+    """A board's power limit, None where it does not tell a believable one, and what it never draws."""
+    limit = board.highest_power_limit_watts()
+    if limit is None or not 0 < limit < _NO_BOARD_WATTS:
+        return None, _NO_BOARD_WATTS
+    return limit, _OVER_LIMIT * limit
 
 
 class Sampler:
@@ -173,7 +251,7 @@ def nvml_source(board: Board, clock: Clock) -> NvmlCounter | PowerIntegral:
     except NotSupported:
         board.read_milliwatts()
         return PowerIntegral(board, clock)
-    return NvmlCounter(board)
+    return NvmlCounter(board, clock)
 
 
 def observe_ticks(sources: list[Source], clock: Clock, *, changes: int = 4, seconds: float = 0.5) -> None:

@@ -1,9 +1,11 @@
 """Energy of phases that follow one another: what the callbacks for other trainers have in common."""
 
+import sys
 from typing import Any
 
 from fastgate.energy.meter import EnergyMeter
 from fastgate.energy.results import Energy
+from fastgate.energy.sums import add_parts
 
 
 class Timeline:
@@ -24,12 +26,21 @@ class Timeline:
     def collect(self, phase: str) -> dict[str, Any]:
         """Joules (None if unknown), seconds, source and warnings of a phase since it was last collected."""
         laps = self._spent.pop(phase, [])
-        counted = [lap.microjoules for lap in laps]
-        total = None if None in counted else sum(lap.microjoules or 0 for lap in laps)
+        if not laps:
+            return {"joules": None, "seconds": 0.0, "source": None, "warnings": []}
+        total = add_parts(laps)
         return {
-            # a counter that did not move at all has not seen the phase
-            "joules": total / 1e6 if total else None,
-            "seconds": sum(lap.seconds for lap in laps),
-            "source": laps[-1].source if laps else None,
-            "warnings": list(dict.fromkeys(warning for lap in laps for warning in lap.warnings)),
+            "joules": total.joules or None,  # counters that did not move at all have not seen the phase
+            "seconds": total.seconds,
+            "source": total.source,
+            "warnings": [*_one_of_several(), *total.warnings],
         }
+
+
+def _one_of_several() -> list[str]:
+    """What to know of joules that other processes of the run add to; they are not asked, for they may not listen."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    processes = torch.distributed.get_world_size()
+    return [] if processes == 1 else [f"metered by one process of {processes}: what its own devices used"]

@@ -35,9 +35,10 @@ def measure_inference(
     """
     meter = EnergyMeter(inputs.device)
     try:
-        if not meter.sources:
-            warnings = meter.total.warnings
-            return {name: InferenceEnergy(None, meter.total.source, warnings) for name in models}
+        if not meter.is_readable():
+            with meter.window("nothing") as window:  # says why
+                pass
+            return dict.fromkeys(models, InferenceEnergy(None, window.result.source, window.result.warnings))
         with torch.inference_mode(), eval_mode(*models.values()):
             passes = {name: lambda model=model: model(inputs) for name, model in models.items()}
             results = measure_energy(passes, min_seconds, trials, warmup=3, meter=meter)
@@ -46,8 +47,9 @@ def measure_inference(
     found = {}
     for name in models:
         mine = [result for result in results if result.name == name]
-        known = [result.joules_per_item for result in mine if result.joules_per_item is not None]
+        metered = [result for result in mine if result.joules_per_item is not None]
         warnings = tuple(dict.fromkeys(warning for result in mine for warning in result.warnings))
-        per_sample = statistics.median(known) / len(inputs) if known else None
-        found[name] = InferenceEnergy(per_sample, mine[-1].source, warnings)
+        per_call = statistics.median(result.joules_per_item or 0.0 for result in metered) if metered else None
+        source = (metered or mine)[-1].source
+        found[name] = InferenceEnergy(None if per_call is None else per_call / len(inputs), source, warnings)
     return found

@@ -28,6 +28,11 @@ SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     ),
     "fake_set_watts": ([ctypes.c_uint, ctypes.c_double], None),
     "fake_set_counter_mj": ([ctypes.c_uint, ctypes.c_double], None),
+    "fake_set_limit_watts": ([ctypes.c_uint, ctypes.c_double], None),
+    "fake_set_stalled": ([ctypes.c_uint, ctypes.c_int], None),
+    "fake_glitch_energy": ([ctypes.c_uint, ctypes.c_ulonglong], None),
+    "fake_glitch_power": ([ctypes.c_uint, ctypes.c_uint], None),
+    "fake_set_slowness_us": ([ctypes.c_uint64], None),
     "fake_inject_error": ([ctypes.c_char_p, ctypes.c_int], ctypes.c_int),
     "fake_clear_errors": ([], None),
     "fake_set_error": ([ctypes.c_uint, ctypes.c_int], None),
@@ -42,6 +47,7 @@ SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "fake_initialised": ([], ctypes.c_ulong),
     "fake_calls": ([], ctypes.c_ulong),
     "fake_exact_mj": ([ctypes.c_uint], ctypes.c_double),
+    "fake_true_mj": ([ctypes.c_uint], ctypes.c_double),
 }
 
 

@@ -30,10 +30,16 @@ typedef struct device {
     char uuid[96], name[96], bus[32];
     unsigned architecture;
     double watts;           /* now */
-    double energy_mj;       /* exact */
+    double true_mj;         /* what was used */
+    double energy_mj;       /* the same, unless a test has set the counter */
     double latched_mj;      /* what the counter shows */
     double latched_watts;   /* what the power readings show */
+    double limit_watts;
     uint64_t period_us;
+    int stalled;            /* the counter is not renewed */
+    unsigned long long energy_glitch;
+    unsigned power_glitch;
+    int energy_glitches, power_glitches; /* how many readings answer these in place of the truth */
     int has_counter, has_instant, has_average;
     int error;              /* what every call on this board answers */
     int hidden;             /* what looking it up answers */
@@ -79,7 +85,7 @@ static unsigned device_count, slice_count, injection_count, references;
 static unsigned long calls, initialised;
 static int real_time;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static uint64_t now_us;
+static uint64_t now_us, slowness_us;
 
 static int injected(const char *function) {
     for (unsigned i = 0; i < injection_count; i++)
@@ -113,7 +119,7 @@ void fake_reset(void) {
     device_count = slice_count = injection_count = references = 0;
     calls = initialised = 0;
     real_time = 0;
-    now_us = 0;
+    now_us = slowness_us = 0;
 }
 
 /* Returns the index of the new device, or -1 when there is no room or the period is 0. */
@@ -126,6 +132,7 @@ int fake_add_device(const char *uuid, const char *name, const char *bus, unsigne
     snprintf(d->bus, sizeof d->bus, "%s", bus);
     d->architecture = architecture;
     d->watts = d->latched_watts = watts;
+    d->limit_watts = 70;
     d->period_us = period_us;
     d->has_counter = has_counter;
     d->has_instant = has_instant;
@@ -140,6 +147,23 @@ void fake_set_watts(unsigned index, double watts) {
 void fake_set_counter_mj(unsigned index, double mj) {
     if (index < device_count) devices[index].energy_mj = devices[index].latched_mj = mj;
 }
+
+void fake_set_limit_watts(unsigned index, double watts) { devices[index].limit_watts = watts; }
+void fake_set_stalled(unsigned index, int stalled) { devices[index].stalled = stalled; }
+
+/* What the next reading of the counter (mJ) or of the power (mW) answers, in place of the truth. */
+void fake_glitch_energy(unsigned index, unsigned long long mj) {
+    devices[index].energy_glitch = mj;
+    devices[index].energy_glitches = 1;
+}
+
+void fake_glitch_power(unsigned index, unsigned mw) {
+    devices[index].power_glitch = mw;
+    devices[index].power_glitches = 1;
+}
+
+/* Every reading of energy or power takes so long; it answers what is true at its end. */
+void fake_set_slowness_us(uint64_t us) { slowness_us = us; }
 
 /* Makes one NVML function return an error code until fake_clear_errors(); -1 when there is no room. */
 int fake_inject_error(const char *function, int code) {
@@ -173,6 +197,7 @@ unsigned fake_references(void) { return references; }
 unsigned long fake_initialised(void) { return initialised; }
 unsigned long fake_calls(void) { return calls; }
 double fake_exact_mj(unsigned index) { return devices[index].energy_mj; }
+double fake_true_mj(unsigned index) { return devices[index].true_mj; }
 
 void fake_advance_us(uint64_t us) {
     pthread_mutex_lock(&mutex);
@@ -183,9 +208,10 @@ void fake_advance_us(uint64_t us) {
             uint64_t tick = (t / d->period_us + 1) * d->period_us;
             uint64_t next = tick < end ? tick : end;
             d->energy_mj += d->watts * (double)(next - t) * 1e-3; /* W x us = 1e-3 mJ */
+            d->true_mj += d->watts * (double)(next - t) * 1e-3;
             t = next;
             if (t % d->period_us == 0) {
-                d->latched_mj = d->energy_mj;
+                if (!d->stalled) d->latched_mj = d->energy_mj;
                 d->latched_watts = d->watts;
             }
         }
@@ -229,6 +255,20 @@ __attribute__((constructor)) static void add_boards_of_environment(void) {
 }
 
 /* ---- the NVML functions an energy meter calls --------------------------------------------- */
+
+#ifndef OLD_DRIVER
+static unsigned long long read_energy(device_t *device) {
+    if (device->energy_glitches && device->energy_glitches--) return device->energy_glitch;
+    if (slowness_us) fake_advance_us(slowness_us);
+    return (unsigned long long)(device->latched_mj + 1e-6);
+}
+#endif
+
+static unsigned read_power(device_t *device) {
+    if (device->power_glitches && device->power_glitches--) return device->power_glitch;
+    if (slowness_us) fake_advance_us(slowness_us);
+    return (unsigned)(device->latched_watts * 1000);
+}
 
 static int copy(const char *text, char *buffer, unsigned size) {
     if (strlen(text) >= size) return TOO_SMALL;
@@ -320,14 +360,14 @@ int nvmlDeviceGetArchitecture(nvmlDevice_t device, unsigned *architecture) {
 int nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *energy) {
     ENTER_DEVICE(energy);
     if (!device->has_counter) return NOT_SUPPORTED;
-    *energy = (unsigned long long)(device->latched_mj + 1e-6);
+    *energy = read_energy(device);
     return OK;
 }
 #endif
 
 int nvmlDeviceGetPowerUsage(nvmlDevice_t device, unsigned *milliwatts) {
     ENTER_DEVICE(milliwatts);
-    *milliwatts = (unsigned)(device->latched_watts * 1000);
+    *milliwatts = read_power(device);
     return OK;
 }
 
@@ -343,15 +383,15 @@ int nvmlDeviceGetFieldValues(nvmlDevice_t device, int count, field_t *fields) {
         if (f->field == FIELD_POWER_INSTANT && f->scope == SCOPE_GPU && device->has_instant) {
             f->status = OK;
             f->type = TYPE_UINT;
-            f->value.ui = (unsigned)(device->latched_watts * 1000);
+            f->value.ui = read_power(device);
         } else if ((f->field == FIELD_ENERGY || f->field == FIELD_ENERGY_2) && device->has_counter) {
             f->status = OK;
             f->type = TYPE_ULONGLONG;
-            f->value.ull = (unsigned long long)(device->latched_mj + 1e-6);
+            f->value.ull = read_energy(device);
         } else if (f->field == FIELD_POWER_AVERAGE && f->scope == SCOPE_GPU && device->has_average) {
             f->status = OK; /* unsupported on Turing and older */
             f->type = TYPE_UINT;
-            f->value.ui = (unsigned)(device->latched_watts * 1000);
+            f->value.ui = read_power(device);
         }
     }
     return OK;
@@ -367,7 +407,14 @@ int nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, pci_t *info) {
 
 int nvmlDeviceGetEnforcedPowerLimit(nvmlDevice_t device, unsigned *milliwatts) {
     ENTER_DEVICE(milliwatts);
-    *milliwatts = 70000;
+    *milliwatts = (unsigned)(device->limit_watts * 1000);
+    return OK;
+}
+
+int nvmlDeviceGetPowerManagementLimitConstraints(nvmlDevice_t device, unsigned *least, unsigned *most) {
+    ENTER_DEVICE(least && most);
+    *least = 0;
+    *most = (unsigned)(device->limit_watts * 1000);
     return OK;
 }
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from torch import nn
 
 import fastgate as fg
+from fastgate.energy.errors import WindowClosedError
 from tests.energy.fake import Fake
 
 
@@ -63,10 +65,41 @@ def test_a_slow_function_is_called_once_per_trial_and_waited_for_once(fake: Fake
     assert len(waits) == 4  # begin and end of each trial
 
 
-def test_without_a_meter_the_time_is_still_measured() -> None:
-    (result,) = fg.measure_energy(lambda: None, min_seconds=0.01, trials=1, warmup=0)
-    assert result.joules is None and result.items > 0 and result.seconds >= 0.01
-    assert result.warnings != ()
+def test_where_nothing_can_be_metered_it_is_said_at_once(fake: Fake) -> None:
+    fake.fail("nvmlInitWithFlags", 12)
+    meter = fake.meter("cuda:0")
+    calls: list[int] = []
+
+    def step() -> None:
+        calls.append(fake.now_us())
+        fake.run(30)
+
+    with pytest.warns(UserWarning, match=r"nothing can be metered, .* cuda:0 not metered: .*driver") as said:
+        results = fg.measure_energy(step, trials=2, meter=meter)
+    assert said[0].filename == __file__
+    # one call per trial, for the time
+    assert [(r.joules, r.seconds, r.items) for r in results] == [(None, 30.0, 1)] * 2 and len(calls) == 2
+    assert "install the NVIDIA driver" in results[0].warnings[0]
+
+
+def test_a_board_that_is_lost_before_the_trials_is_said_at_once(fake: Fake) -> None:
+    fake.board(watts=50)
+    meter = fake.meter()
+    fake.set_error(0, 15)
+    with pytest.warns(UserWarning, match="nothing can be metered"):
+        (result,) = fg.measure_energy(lambda: fake.run(0.01), trials=1, meter=meter)
+    assert result.joules is None and result.seconds == pytest.approx(0.05, abs=0.01)
+    assert "fell off the bus" in result.warnings[0]
+
+
+def test_its_own_meter_is_closed(fake: Fake) -> None:
+    with pytest.warns(UserWarning, match="nothing can be metered"):
+        results = fg.measure_energy(lambda: None, min_seconds=0.01, trials=1)
+    assert results[0].seconds >= 0.01 and fake.references() == 0
+
+
+def with_argument(x: object) -> object:
+    return x
 
 
 @pytest.mark.parametrize(
@@ -74,6 +107,14 @@ def test_without_a_meter_the_time_is_still_measured() -> None:
     [
         (([],), "fn: expected at least one function"),
         ((3,), "fn: expected functions without arguments, got 3"),
+        ((with_argument,), "fn: expected functions without arguments, got with_argument, which needs some"),
+        ((nn.Linear(2, 2),), r"got Linear, which needs some: give `lambda: f\(x\)`"),
+        (([print, nn.Sequential(nn.Linear(2, 2))],), "got Sequential, which needs some"),
+        ((print, float("inf")), "min_seconds: expected a finite duration, got inf"),
+        ((print, float("nan")), "min_seconds: expected a duration above 0, got nan"),
+        ((print, "5"), "min_seconds: expected a number of seconds, got '5'"),
+        ((print, True), "min_seconds: expected a number of seconds, got True"),
+        ((print, 1, True), "trials: expected an integer of at least 1, got True"),
         ((print, 0), "min_seconds: expected a duration above 0, got 0"),
         ((print, 1, 0), "trials: expected an integer of at least 1, got 0"),
         ((print, 1, 1, -1), "warmup: expected an integer of at least 0, got -1"),
@@ -82,3 +123,13 @@ def test_without_a_meter_the_time_is_still_measured() -> None:
 def test_bad_arguments(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         fg.measure_energy(*arguments)
+
+
+def test_a_meter_that_is_none_or_closed(fake: Fake) -> None:
+    fake.board()
+    meter = fake.meter()
+    meter.close()
+    with pytest.raises(WindowClosedError, match="this meter was closed: make another EnergyMeter"):
+        fg.measure_energy(print, meter=meter)
+    with pytest.raises(TypeError, match="meter: expected an EnergyMeter or None, got 'cuda'"):
+        fg.measure_energy(print, meter="cuda")  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """CPU packages in a temporary powercap tree."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,80 @@ def test_packages_are_summed_and_nothing_else(root: Path, no_gpu: Fake) -> None:
     assert (w.result.joules, w.result.source, w.result.joules_per_item) == (2023.0, "rapl", 202.3)
 
 
+def dies(root: Path, *microjoules: int, package: int = 0) -> list[Path]:
+    """One zone per die of a package, with these counters."""
+    start = len(list(root.glob("*")))
+    names = [f"package-{package}-die-{i}" for i in range(len(microjoules))]
+    return [add_zone(root, f"intel-rapl:{start + i}", names[i], value) for i, value in enumerate(microjoules)]
+
+
+@pytest.mark.parametrize("start", [0, 7_000_000_000, RANGE - 100_000_000], ids=["just-reset", "running", "wraps"])
+def test_dies_that_mirror_one_counter_count_once(tmp_path: Path, no_gpu: Fake, start: int) -> None:
+    zones = dies(tmp_path / "powercap", start, start + 40_000, start + 80_000, start + 80_000)
+    meter = no_gpu.meter()
+    laps = []
+    with meter.window("w") as w:
+        for joules in (300, 380):
+            for zone in zones:
+                burn(zone, joules)
+            no_gpu.run(5)
+            laps.append(w.lap().joules)
+    assert laps == [300.0, 380.0]
+    assert (w.result.joules, w.result.per_device) == (680.0, {"cpu:package-0": 680.0})
+
+
+@pytest.mark.parametrize("apart", [0, 1_000_000, 3_000_000_000], ids=["just-reset", "a-joule-apart", "running"])
+def test_dies_with_counters_of_their_own_add_up(tmp_path: Path, no_gpu: Fake, apart: int) -> None:
+    first, second, third = dies(tmp_path / "powercap", 5_000_000, 5_000_000 + apart, 5_000_000 + 2 * apart)
+    with no_gpu.meter().window("w") as w:
+        for _ in range(2):
+            burn(first, 200)
+            burn(second, 140)
+            burn(third, 60)
+            no_gpu.run(5)
+            w.lap()
+    assert [lap.joules for lap in w.laps[:2]] == [400.0, 400.0]
+    assert (w.result.joules, w.result.per_device) == (800.0, {"cpu:package-0": 800.0})
+
+
+def test_packages_of_mirroring_dies_add_up(tmp_path: Path, no_gpu: Fake) -> None:
+    # counters of two packages are two counters, whatever they show
+    first = dies(tmp_path / "powercap", 5_000_000, 5_000_000)
+    second = dies(tmp_path / "powercap", 5_000_000, 5_000_000, package=1)
+    with no_gpu.meter().window("w") as w:
+        for zone in (*first, *second):
+            burn(zone, 68)
+        no_gpu.run(1)
+    assert w.result.per_device == {"cpu:package-0": 68.0, "cpu:package-1": 68.0}
+
+
+def test_two_counters_that_two_zones_each_mirror(tmp_path: Path, no_gpu: Fake) -> None:
+    zones = dies(tmp_path / "powercap", 5_000_000, 9_000_000, 5_000_000, 9_000_000)
+    with no_gpu.meter().window("w") as w:
+        for zone, joules in zip(zones, (20, 3, 20, 3), strict=True):
+            burn(zone, joules)
+        no_gpu.run(1)
+    assert w.result.joules == 23.0
+
+
+def test_a_mirror_is_seen_however_late_a_zone_is_read(
+    tmp_path: Path, no_gpu: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 30 J go by between any two readings, as when the process is kept from running
+    zones = dies(tmp_path / "powercap", 5_000_000, 5_000_000, 5_000_000)
+    read = rapl._Zone.read
+
+    def read_late(zone: Any) -> int:
+        for other in zones:
+            burn(other, 30)
+        return read(zone)
+
+    monkeypatch.setattr(rapl._Zone, "read", read_late)
+    (package,) = rapl.packages(tmp_path / "powercap")
+    before = package.read()
+    assert package.read().microjoules - before.microjoules == 6 * 30 * 10**6
+
+
 def test_a_wrap_inside_a_window(tmp_path: Path, no_gpu: Fake) -> None:
     zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", RANGE - 1_000_000)
     with no_gpu.meter().window("w") as w:
@@ -68,6 +143,87 @@ def test_a_wrap_inside_a_window(tmp_path: Path, no_gpu: Fake) -> None:
         no_gpu.run(1)
     assert int((zone / "energy_uj").read_text()) == 4_000_000
     assert w.result.joules == 5.0
+
+
+def set_counter(zone: Path, microjoules: int) -> None:
+    (zone / "energy_uj").write_text(f"{microjoules}\n")
+
+
+@pytest.mark.parametrize(("start", "back"), [(5_000_000_000, 50_000_000), (7_000_001, 7_000_000)], ids=["reset", "1uJ"])
+def test_a_step_back_that_is_no_wrap(tmp_path: Path, no_gpu: Fake, start: int, back: int) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", start)
+    meter = no_gpu.meter()
+    with meter.window("w") as w:
+        no_gpu.run(1)
+        set_counter(zone, back)
+    assert (w.result.joules, w.result.microjoules) == (None, None)
+    assert "the counter went backwards by" in w.result.warnings[0]
+    assert "(it was reset, or the machine was suspended)" in w.result.warnings[0]
+    for joules in (30, 50):
+        with meter.window("afterwards") as w:
+            burn(zone, joules)
+            no_gpu.run(1)
+    assert w.result.joules == 50.0
+
+
+@pytest.mark.parametrize("wraps", [0, 1, 2])
+def test_a_counter_that_was_not_read_for_longer_than_a_wrap_takes(tmp_path: Path, no_gpu: Fake, wraps: int) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000_000)
+    with no_gpu.meter().window("w") as w:
+        no_gpu.run(655)
+        burn(zone, wraps * RANGE / 1e6 + 1)
+    assert w.result.joules is None
+    assert "starts over every 262143 J and was not read for 65" in w.result.warnings[0]
+
+
+def test_a_jump_that_is_impossible(tmp_path: Path, no_gpu: Fake) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000_000)
+    with no_gpu.meter().window("w") as w:
+        burn(zone, 100_000)
+        no_gpu.run(10)
+    assert w.result.joules is None
+    assert "the counter jumped by 100000 J in 10" in w.result.warnings[0]
+
+
+def test_a_counter_that_was_not_read_for_a_while_warns(tmp_path: Path, no_gpu: Fake) -> None:
+    zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0", 1_000_000_000)
+    meter = no_gpu.meter()
+    meter.lap()
+    with meter.window("w") as w:
+        burn(zone, 1000)
+        no_gpu.run(10)
+    assert w.result.joules == 1000.0
+    assert any("the counter was not read for 10 s" in warning for warning in w.result.warnings)
+
+
+@pytest.mark.parametrize("at", ["made", "used"])
+def test_a_glitch_does_not_make_two_counters_of_mirrors(tmp_path: Path, no_gpu: Fake, at: str) -> None:
+    first, second = dies(tmp_path / "powercap", 5_000_000_000, 5_000_000_000)
+    if at == "made":
+        set_counter(second, 0)
+    meter = no_gpu.meter()
+    no_gpu.run(1)
+    set_counter(second, 5_000_000_000 if at == "made" else 0)
+    meter.lap()
+    no_gpu.run(1)
+    set_counter(second, 5_000_000_000)
+    meter.lap()
+    for _ in range(2):
+        with meter.window("w") as w:
+            for zone in (first, second):
+                burn(zone, 68)
+            no_gpu.run(1)
+    assert w.result.joules == 68.0
+
+
+def test_one_of_two_packages_that_is_lost_makes_the_sum_unknown(root: Path, no_gpu: Fake) -> None:
+    meter = no_gpu.meter()
+    with meter.window("w") as w:
+        burn(root / "intel-rapl:0", 300)
+        (root / "intel-rapl:2" / "energy_uj").unlink()
+        no_gpu.run(10)
+    assert (w.result.joules, w.result.microjoules) == (None, None)
+    assert w.result.per_device == {"cpu:package-0": 300.0, "cpu:package-1": None}
 
 
 def test_many_wraps_in_a_long_window_are_kept_by_the_thread(
@@ -79,9 +235,10 @@ def test_many_wraps_in_a_long_window_are_kept_by_the_thread(
     source: Any = meter.sources[0]
     with meter.window("w") as w:
         for _ in range(5):
+            no_gpu.run(250)  # at 800 W
             burn(zone, 200_000)
-            while source._last != int((zone / "energy_uj").read_text()):
-                no_gpu.run(0.001)
+            while source._zones[0].trail._value != int((zone / "energy_uj").read_text()):
+                time.sleep(0.001)
     assert w.result.joules == 1_000_000.0
     meter.close()
 
@@ -175,6 +332,7 @@ def test_the_tick_is_observed(tmp_path: Path, fake: Fake, monkeypatch: pytest.Mo
     monkeypatch.setattr(fake.clock, "sleep", burn_and_sleep)
     meter = fake.meter()
     assert meter.sources[0].tick == pytest.approx(0.002)
+    burn(zone, 0.1)  # time has gone by until the fake's own tick
     with meter.window("w") as w:
         burn(zone, 10)
         fake.run(1)

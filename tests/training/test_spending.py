@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fastgate.energy import Energy, EnergyMeter, rapl
+from fastgate.energy.sums import add_energies
 from fastgate.pruning.energy import measure_inference
 from fastgate.reports.figures import draw_energy
 from fastgate.reports.tables import print_evaluation, print_summary
@@ -19,7 +20,7 @@ from fastgate.training import trainer as trainer_module
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import load_dataset
 from fastgate.training.pipeline import Run, train
-from fastgate.training.spending import add_energies
+from fastgate.training.spending import Spending
 from fastgate.training.trainer import Interrupted, Trainer
 from tests.energy.test_rapl import add_zone, burn
 from tests.training.runs import TINY, checkpoint_state, differences
@@ -168,6 +169,19 @@ def test_joules_of_processes_are_unknown_once_one_is() -> None:
     total = add_energies([("a", energy({"GPU-1": 3})), ("b", energy({"GPU-2": None}, bound=None))])
     assert total.joules is None and total.error_bound_joules is None
     assert total.per_device == {"GPU-1": 3, "GPU-2": None}
+
+
+def test_an_epoch_is_unknown_while_the_counter_of_one_device_has_not_moved() -> None:
+    spending = Spending()
+    still = energy({"GPU-1": 300, "GPU-2": None})
+    spending.add(replace(still, microjoules=300_000_000))  # known as far as it goes, like a window below a tick
+    assert (spending.microjoules, spending.joules) == (300_000_000, None)
+    # an interruption in between loses nothing of this
+    spending = Spending(**json.loads(json.dumps(asdict(spending))))
+    spending.add(energy({"GPU-1": 100, "GPU-2": 700}))
+    assert spending.joules == 1100.0
+    spending.add(energy({"GPU-1": 100, "GPU-2": None}))
+    assert spending.joules is None and spending.per_device == {"GPU-1": 500.0, "GPU-2": None}
 
 
 def text_of(print_: Any, value: dict[str, Any]) -> str:

@@ -1,0 +1,136 @@
+"""What one source saw between two readings, and whether it is to be believed."""
+
+from dataclasses import dataclass
+
+from fastgate.energy.errors import EnergyError
+from fastgate.energy.sources import Reading, Source
+from fastgate.energy.trail import could_be
+
+# below this many ticks of a counter a window is mostly noise: 2.8 % (95th percentile) at 20 ticks, 11 % at 5
+_ENOUGH_TICKS = 20
+# a counter that shows the same for so many ticks does not count; for so many seconds where its tick was not seen
+_STILL_TICKS, _STILL_SECONDS = 5, 5.0
+# on average a board keeps its limit, and sensors are off by up to 13 % (see reference data in the nvidia-smi study)
+_OVER_LIMIT = 1.2
+# counter and power readings differ by up to 10 % on healthy boards; beyond this they contradict each other
+_CONTRADICTION = 0.25
+# readings that take more than this share of a window are said
+_SLOW_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time of a window: from when reading began at its beginning to when it had ended at its end.
+
+    Attributes:
+        begin, begun: seconds; the readings at the beginning were taken between these moments.
+        end, ended: those at the end.
+    """
+
+    begin: float
+    begun: float
+    end: float
+    ended: float
+
+    @property
+    def seconds(self) -> float:
+        """The duration, from the first reading at the beginning to the first at the end."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Microjoules of one source, None if unknown; by how many joules they may be off; what one should know."""
+
+    microjoules: int | None
+    bound: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def spent_between(source: Source, begin: Reading | EnergyError, end: Reading | EnergyError, span: Span) -> Spent:
+    """The difference of two readings; unknown, with the reason, where it is no energy or an impossible one."""
+    if isinstance(begin, EnergyError):
+        return Spent(None, None, (str(begin),))
+    if isinstance(end, EnergyError):
+        return Spent(None, None, (str(end),))
+    if begin.breaks != end.breaks:
+        return Spent(None, None, (end.reason,))
+    microjoules = end.microjoules - begin.microjoules
+    seconds = (end.before + end.after - begin.before - begin.after) / 2
+    seen = [reading.watts for reading in (begin, end) if reading.watts is not None]
+    most = max(seen, default=0.0)
+    if microjoules == 0:
+        return _nothing(source, seconds)
+    joules = microjoules / 1e6
+    possible = max(source.possible_watts, 2 * most)
+    if not could_be(microjoules, end.after - begin.before, possible, source.tick):
+        return Spent(None, None, (f"{joules:.6g} J in {seconds:.3g} s are impossible: more than {possible:.4g} W",))
+
+    mean = joules / seconds if seconds > 0 else 0.0
+    highest = max(mean, source.limit_watts or 0.0, most)
+    bound = source.error_bound(begin, end, highest)
+    warnings = [*_doubts(source, begin, end, mean, seconds), *_slowness(begin, end, span)]
+    if bound is not None:
+        if source.reads_power and len(seen) == 2:
+            beyond = _beyond(joules, seconds, seen)
+            warnings += _contradictions(mean, beyond, bound, seconds, seen)
+            bound = max(bound, abs(beyond))
+        # what was used while the meter was reading is in the difference, though not in the window
+        bound += highest * (max(span.begun - begin.before, 0.0) + max(end.after - span.end, 0.0))
+    return Spent(microjoules, bound, tuple(warnings))
+
+
+def _nothing(source: Source, seconds: float) -> Spent:
+    """A source that did not move."""
+    tick = "a tick" if source.tick is None else f"a tick ({source.tick * 1e3:.3g} ms)"
+    if seconds > (_STILL_SECONDS if source.tick is None else _STILL_TICKS * source.tick):
+        return Spent(None, None, (f"nothing was counted in {seconds:.3g} s, much longer than {tick}: it stood still",))
+    return Spent(0, None, (f"nothing was counted in {seconds:.3g} s: shorter than {tick} of the counter",))
+
+
+def _doubts(source: Source, begin: Reading, end: Reading, mean: float, seconds: float) -> list[str]:
+    """What the readings leave open, whatever they say of the power at the edges."""
+    doubts = []
+    tick = source.tick
+    if tick is None:
+        doubts.append("how often the counter is renewed was not seen, so the error bound is unknown")
+    elif seconds < _ENOUGH_TICKS * tick:
+        doubts.append(
+            f"the window of {seconds:.3g} s is shorter than {_ENOUGH_TICKS} ticks of {tick * 1e3:.3g} ms; "
+            "make it longer, or repeat the work in it"
+        )
+    for edge, reading in (("began", begin), ("ended", end)):
+        if tick is not None and reading.still_seconds > _STILL_TICKS * tick:
+            doubts.append(f"the counter had stood still for {reading.still_seconds:.3g} s when the window {edge}")
+    blind = end.blind_seconds - begin.blind_seconds
+    if blind > 0:
+        unseen = "the counter was not read" if source.kind == "rapl" else "power was not sampled"
+        doubts.append(f"{unseen} for {blind:.3g} s (a suspended or starved process, or a lost device)")
+    limit = source.possible_watts if source.limit_watts is None else _OVER_LIMIT * source.limit_watts
+    if mean > max(limit, begin.watts or 0.0, end.watts or 0.0):  # readings that say the same say that the limit is odd
+        doubts.append(f"a mean of {mean:.4g} W is doubtful: the device keeps below {limit:.4g} W")
+    if source.reads_power and (begin.watts is None or end.watts is None):
+        doubts.append("the power could not be read at both edges of the window, so the counter is not checked by it")
+    return doubts
+
+
+def _slowness(begin: Reading, end: Reading, span: Span) -> list[str]:
+    reading = max(span.begun - begin.before, 0.0) + max(end.after - span.end, 0.0)
+    if reading <= _SLOW_SHARE * span.seconds:
+        return []
+    return [f"{reading:.3g} s of readings are counted with the {span.seconds:.3g} s of the window"]
+
+
+def _beyond(joules: float, seconds: float, seen: list[float]) -> float:
+    """By how many joules a counter is below (negative) or above what the power at both edges would make."""
+    return min(joules - min(seen) * seconds, 0.0) + max(joules - max(seen) * seconds, 0.0)
+
+
+def _contradictions(mean: float, beyond: float, bound: float, seconds: float, seen: list[float]) -> list[str]:
+    if abs(beyond) - bound <= _CONTRADICTION * (min(seen) if beyond < 0 else max(seen)) * seconds:
+        return []
+    side, why = ("below", "was reset, or stood still") if beyond < 0 else ("above", "jumped, or caught up")
+    return [
+        f"a mean of {mean:.4g} W is {side} the power at both edges of the window ({seen[0]:.4g} W, {seen[1]:.4g} W): "
+        f"the power changed in between, or the counter {why}"
+    ]
