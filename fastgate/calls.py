@@ -67,7 +67,7 @@ class Calls:
 
     def decisions(self) -> list[Tensor]:
         """With graph, in the order of the calls; empty where the last call's graph is gone or has been used."""
-        found = []
+        found: list[Tensor] = []
         for reference in self._nodes:
             node = reference()
             with suppress(RuntimeError):  # backward has freed it

@@ -188,9 +188,9 @@ class Gate(nn.Module):
         )
 
     def _decide(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with (
-            synchronized(self.bn.process_group) if self._exchanges() and batch_norm_processes() == 1 else nullcontext()
-        ):
+        alone = batch_norm_processes() == 1
+        group: Any = self.bn.process_group if alone and self._exchanges() else None
+        with synchronized(group) if alone and self._exchanges() else nullcontext():
             decisions, logits = self._run_head(x)
         if self.estimator != "straight_through":
             decisions = estimate(

@@ -139,7 +139,7 @@ class EnergyMeter:
 
     def _add_packages(self, *, require: bool) -> None:
         try:
-            self.sources += rapl.packages(clock=self.clock)
+            self.sources.extend(rapl.packages(clock=self.clock))
         except EnergyError as error:
             if require:
                 raise

@@ -82,7 +82,7 @@ def _map_sizes(model: nn.Module, cuts: dict[str, _Cut], image: tuple[int, int]) 
 
 def _refuse_lazy(name: str, block: nn.Module) -> None:
     for child, module in block.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise ValueError(
                 f"block {name!r}: expected the sizes of its modules to be known, got an uninitialized "
                 f"{type(module).__name__} {child!r}; run one batch through the network first"

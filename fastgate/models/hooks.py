@@ -3,7 +3,7 @@
 import copy
 import warnings
 import weakref
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def move_hooks(source: nn.Module, target: nn.Module, *, state: bool = True) -> N
     target._is_full_backward_hook = source._is_full_backward_hook
     for hook in target._load_state_dict_pre_hooks.values() if state else ():
         if getattr(hook, "with_module", False):
-            hook.module = weakref.ref(target)
+            hook.module = weakref.ref(target)  # type: ignore[attr-defined]
 
 
 def _is_own(hook: Any) -> bool:
@@ -102,4 +102,4 @@ def copy_network(model: Module) -> Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return cast(Module, copy.deepcopy(model, memo))
+    return copy.deepcopy(model, memo)

@@ -12,8 +12,10 @@ def energy(devices: dict[str, float | None], *, unknown: bool = False, **rest: o
     """A window in which devices used so many joules; None: its counter did not move, or, if `unknown`, nobody knows."""
     total = None if unknown else round(sum(joules or 0 for joules in devices.values()) * 1e6)
     values = {"seconds": 1.0, "error_bound_joules": None if unknown else 0.5, **rest}
-    return Energy("w", items=None, per_device=devices, sources=dict.fromkeys(devices, "nvml-counter"), microjoules=total,
-                  warnings=(f"said of {len(devices)}",), **values)  # type: ignore[arg-type]  # fmt: skip
+    return Energy(
+        "w", items=None, per_device=devices, sources=dict.fromkeys(devices, "nvml-counter"), microjoules=total,
+        warnings=(f"said of {len(devices)}",), **values,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def test_parts_that_are_known_add_up() -> None:
