@@ -77,7 +77,7 @@ class RaplPackage:
     """
 
     kind = "rapl"
-    limit_watts = None  # what powercap says of limits is what firmware set, up to "unlimited"
+    limit_watts: float | None = None  # what powercap says of limits is what firmware set, up to "unlimited"
     possible_watts = _NO_PACKAGE_WATTS
     reads_power = False
 
