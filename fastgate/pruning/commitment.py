@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgate.models.hooks import hooked, warn_of_lost_hooks
 from fastgate.pruning.compaction import cut_frozen
 
 
@@ -44,7 +45,9 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
     left = {name: parameter.shape for name, parameter in _cut_copy(model, {}).items()}
     moved = {key: _cut_copy(model, values) for key, values in _split_state(state, shapes, left).items()}
 
+    hooks = hooked(model)
     model = cut_frozen(model)
+    warn_of_lost_hooks(hooks, model)
     parameters = dict(model.named_parameters())
     for group in optimizer.param_groups:
         kept = [names[parameter] for parameter in group["params"] if names[parameter] in parameters]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.block import EmptyConv2d, ResidualBlock, gated_blocks
+from fastgate.models.hooks import hooked, warn_of_lost_hooks
 from fastgate.pruning.signs import given_nonnegative
 
 
@@ -37,7 +38,11 @@ def compact(model: nn.Module) -> nn.Module:
             f"model: expected every gate frozen, got live gates {', '.join(live[:4])}{more}; call "
             "fastgate.freeze(model, fastgate.decide(model, loader)) first"
         )
-    return cut_frozen(copy.deepcopy(model))
+    copied = copy.deepcopy(model)
+    hooks = hooked(copied)
+    small = cut_frozen(copied)
+    warn_of_lost_hooks(hooks, small)
+    return small
 
 
 def cut_frozen(model: nn.Module) -> nn.Module:
@@ -81,7 +86,7 @@ def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
     cut = block.cut_convs()
     for child in block.cut_with_gate():
         module = getattr(block, child)
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             _cut_norm(module, kept)
     for _, conv, dim in cut:
         conv.weight = nn.Parameter(_take_weight(conv.weight.detach(), dim, kept), conv.weight.requires_grad)
@@ -105,7 +110,7 @@ def _take_weight(weight: Tensor, dim: int, kept: Tensor) -> Tensor:
     return taken
 
 
-def _cut_norm(norm: nn.BatchNorm2d, kept: Tensor) -> None:
+def _cut_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm, kept: Tensor) -> None:
     norm.num_features = len(kept)
     for parameter in ("weight", "bias"):
         old = getattr(norm, parameter)
