@@ -36,7 +36,9 @@ def _encode(value: Any) -> Any:
         return [_encode(item) for item in value]
     for key, sequence in _SEQUENCES.items():
         if type(value) is sequence:
-            return {key: [_encode(item) for item in value]}
+            items = [_encode(item) for item in value]
+            # the order of a set differs from process to process and from one set to an equal one
+            return {key: sorted(items, key=repr) if isinstance(value, set | frozenset) else items}
     for key, mapping in _MAPPINGS.items():
         if type(value) is mapping:
             return {key: [[_encode(k), _encode(v)] for k, v in value.items()]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import fastgate as fg
 from fastgate.pruning.costs import total_cost
@@ -102,6 +102,9 @@ def test_a_convolution_that_runs_twice_counts_twice() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x + self.conv(self.act(self.conv(x))))
 
     fg.register_block(Twice, branch=("conv", "act", "conv"), activation="act")
     model = fg.attach(nn.Sequential(Twice()), "layer")
