@@ -485,8 +485,8 @@ def test_print_says_what_is_metered(fake: Fake, tmp_path: Path) -> None:
     fake.fail("nvmlDeviceGetPowerUsage", 3)
     meter = fake.meter()
     assert str(meter) == (
-        f"<EnergyMeter: {AAAA} (Tesla T4) by nvml-counter; {BBBB} not metered: nvmlDeviceGetPowerUsage: this board does "
-        "not offer the reading>"
+        f"<EnergyMeter: {AAAA} (Tesla T4) by nvml-counter; {BBBB} not metered: nvmlDeviceGetPowerUsage: this board "
+        "does not offer the reading>"
     )
     meter.close()
     assert str(meter).startswith("<EnergyMeter, closed: ")
