@@ -78,7 +78,7 @@ class RaplPackage:
 
     kind = "rapl"
     limit_watts: float | None = None  # what powercap says of limits is what firmware set, up to "unlimited"
-    possible_watts = _NO_PACKAGE_WATTS
+    possible_watts: float = _NO_PACKAGE_WATTS
     reads_power = False
 
     def __init__(self, name: str, folders: Sequence[Path], clock: Clock) -> None:

@@ -33,7 +33,7 @@ class Trail:
         microjoules: the sum of the believed steps.
         breaks: how often the trail broke.
         reason, broken_at: why and when it last did.
-        doubt_microjoules: by how much the sum may be off: a reset shortly before a counter's end looks like a wrap.
+        doubt_microjoules: by how much the sum may be off: a reset close to where a counter wraps looks like a wrap.
         still_seconds: for how long, up to the latest reading, all readings have shown the same value.
     """
 

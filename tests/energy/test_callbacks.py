@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.energy.fake import Fake
+from fastgate.energy.timeline import Timeline
+from tests.energy.fake import T4, T4_TOO, Fake
 
 STEPS, BATCHES = 4, 2  # training steps of an epoch, batches of an evaluation
 TRAIN, EVALUATE = 3.0, 5.0  # seconds each, at 50 W
@@ -112,6 +113,18 @@ def test_lightning_makes_and_closes_a_meter_of_its_own(board: Fake, tmp_path: Pa
     assert board.references() == 0
 
 
+def test_lightning_with_one_of_two_boards_standing_still(fake: Fake, tmp_path: Path) -> None:
+    from fastgate.energy.lightning import EnergyCallback
+
+    fake.board(T4, 30)
+    fake.board(T4_TOO, 70)
+    callback = EnergyCallback(fake.meter())
+    fake.set_stalled(1, 1)
+    run_lightning(fake, tmp_path, callback)
+    assert [entry[phase]["joules"] for entry in callback.history for phase in ("train", "validation")] == [None] * 4
+    assert any("it stood still" in warning for warning in callback.history[0]["train"]["warnings"])
+
+
 def test_lightning_after_an_exception(board: Fake, tmp_path: Path) -> None:
     from fastgate.energy.lightning import EnergyCallback
 
@@ -161,6 +174,28 @@ def test_transformers(board: Fake, tmp_path: Path, options: dict[str, Any], phas
     assert sorted(history) == sorted((phase, {"train": TRAINED, "eval": EVALUATED}[phase]) for phase in phases * 2)
     logged = [entry["energy_train_joules"] for entry in trainer.state.log_history if "energy_train_joules" in entry]
     assert logged == [TRAINED] * 2
+
+
+def test_transformers_with_one_of_two_boards_standing_still(fake: Fake, tmp_path: Path) -> None:
+    from fastgate.energy.transformers import EnergyCallback
+
+    fake.board(T4, 30)
+    fake.board(T4_TOO, 70)
+    callback = EnergyCallback(fake.meter())
+    fake.set_stalled(1, 1)
+    run_transformers(fake, tmp_path, callback, eval_strategy="epoch")
+    assert [entry["joules"] for entry in callback.history] == [None] * 4
+
+
+def test_one_process_of_several_says_so(board: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(board.meter())
+    board.run(10)
+    timeline.end_phase("train")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    found = timeline.collect("train")
+    assert found["joules"] == 500.0
+    assert found["warnings"] == ["metered by one process of 4: what its own devices used"]
 
 
 def test_transformers_makes_and_closes_a_meter_of_its_own(board: Fake, tmp_path: Path) -> None:

@@ -97,12 +97,9 @@ def test_a_counter_that_jumps(fake: Fake, counter: float, reason: str) -> None:
         fake.set_counter_mj(0, counter * 1e3)
     assert (w.result.joules, w.result.microjoules, w.result.per_device) == (None, None, {AAAA: None})
     assert reason in w.result.warnings[0]
-    meter.lap()
+    fake.run(1)
+    meter.lap()  # after a millijoule back it may have been the one reading that was wrong: the next is doubted too
     with meter.window("afterwards") as w:
-        fake.run(10)
-    # a millijoule is little: the first reading afterwards may be a return to where the counter was
-    assert (w.result.joules, w.result.warnings) == (500.0, ()) or "one reading of it was wrong" in w.result.warnings[0]
-    with meter.window("later") as w:
         fake.run(10)
     assert (w.result.joules, w.result.warnings) == (500.0, ())
 

@@ -8,14 +8,12 @@ from tests.energy.fake import T4, T4_TOO, Fake
 A, B = "GPU-A", "GPU-B"
 
 
-def energy(devices: dict[str, float | None], *, unknown: bool = False, **rest: object) -> Energy:
+def energy(devices: dict[str, float | None], *, unknown: bool = False, seconds: float = 1.0) -> Energy:
     """A window in which devices used so many joules; None: its counter did not move, or, if `unknown`, nobody knows."""
     total = None if unknown else round(sum(joules or 0 for joules in devices.values()) * 1e6)
-    values = {"seconds": 1.0, "error_bound_joules": None if unknown else 0.5, **rest}
-    return Energy(
-        "w", items=None, per_device=devices, sources=dict.fromkeys(devices, "nvml-counter"), microjoules=total,
-        warnings=(f"said of {len(devices)}",), **values,  # type: ignore[arg-type]
-    )  # fmt: skip
+    bound = None if unknown else 0.5
+    sources = dict.fromkeys(devices, "nvml-counter")
+    return Energy("w", seconds, None, devices, sources, total, bound, (f"said of {len(devices)}",))
 
 
 def test_parts_that_are_known_add_up() -> None:
