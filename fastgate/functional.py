@@ -69,7 +69,7 @@ def gate_head(
         window: where the gradient of a decision passes: `"clipped"` (Eq. 5), `"restoring"` or `"identity"`.
         pooled: means of x over H and W, `[N, C]` in the dtype of `fc1_weight`, where its producer has them (see
             `return_pooled` of :func:`gated_residual`): x is then not read, and its gradient flows through them.
-        impl: `"auto"`, `"triton"` or `"torch"`.
+        impl: `"auto"`, `"triton"` (pooled heads of two layers) or `"torch"`.
 
     Returns:
         decisions and logits, both `[N, out]` in the dtype of `fc1_weight`.
@@ -135,15 +135,14 @@ def gate_head(
     source = x if pooled is None else pooled
     parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
     options = (training, momentum, eps, window)
-    deep = fc2_weight is not None
 
     def obstacle() -> str | None:
-        reason = statistics_obstacle() if training and deep else None
-        return reason or gate_head_obstacle(source, *parameters, deep=deep)
+        reason = statistics_obstacle() if training else None
+        return gate_head_obstacle(source, *parameters) or reason
 
     if resolve_impl(impl, "gate_head", obstacle) == "triton":
         source = source if pooled is None else pooled.contiguous()
-        decisions, logits = GateHead.apply(source, *parameters, *options)
+        decisions, logits = GateHead.apply(source, None, *parameters, *options)
         return decisions, logits
     return gate_head_torch(source, *parameters, *options)
 
