@@ -19,6 +19,7 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_torch,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
+from fastgate.ops.means import known_means, remember_means
 from fastgate.ops.synchronization import batch_norm_processes, statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
@@ -142,7 +143,8 @@ def gate_head(
 
     if resolve_impl(impl, "gate_head", obstacle) == "triton":
         source = source if pooled is None else pooled.contiguous()
-        decisions, logits = GateHead.apply(source, None, *parameters, *options)
+        means = known_means(x) if pooled is None else None
+        decisions, logits = GateHead.apply(source, means, *parameters, *options)
         return decisions, logits
     return gate_head_torch(source, *parameters, *options)
 
@@ -205,7 +207,11 @@ def gated_residual(
         )
     if resolve_impl(impl, "gated_residual", lambda: gated_residual_obstacle(shortcut, branch, gate)) == "triton":
         flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
-        y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, return_pooled)
+        # the means cost the kernel next to nothing, and save the next block's gate head a pass over y
+        pool = return_pooled or not torch.compiler.is_compiling()
+        y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, pool)
+        if pool:
+            remember_means(y, pooled)
         return (y, pooled) if return_pooled else y
     gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
     if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
