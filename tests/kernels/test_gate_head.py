@@ -192,3 +192,13 @@ def test_heads_of_the_papers_ablations_take_the_plain_path(weights: dict[str, tu
     with pytest.raises(ValueError, match=message):
         gate_head(x, **head, training=True, impl="triton")
     assert gate_head(x, **head, training=True)[0].shape == (4, 3)
+
+
+def test_the_gradient_of_a_half_precision_map_is_not_written_out() -> None:
+    """It is the same for every pixel: a cast after the expansion would write a whole map."""
+    leaves, running, upstream = make(Case((4, 5, 3, 3), 1), torch.float16)
+    x = leaves.pop("x").requires_grad_()
+    logits = gate_head(x, **leaves, **running, training=True, impl="triton")[1]
+    (dx,) = torch.autograd.grad(logits, x, upstream["logits"])
+    assert dx.dtype == torch.float16 and dx.shape == x.shape
+    assert dx.stride()[2:] == (0, 0)
