@@ -19,6 +19,7 @@ from fastgate.ops.gated_conv import (
     gated_conv2d_torch,
 )
 from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
+from fastgate.ops.means import known_means, remember_means
 from fastgate.ops.synchronization import batch_norm_processes, statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
@@ -69,7 +70,7 @@ def gate_head(
         window: where the gradient of a decision passes: `"clipped"` (Eq. 5), `"restoring"` or `"identity"`.
         pooled: means of x over H and W, `[N, C]` in the dtype of `fc1_weight`, where its producer has them (see
             `return_pooled` of :func:`gated_residual`): x is then not read, and its gradient flows through them.
-        impl: `"auto"`, `"triton"` or `"torch"`.
+        impl: `"auto"`, `"triton"` (pooled heads of two layers) or `"torch"`.
 
     Returns:
         decisions and logits, both `[N, out]` in the dtype of `fc1_weight`.
@@ -135,15 +136,15 @@ def gate_head(
     source = x if pooled is None else pooled
     parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
     options = (training, momentum, eps, window)
-    deep = fc2_weight is not None
 
     def obstacle() -> str | None:
-        reason = statistics_obstacle() if training and deep else None
-        return reason or gate_head_obstacle(source, *parameters, deep=deep)
+        reason = statistics_obstacle() if training else None
+        return gate_head_obstacle(source, *parameters) or reason
 
     if resolve_impl(impl, "gate_head", obstacle) == "triton":
         source = source if pooled is None else pooled.contiguous()
-        decisions, logits = GateHead.apply(source, *parameters, *options)
+        means = known_means(x) if pooled is None else None
+        decisions, logits = GateHead.apply(source, means, *parameters, *options)
         return decisions, logits
     return gate_head_torch(source, *parameters, *options)
 
@@ -206,7 +207,11 @@ def gated_residual(
         )
     if resolve_impl(impl, "gated_residual", lambda: gated_residual_obstacle(shortcut, branch, gate)) == "triton":
         flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
-        y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, return_pooled)
+        # the means cost the kernel next to nothing, and save the next block's gate head a pass over y
+        pool = return_pooled or not torch.compiler.is_compiling()
+        y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, pool)
+        if pool:
+            remember_means(y, pooled)
         return (y, pooled) if return_pooled else y
     gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
     if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():

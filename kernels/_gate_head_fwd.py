@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from fastgate.kernels._device import last_to_finish, map_offsets
 
 
 @triton.jit
@@ -11,159 +12,147 @@ def _threshold(logits):
 
 
 @triton.jit
-def batch_norm(h, mean, rstd, gamma_ptr, beta_ptr, j, HIDDEN: tl.constexpr, AFFINE: tl.constexpr):
+def batch_norm(h, mean, rstd, head, j, HIDDEN: tl.constexpr):
     """(normalised, scaled and shifted) rows of h [BN, BH] for hidden units j [BH]."""
     normal = (h - mean[None, :]) * rstd[None, :]
-    if AFFINE:
-        gamma = tl.load(gamma_ptr + j, mask=j < HIDDEN, other=0.0)
-        beta = tl.load(beta_ptr + j, mask=j < HIDDEN, other=0.0)
-        return normal, normal * gamma[None, :] + beta[None, :]
-    return normal, normal
+    z = normal
+    if head.gamma_ptr is not None:
+        z *= tl.load(head.gamma_ptr + j, mask=j < HIDDEN, other=0.0)[None, :]
+    if head.beta_ptr is not None:
+        z += tl.load(head.beta_ptr + j, mask=j < HIDDEN, other=0.0)[None, :]
+    return normal, z
 
 
 @triton.jit
-def _add_partials(partial_ptr, b1_ptr, n, j, inside, SPLITS: tl.constexpr, HIDDEN: tl.constexpr, HAS_B1: tl.constexpr):
-    """fc1's outputs [BN, BH] of samples n [BN] and units j [BH]: its bias plus the partial sums, in fixed order."""
+def relu(z):
+    """max(z, 0), where nan stays nan."""
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def _hidden_rows(partial_ptr, b1_ptr, n, j, inside, SPLITS: tl.constexpr, HIDDEN: tl.constexpr):
+    """fc1's outputs [BN, BH] of samples n and units j: the sum of its partial sums in fixed order, plus its bias."""
     h = tl.zeros(inside.shape, dtype=tl.float32)
-    if HAS_B1:
+    if b1_ptr is not None:
         h += tl.load(b1_ptr + j, mask=j < HIDDEN, other=0.0)[None, :]
-    for s in range(SPLITS):
-        at = (n[:, None] * SPLITS + s) * HIDDEN + j[None, :]
-        # other programs stored them: bypass this multiprocessor's L1
+    for split in range(SPLITS):
+        at = (n[:, None] * SPLITS + split) * HIDDEN + j[None, :]
         h += tl.load(partial_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
     return h
 
 
 @triton.jit
+def _store_decisions(
+    results, head, h, mean, rstd, n, j, n_samples, HIDDEN: tl.constexpr, OUT: tl.constexpr, BLOCK_O: tl.constexpr
+):
+    """logits = relu(batch_norm(h)) @ w2.T + b2 and decisions = logits > 0 of samples n, from h [BN, BH]."""
+    inside = (n < n_samples)[:, None] & (j < HIDDEN)[None, :]
+    z = tl.where(inside, relu(batch_norm(h, mean, rstd, head, j, HIDDEN)[1]), 0.0)
+    if OUT == 1:
+        w2 = tl.load(head.w2_ptr + j, mask=j < HIDDEN, other=0.0)
+        logits = tl.sum(z * w2[None, :], axis=1)
+        if head.b2_ptr is not None:
+            logits += tl.load(head.b2_ptr)
+        tl.store(results.logits_ptr + n, logits, mask=n < n_samples)
+        tl.store(results.decisions_ptr + n, _threshold(logits), mask=n < n_samples)
+    else:
+        for first_gate in range(0, OUT, BLOCK_O):
+            o = first_gate + tl.arange(0, BLOCK_O)
+            w2_inside = (o < OUT)[None, :] & (j < HIDDEN)[:, None]
+            w2 = tl.load(head.w2_ptr + o[None, :] * HIDDEN + j[:, None], mask=w2_inside, other=0.0)
+            logits = tl.dot(z, w2, input_precision="ieee")
+            if head.b2_ptr is not None:
+                logits += tl.load(head.b2_ptr + o, mask=o < OUT, other=0.0)[None, :]
+            at = n[:, None] * OUT + o[None, :]
+            out_inside = (n < n_samples)[:, None] & (o < OUT)[None, :]
+            tl.store(results.logits_ptr + at, logits, mask=out_inside)
+            tl.store(results.decisions_ptr + at, _threshold(logits), mask=out_inside)
+
+
+@triton.jit
 def _decide(
-    decisions_ptr,
-    logits_ptr,
-    hidden_ptr,
-    mean_ptr,
-    rstd_ptr,
+    results,
     partial_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    b1_ptr,
-    gamma_ptr,
-    beta_ptr,
-    w2_ptr,
-    b2_ptr,
+    head,
+    running,
     n_samples,
     momentum,
     eps,
     SPLITS: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUT: tl.constexpr,
-    DEPTH: tl.constexpr,
     TRAINING: tl.constexpr,
-    HAS_RUNNING: tl.constexpr,
-    AFFINE: tl.constexpr,
-    HAS_B1: tl.constexpr,
-    HAS_B2: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """From partial sums [N, SPLITS, HIDDEN] to decisions and logits [N, OUT], by one program."""
-    # while, not range: loops with bounds known at run time fail in Triton 3.6's interpreter under NumPy 2.4
-    if DEPTH == 1:
-        first = 0
-        while first < n_samples:
-            n = first + tl.arange(0, BLOCK_N)
-            for j0 in range(0, HIDDEN, BLOCK_H):
-                j = j0 + tl.arange(0, BLOCK_H)
-                inside = (n < n_samples)[:, None] & (j < HIDDEN)[None, :]
-                logits = _add_partials(partial_ptr, b1_ptr, n, j, inside, SPLITS, HIDDEN, HAS_B1)
-                at = n[:, None] * HIDDEN + j[None, :]
-                tl.store(logits_ptr + at, logits, mask=inside)
-                tl.store(decisions_ptr + at, _threshold(logits), mask=inside)
-            first += BLOCK_N
+    """From partial sums [N, SPLITS, HIDDEN] to decisions and logits [N, OUT], by one program.
+
+    Nothing else runs meanwhile: where a tile holds all samples they stay in registers, and memory is waited for once.
+    """
+    j = tl.arange(0, BLOCK_H)
+    unit = j < HIDDEN
+    n = tl.arange(0, BLOCK_N)
+    if ONE_TILE:
+        inside = (n < n_samples)[:, None] & unit[None, :]
+        h = _hidden_rows(partial_ptr, head.b1_ptr, n, j, inside, SPLITS, HIDDEN)
+        tl.store(results.hidden_ptr + n[:, None] * HIDDEN + j[None, :], h, mask=inside)
+        mean = tl.sum(tl.where(inside, h, 0.0), axis=0) / n_samples
+        d = tl.where(inside, h - mean[None, :], 0.0)
+        squares = tl.sum(d * d, axis=0)
     else:
-        j = tl.arange(0, BLOCK_H)
-        total = tl.zeros([BLOCK_H], dtype=tl.float32)
+        # tile by tile: each one's mean and squares join those of the samples before it
+        mean = tl.zeros([BLOCK_H], dtype=tl.float32)
+        squares = tl.zeros([BLOCK_H], dtype=tl.float32)
+        # while, not range: loops with bounds known at run time fail in Triton 3.6's interpreter under NumPy 2.4
         first = 0
         while first < n_samples:
-            n = first + tl.arange(0, BLOCK_N)
-            inside = (n < n_samples)[:, None] & (j < HIDDEN)[None, :]
-            h = _add_partials(partial_ptr, b1_ptr, n, j, inside, SPLITS, HIDDEN, HAS_B1)
-            tl.store(hidden_ptr + n[:, None] * HIDDEN + j[None, :], h, mask=inside)
-            total += tl.sum(tl.where(inside, h, 0.0), axis=0)
+            inside = (first + n < n_samples)[:, None] & unit[None, :]
+            h = _hidden_rows(partial_ptr, head.b1_ptr, first + n, j, inside, SPLITS, HIDDEN)
+            tl.store(results.hidden_ptr + (first + n)[:, None] * HIDDEN + j[None, :], h, mask=inside)
+            count = tl.minimum(n_samples - first, BLOCK_N)
+            tile_mean = tl.sum(tl.where(inside, h, 0.0), axis=0) / count
+            d = tl.where(inside, h - tile_mean[None, :], 0.0)
+            step = tile_mean - mean
+            squares += tl.sum(d * d, axis=0) + step * step * (first * (count / (first + count)))
+            mean += step * (count / (first + count))
             first += BLOCK_N
+    if TRAINING:
+        var = squares / n_samples
+        if running.mean_ptr is not None:
+            old_mean = tl.load(running.mean_ptr + j, mask=unit, other=0.0)
+            tl.store(running.mean_ptr + j, old_mean + momentum * (mean - old_mean), mask=unit)
+            old_var = tl.load(running.var_ptr + j, mask=unit, other=0.0)
+            unbiased = squares / (n_samples - 1)
+            tl.store(running.var_ptr + j, old_var + momentum * (unbiased - old_var), mask=unit)
+    else:
+        mean = tl.load(running.mean_ptr + j, mask=unit, other=0.0)
+        var = tl.load(running.var_ptr + j, mask=unit, other=1.0)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    tl.store(results.mean_ptr + j, mean, mask=unit)
+    tl.store(results.rstd_ptr + j, rstd, mask=unit)
+    if ONE_TILE:
+        _store_decisions(results, head, h, mean, rstd, n, j, n_samples, HIDDEN, OUT, BLOCK_O)
+    else:
         # what follows reads hidden entries that other threads of this program stored
         tl.debug_barrier()
-        if TRAINING:
-            mean = total / n_samples
-            squares = tl.zeros([BLOCK_H], dtype=tl.float32)
-            first = 0
-            while first < n_samples:
-                n = first + tl.arange(0, BLOCK_N)
-                inside = (n < n_samples)[:, None] & (j < HIDDEN)[None, :]
-                h = tl.load(hidden_ptr + n[:, None] * HIDDEN + j[None, :], mask=inside, other=0.0)
-                d = tl.where(inside, h - mean[None, :], 0.0)
-                squares += tl.sum(d * d, axis=0)
-                first += BLOCK_N
-            var = squares / n_samples
-            if HAS_RUNNING:
-                old_mean = tl.load(running_mean_ptr + j, mask=j < HIDDEN, other=0.0)
-                tl.store(running_mean_ptr + j, old_mean + momentum * (mean - old_mean), mask=j < HIDDEN)
-                old_var = tl.load(running_var_ptr + j, mask=j < HIDDEN, other=0.0)
-                unbiased = squares / (n_samples - 1)
-                tl.store(running_var_ptr + j, old_var + momentum * (unbiased - old_var), mask=j < HIDDEN)
-        else:
-            mean = tl.load(running_mean_ptr + j, mask=j < HIDDEN, other=0.0)
-            var = tl.load(running_var_ptr + j, mask=j < HIDDEN, other=1.0)
-        rstd = 1.0 / tl.sqrt(var + eps)
-        tl.store(mean_ptr + j, mean, mask=j < HIDDEN)
-        tl.store(rstd_ptr + j, rstd, mask=j < HIDDEN)
         first = 0
         while first < n_samples:
-            n = first + tl.arange(0, BLOCK_N)
-            inside = (n < n_samples)[:, None] & (j < HIDDEN)[None, :]
-            h = tl.load(hidden_ptr + n[:, None] * HIDDEN + j[None, :], mask=inside, other=0.0)
-            _, z = batch_norm(h, mean, rstd, gamma_ptr, beta_ptr, j, HIDDEN, AFFINE)
-            z = tl.where(inside & ~(z <= 0), z, 0.0)  # nan goes on
-            for o0 in range(0, OUT, BLOCK_O):
-                o = o0 + tl.arange(0, BLOCK_O)
-                w_inside = (o < OUT)[None, :] & (j < HIDDEN)[:, None]
-                w2 = tl.load(w2_ptr + o[None, :] * HIDDEN + j[:, None], mask=w_inside, other=0.0)
-                logits = tl.dot(z, w2, input_precision="ieee")
-                if HAS_B2:
-                    logits += tl.load(b2_ptr + o, mask=o < OUT, other=0.0)[None, :]
-                out_inside = (n < n_samples)[:, None] & (o < OUT)[None, :]
-                at = n[:, None] * OUT + o[None, :]
-                tl.store(logits_ptr + at, logits, mask=out_inside)
-                tl.store(decisions_ptr + at, _threshold(logits), mask=out_inside)
+            inside = (first + n < n_samples)[:, None] & unit[None, :]
+            h = tl.load(results.hidden_ptr + (first + n)[:, None] * HIDDEN + j[None, :], mask=inside, other=0.0)
+            _store_decisions(results, head, h, mean, rstd, first + n, j, n_samples, HIDDEN, OUT, BLOCK_O)
             first += BLOCK_N
 
 
 @triton.jit
-def _last_to_finish(counter_ptr, programs):
-    """Whether all other programs of the launch have finished their stores; the caller resets the counter."""
-    # every thread's store before the count: Triton up to 3.8 does not order them by itself
-    tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
-
-
-@triton.jit
-def gate_head_fwd_pooled_kernel(
-    decisions_ptr,
-    logits_ptr,
-    features_ptr,
-    hidden_ptr,
-    mean_ptr,
-    rstd_ptr,
+def gate_head_fwd_kernel(
+    results,
     partial_ptr,
     counter_ptr,
-    running_mean_ptr,
-    running_var_ptr,
     x_ptr,
-    w1_ptr,
-    b1_ptr,
-    gamma_ptr,
-    beta_ptr,
-    w2_ptr,
-    b2_ptr,
+    head,
+    running,
     n_samples,
     momentum,
     eps,
@@ -173,162 +162,37 @@ def gate_head_fwd_pooled_kernel(
     SPLITS: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUT: tl.constexpr,
-    DEPTH: tl.constexpr,
     TRAINING: tl.constexpr,
-    HAS_RUNNING: tl.constexpr,
-    AFFINE: tl.constexpr,
-    HAS_B1: tl.constexpr,
-    HAS_B2: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    # one program per (sample, block of channels): their means, and what they add to fc1's outputs
+    """Per program (sample, block of channels) the means of x, and what they add to fc1; the last one decides.
+
+    partial[n, split, j] = sum over c of w1[j, c] * mean over p of x[n, c, p], c in the split's block.
+    """
     n = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     c = split * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for start in range(0, HW, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        if CHANNELS_LAST:
-            at = n * C * HW + p[None, :] * C + c[:, None]
-        else:
-            at = n * C * HW + c[:, None] * HW + p[None, :]
-        x = tl.load(x_ptr + at, mask=(c < C)[:, None] & (p < HW)[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(x, axis=1)
-    mean = total / HW
-    tl.store(features_ptr + n * C + c, mean, mask=c < C)
-    for j0 in range(0, HIDDEN, BLOCK_H):
-        j = j0 + tl.arange(0, BLOCK_H)
-        w_inside = (j < HIDDEN)[:, None] & (c < C)[None, :]
-        w1 = tl.load(w1_ptr + j[:, None] * C + c[None, :], mask=w_inside, other=0.0)
-        h = tl.sum(w1 * mean[None, :], axis=1)
-        tl.store(partial_ptr + (n * SPLITS + split) * HIDDEN + j, h, mask=j < HIDDEN)
-    if _last_to_finish(counter_ptr, n_samples * SPLITS):
+    total = tl.zeros([BLOCK_C, BLOCK_P], dtype=tl.float32)
+    for first in range(0, HW, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        at = map_offsets(c, p, C, HW, CHANNELS_LAST)
+        inside = (c < C)[:, None] & (p < HW)[None, :]
+        total += tl.load(x_ptr + n * (C * HW) + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(total, axis=1) / HW
+    if results.features_ptr is not None:
+        tl.store(results.features_ptr + n * C + c, mean, mask=c < C)
+    j = tl.arange(0, BLOCK_H)
+    w1_inside = (j < HIDDEN)[:, None] & (c < C)[None, :]
+    w1 = tl.load(head.w1_ptr + j[:, None] * C + c[None, :], mask=w1_inside, other=0.0)
+    h = tl.sum(w1 * mean[None, :], axis=1)
+    tl.store(partial_ptr + (n * SPLITS + split) * HIDDEN + j, h, mask=j < HIDDEN)
+    if last_to_finish(counter_ptr, n_samples * SPLITS):
         _decide(
-            decisions_ptr,
-            logits_ptr,
-            hidden_ptr,
-            mean_ptr,
-            rstd_ptr,
-            partial_ptr,
-            running_mean_ptr,
-            running_var_ptr,
-            b1_ptr,
-            gamma_ptr,
-            beta_ptr,
-            w2_ptr,
-            b2_ptr,
-            n_samples,
-            momentum,
-            eps,
-            SPLITS,
-            HIDDEN,
-            OUT,
-            DEPTH,
-            TRAINING,
-            HAS_RUNNING,
-            AFFINE,
-            HAS_B1,
-            HAS_B2,
-            BLOCK_N,
-            BLOCK_H,
-            BLOCK_O,
-        )
-        tl.store(counter_ptr, 0)
-
-
-@triton.jit
-def gate_head_fwd_flat_kernel(
-    decisions_ptr,
-    logits_ptr,
-    hidden_ptr,
-    mean_ptr,
-    rstd_ptr,
-    partial_ptr,
-    counter_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    x_ptr,
-    w1_ptr,
-    b1_ptr,
-    gamma_ptr,
-    beta_ptr,
-    w2_ptr,
-    b2_ptr,
-    n_samples,
-    momentum,
-    eps,
-    C: tl.constexpr,
-    HW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    TRAINING: tl.constexpr,
-    HAS_RUNNING: tl.constexpr,
-    AFFINE: tl.constexpr,
-    HAS_B1: tl.constexpr,
-    HAS_B2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
-    # one program per (block of samples, piece of the flattened features): a piece of x @ fc1.T
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    split = tl.program_id(1)
-    for j0 in range(0, HIDDEN, BLOCK_H):
-        j = j0 + tl.arange(0, BLOCK_H)
-        total = tl.zeros([BLOCK_M, BLOCK_H], dtype=tl.float32)
-        for start in range(0, SPLIT_K, BLOCK_K):
-            # k runs in the order of x in memory, w is that place's column of fc1 (always c * HW + p)
-            k = split * SPLIT_K + start + tl.arange(0, BLOCK_K)
-            w = k
-            if CHANNELS_LAST:
-                w = (k % C) * HW + k // C
-            k_inside = (k < C * HW) & (start + tl.arange(0, BLOCK_K) < SPLIT_K)
-            x_at = m[:, None] * (C * HW) + k[None, :]
-            x = tl.load(x_ptr + x_at, mask=(m < n_samples)[:, None] & k_inside[None, :], other=0.0).to(tl.float32)
-            w_inside = (j < HIDDEN)[None, :] & k_inside[:, None]
-            w1 = tl.load(w1_ptr + j[None, :] * (C * HW) + w[:, None], mask=w_inside, other=0.0)
-            total = tl.dot(x, w1, total, input_precision="ieee")
-        at = (m[:, None] * SPLITS + split) * HIDDEN + j[None, :]
-        tl.store(partial_ptr + at, total, mask=(m < n_samples)[:, None] & (j < HIDDEN)[None, :])
-    if _last_to_finish(counter_ptr, tl.num_programs(0) * SPLITS):
-        _decide(
-            decisions_ptr,
-            logits_ptr,
-            hidden_ptr,
-            mean_ptr,
-            rstd_ptr,
-            partial_ptr,
-            running_mean_ptr,
-            running_var_ptr,
-            b1_ptr,
-            gamma_ptr,
-            beta_ptr,
-            w2_ptr,
-            b2_ptr,
-            n_samples,
-            momentum,
-            eps,
-            SPLITS,
-            HIDDEN,
-            OUT,
-            DEPTH,
-            TRAINING,
-            HAS_RUNNING,
-            AFFINE,
-            HAS_B1,
-            HAS_B2,
-            BLOCK_N,
-            BLOCK_H,
-            BLOCK_O,
-        )
-        tl.store(counter_ptr, 0)
+            results, partial_ptr, head, running, n_samples, momentum, eps, SPLITS, HIDDEN, OUT, TRAINING, ONE_TILE,
+            BLOCK_N, BLOCK_H, BLOCK_O,
+        )  # fmt: skip

@@ -106,35 +106,31 @@ def gate_head_torch(
 
 def _fwd_fake(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, fc2_weight: Tensor | None, *rest: Any,
+    running_mean: Tensor | None, running_var: Tensor | None, fc2_weight: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    n, hidden = x.shape[0], fc1_weight.shape[0]
-    out = hidden if fc2_weight is None else fc2_weight.shape[0]
-    pooled = x.dim() == 4 and fc1_weight.shape[1] == x.shape[1]
-    shapes: list[tuple[Any, ...]] = [(n, out), (n, out), (n, x.shape[1]) if pooled else (0,)]
-    shapes += [(0,)] * 3 if fc2_weight is None else [(n, hidden), (hidden,), (hidden,)]
+    n, hidden, out = x.shape[0], fc1_weight.shape[0], fc2_weight.shape[0]
+    shapes: list[tuple[Any, ...]] = [(n, out), (n, out), (n, x.shape[1]) if x.dim() == 4 else (0,)]
+    shapes += [(n, hidden), (hidden,), (hidden,)]
     return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _bwd_fake(
     grad_decisions: Tensor | None, grad_logits: Tensor | None, logits: Tensor, features: Tensor, hidden: Tensor,
-    mean: Tensor, rstd: Tensor, x: Tensor, fc1_weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
-    fc2_weight: Tensor | None, training: bool, window: str,
+    mean: Tensor, rstd: Tensor, fc1_weight: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    fc2_weight: Tensor, pixels: int, training: bool, window: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    width = fc1_weight.shape[0]
-    dx = torch.empty_like(features if features.numel() else x)
-    fc1 = (torch.empty_like(fc1_weight), logits.new_empty(width))
-    if fc2_weight is None:
-        return (dx, *fc1, *(logits.new_empty(0) for _ in range(4)))
+    vector = logits.new_empty(fc1_weight.shape[0])
+    norm = (torch.empty_like(vector) for _ in range(2))
+    df = torch.empty_like(features, dtype=torch.float32)
     fc2 = (torch.empty_like(fc2_weight), logits.new_empty(fc2_weight.shape[0]))
-    return (dx, *fc1, logits.new_empty(width), logits.new_empty(width), *fc2)
+    return (df, torch.empty_like(fc1_weight), vector, *norm, *fc2)
 
 
 _TENSORS = ", ".join(["Tensor"] * 6)
 register(
     "gate_head_fwd",
     "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? fc2_weight, Tensor? fc2_bias, bool training, float momentum, float eps) "
+    "Tensor(b!)? running_var, Tensor fc2_weight, Tensor? fc2_bias, bool training, float momentum, float eps) "
     f"-> ({_TENSORS})",
     "gate_head",
     _fwd_fake,
@@ -142,22 +138,31 @@ register(
 register(
     "gate_head_bwd",
     "(Tensor? grad_decisions, Tensor? grad_logits, Tensor logits, Tensor features, Tensor hidden, Tensor mean, "
-    "Tensor rstd, Tensor x, Tensor fc1_weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? fc2_weight, bool training, "
-    f"str window) -> ({_TENSORS}, Tensor)",
+    "Tensor rstd, Tensor fc1_weight, Tensor? bn_weight, Tensor? bn_bias, Tensor fc2_weight, SymInt pixels, "
+    f"bool training, str window) -> ({_TENSORS}, Tensor)",
     "gate_head",
     _bwd_fake,
 )
 
 
-def gate_head_obstacle(x: Tensor, fc1_weight: Tensor, *others: Tensor | None, deep: bool) -> str | None:
-    """Why the kernel cannot serve these arguments, or None; `deep` is a head of two layers."""
+def gate_head_obstacle(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, fc2_weight: Tensor | None, fc2_bias: Tensor | None,
+) -> str | None:  # fmt: skip
+    """Why the kernel cannot serve these arguments, or None."""
+    # ablations of the paper use the other heads, which the plain path serves well enough
+    if fc2_weight is None:
+        return "its kernel takes heads of two dense layers, and this one has one"
+    if fc1_weight.shape[1] != x.shape[1]:
+        return f"its kernel takes pooled features, and this head flattens {list(x.shape)}"
     if fc1_weight.dtype != torch.float32:
         return f"its kernel takes float32 parameters, and they are {fc1_weight.dtype}"
-    for tensor in (fc1_weight, *others):
+    parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
+    for tensor in parameters:
         if tensor is not None and not tensor.is_contiguous():
             return f"its kernel takes contiguous parameters, and one has strides {tensor.stride()}"
-    reason = tensor_obstacle(x, fc1_weight, *others)
-    if reason is None and deep:
+    reason = tensor_obstacle(x, *parameters)
+    if reason is None:
         from fastgate.kernels.gate_head import MAX_HIDDEN
 
         if fc1_weight.shape[0] > MAX_HIDDEN:
@@ -172,52 +177,46 @@ class GateHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        means: Tensor | None,
         fc1_weight: Tensor,
         fc1_bias: Tensor | None,
         bn_weight: Tensor | None,
         bn_bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        fc2_weight: Tensor | None,
+        fc2_weight: Tensor,
         fc2_bias: Tensor | None,
         training: bool,
         momentum: float,
         eps: float,
         window: str,
     ) -> tuple[Tensor, Tensor]:
-        """x is [N, C, H, W], or already pooled [N, C]."""
-        decisions, logits, *saved = torch.ops.fastgate.gate_head_fwd(
-            x, fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias, training,
+        """x is [N, C, H, W], not read where its means [N, C] are known (constants: gradients go to x), or pooled."""
+        source = x if means is None else means
+        decisions, logits, features, *saved = torch.ops.fastgate.gate_head_fwd(
+            source, fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias, training,
             momentum, eps,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, *saved, x, fc1_weight, bn_weight, bn_bias, fc2_weight)
-        ctx.options = (training, window)
-        ctx.biases = (fc1_bias is not None, fc2_bias is not None)
+        features = source if source.dim() == 2 else features
+        ctx.save_for_backward(logits, features, *saved, fc1_weight, bn_weight, bn_bias, fc2_weight)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.options = (x.shape[2] * x.shape[3] if x.dim() == 4 else 1, training, window)
         return decisions, logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the parameters; that of a pooled x is one value per channel, expanded."""
+        """Gradients of x and of the parameters; that of a map is one value per channel, expanded."""
         if all(grad is None for grad in grads):
-            return (None,) * 13
+            return (None,) * 14
         contiguous = [None if grad is None else grad.contiguous() for grad in grads]
         dx, dw1, db1, dgamma, dbeta, dw2, db2 = torch.ops.fastgate.gate_head_bwd(
             *contiguous, *ctx.saved_tensors, *ctx.options
         )
-        x, bn_weight, bn_bias, fc2_weight = (ctx.saved_tensors[i] for i in (5, 7, 8, 9))
-        if dx.dim() != x.dim():
-            dx = dx[:, :, None, None].expand(x.shape)
-        return (
-            dx.to(x.dtype),
-            dw1,
-            db1 if ctx.biases[0] else None,
-            dgamma if bn_weight is not None else None,
-            dbeta if bn_bias is not None else None,
-            None,
-            None,
-            dw2 if fc2_weight is not None else None,
-            db2 if ctx.biases[1] else None,
-            *(None,) * 4,
-        )
+        dx = dx.to(ctx.dtype)  # before it is expanded: afterwards it would write a whole map
+        if len(ctx.shape) == 4:
+            dx = dx[:, :, None, None].expand(ctx.shape)
+        gradients = (dx, None, dw1, db1, dgamma, dbeta, None, None, dw2, db2)
+        wanted = zip(gradients, ctx.needs_input_grad, strict=False)
+        return (*(gradient if needed else None for gradient, needed in wanted), *(None,) * 4)

@@ -96,18 +96,23 @@ def recorded(launches: list[Launch], name: str, arch: int | None = None) -> Iter
 
 def compile_launch(launch: Launch, capability: int) -> Any:
     """Triton's compiled kernel, with the specialisation that real tensors (aligned to 16 bytes) would get."""
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list] = {}
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+
+    def typed(value: Any, place: tuple[int, ...], is_constexpr: bool = False) -> Any:
+        if is_constexpr or value is None:
+            constexprs[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):  # a NamedTuple: its fields are the kernel's arguments
+            return type(value)(*(typed(field, (*place, i)) for i, field in enumerate(value)))
+        if isinstance(value, torch.Tensor):
+            attributes[place] = [["tt.divisibility", 16]]
+            return f"*{_TYPES[value.dtype]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
     for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constexprs[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        signature[parameter.name] = typed(launch.arguments[parameter.name], (index,), parameter.is_constexpr)
     return triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes),
         target=GPUTarget("cuda", capability, 32),
@@ -179,27 +184,18 @@ def gate_head_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[s
     from fastgate.kernels.gate_head import gate_head_bwd, gate_head_fwd
 
     for stage, (n, c, h, w) in SHAPES.items():
-        for kind in ("layer", "channel", "channel1", "flat"):
-            if kind == "flat" and stage.startswith("resnet50"):
-                continue  # the flattened head is the paper's, for CIFAR
-            out = 1 if kind == "layer" else c
-            hidden = out if kind == "channel1" else 16
-            deep = kind != "channel1"
-            x = meta(n, c, h, w, dtype=dtype, channels_last=channels_last)
-            w1 = meta(hidden, c * h * w if kind == "flat" else c)
-            w2 = meta(out, hidden) if deep else None
-            vector = meta(hidden) if deep else None
-            b2 = meta(out) if deep else None
+        # a wide head, and more samples than a tile holds
+        for kind, hidden, samples in (("layer", 16, n), ("channel", 16, n), ("wide", 128, n), ("large", 16, 8 * n)):
+            x = meta(samples, c, h, w, dtype=dtype, channels_last=channels_last)
+            w1, w2 = meta(hidden, c), meta(1 if kind == "layer" else c, hidden)
 
-            def call(
-                x: torch.Tensor = x, w1: torch.Tensor = w1, w2: Any = w2, vector: Any = vector, b2: Any = b2
-            ) -> None:
-                bias = meta(w1.shape[0])
-                outs = gate_head_fwd(x, w1, bias, vector, vector, vector, vector, w2, b2, True, 0.1, 1e-5)
+            def call(x: torch.Tensor = x, w1: torch.Tensor = w1, w2: torch.Tensor = w2) -> None:
+                vector, b2 = meta(w1.shape[0]), meta(w2.shape[0])
+                outs = gate_head_fwd(x, w1, vector, vector, vector, vector, vector, w2, b2, True, 0.1, 1e-5)
                 decisions, logits, features, hidden_rows, mean, rstd = outs
                 gate_head_bwd(
-                    decisions, logits, logits, features, hidden_rows, mean, rstd, x, w1, vector, vector, w2, True,
-                    "restoring",
+                    decisions, logits, logits, features, hidden_rows, mean, rstd, w1, vector, vector, w2,
+                    x.shape[2] * x.shape[3], True, "restoring",
                 )  # fmt: skip
 
             yield f"{stage} {kind}", call

@@ -67,10 +67,17 @@ def emulate(
     compiled = compile_launch(launch, capability)
     memory = Memory()
     values: list[int | float] = []
+
+    def append(value: Any) -> None:
+        if isinstance(value, tuple):  # a NamedTuple's fields are arguments of their own
+            for field in value:
+                append(field)
+        elif value is not None:
+            values.append(memory.address(value) if isinstance(value, torch.Tensor) else value)
+
     for parameter in launch.kernel.params:
         if not parameter.is_constexpr:
-            value = arguments[parameter.name]
-            values.append(memory.address(value) if isinstance(value, torch.Tensor) else value)
+            append(arguments[parameter.name])
     program = Program(edit(compiled.asm["ptx"]), compiled.metadata.num_warps, compiled.metadata.shared)
     program.run(launch.grid, memory, values, order)
     memory.copy_back()

@@ -34,10 +34,9 @@ def run_without_interpreter(*arguments: str) -> str:
 def test_kernels_fit(capability: int, each: str) -> None:
     usages = json.loads(run_without_interpreter("-m", "tests.kernels.budget", str(capability), each))
     assert {usage["name"].split()[-1] for usage in usages} == {
-        "gate_head_fwd_pooled_kernel",
-        "gate_head_fwd_flat_kernel",
+        "gate_head_fwd_kernel",
+        "gate_head_bwd_hidden_kernel",
         "gate_head_bwd_kernel",
-        "gate_head_bwd_depth1_kernel",
         "_gated_residual_fwd_kernel",
         "_gated_residual_bwd_kernel",
         "_open_lists_kernel",

@@ -19,8 +19,6 @@ class Case:
     shape: tuple[int, int, int, int]
     out: int
     hidden: int = 16
-    depth: int = 2
-    flat: bool = False
     training: bool = True
     channels_last: bool = False
     window: str = "restoring"
@@ -37,38 +35,32 @@ CASES = [
     pytest.param(Case((4, 70, 3, 3), 70, hidden=5), id="several-blocks-of-channels"),
     pytest.param(Case((4, 70, 3, 3), 70, hidden=5, channels_last=True), id="several-blocks-of-channels-last"),
     pytest.param(Case((3, 3, 37, 41), 3, window="clipped"), id="several-tiles-of-pixels"),
-    pytest.param(Case((6, 17, 3, 5), 17, flat=True), id="flat"),
-    pytest.param(Case((6, 17, 3, 5), 17, flat=True, channels_last=True), id="flat-channels-last"),
-    pytest.param(Case((6, 17, 3, 5), 17, depth=1, flat=True, channels_last=True), id="flat-one-layer"),
-    pytest.param(Case((6, 17, 3, 5), 90, depth=1), id="one-layer-several-tiles"),
     pytest.param(Case((6, 17, 3, 5), 9, window="identity", pooled=True), id="pooled-by-the-producer"),
-    pytest.param(Case((70, 8, 2, 2), 8), id="several-tiles-of-samples"),
+    pytest.param(Case((6, 17, 3, 5), 90), id="several-tiles-of-gates"),
+    pytest.param(Case((70, 8, 2, 2), 8), id="one-large-tile-of-samples"),
+    pytest.param(Case((300, 3, 1, 2), 1), id="several-tiles-of-samples-layer"),
+    pytest.param(Case((70, 8, 2, 2), 8, hidden=100), id="several-tiles-of-samples-wide"),
+    pytest.param(Case((300, 3, 1, 2), 2, training=False), id="several-tiles-of-samples-eval"),
     pytest.param(Case((5, 3, 4, 5), 2, bare=True), id="no-biases-no-affine"),
 ]
 
 
 def make(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """(leaves, running statistics, upstream gradients), x rounded to the dtype."""
-    n, c, h, w = case.shape
+    n, c = case.shape[:2]
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     x = (2 * torch.randn(case.shape, device=DEVICE)).to(dtype).contiguous(memory_format=layout)
-    features = c * h * w if case.flat else c
-    rows = case.hidden if case.depth == 2 else case.out
-    leaves = {"x": x, "fc1_weight": torch.randn(rows, features, device=DEVICE) / features**0.5}
+    leaves = {"x": x, "fc1_weight": torch.randn(case.hidden, c, device=DEVICE) / c**0.5}
     if not case.bare:
-        leaves["fc1_bias"] = torch.randn(rows, device=DEVICE) * 0.3
-    if case.depth == 2:
-        if not case.bare:
-            leaves["bn_weight"] = torch.rand(case.hidden, device=DEVICE) + 0.5
-            leaves["bn_bias"] = torch.randn(case.hidden, device=DEVICE) * 0.3
-            leaves["fc2_bias"] = torch.randn(case.out, device=DEVICE) * 0.3
-        leaves["fc2_weight"] = torch.randn(case.out, case.hidden, device=DEVICE) / case.hidden**0.5
-    running = {}
-    if case.depth == 2:
-        running = {
-            "running_mean": torch.randn(case.hidden, device=DEVICE) * 0.2,
-            "running_var": torch.rand(case.hidden, device=DEVICE) + 0.5,
-        }
+        leaves["fc1_bias"] = torch.randn(case.hidden, device=DEVICE) * 0.3
+        leaves["bn_weight"] = torch.rand(case.hidden, device=DEVICE) + 0.5
+        leaves["bn_bias"] = torch.randn(case.hidden, device=DEVICE) * 0.3
+        leaves["fc2_bias"] = torch.randn(case.out, device=DEVICE) * 0.3
+    leaves["fc2_weight"] = torch.randn(case.out, case.hidden, device=DEVICE) / case.hidden**0.5
+    running = {
+        "running_mean": torch.randn(case.hidden, device=DEVICE) * 0.2,
+        "running_var": torch.rand(case.hidden, device=DEVICE) + 0.5,
+    }
     upstream = {name: torch.randn(n, case.out, device=DEVICE) for name in ("decisions", "logits")}
     return leaves, running, upstream
 
@@ -97,7 +89,7 @@ def test_equals_its_meaning(case: Case, dtype: torch.dtype) -> None:
         kernel = run("triton", case, None, parts)
     plain, oracle = run("torch", case, None, parts), run("torch", case, torch.float64, parts)
     # batch statistics take fc1's bias out again: its gradient is 0, left of terms like those of fc1's weight
-    cancels = {"dfc1_bias": "dfc1_weight"} if case.training and case.depth == 2 and not case.bare else {}
+    cancels = {"dfc1_bias": "dfc1_weight"} if case.training and not case.bare else {}
     assert_close_to_oracle(kernel, plain, oracle, cancels=cancels)
 
 
@@ -128,10 +120,9 @@ def test_pooled_means_in_another_order() -> None:
     torch.testing.assert_close(*logits)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_nan_is_never_closed(depth: int) -> None:
+def test_nan_is_never_closed() -> None:
     """Not by the ReLU of the head either, which would leave a decision by the biases alone."""
-    leaves, running, _ = make(Case((5, 3, 2, 2), 3, depth=depth, training=False), torch.float32)
+    leaves, running, _ = make(Case((5, 3, 2, 2), 3, training=False), torch.float32)
     leaves["x"][1, 0, 0, 0] = torch.nan
     for found in zip(
         *(gate_head(**leaves, **running, training=False, impl=i) for i in ("triton", "torch")), strict=True
@@ -163,8 +154,9 @@ def test_opcheck() -> None:
     arguments = tuple(values[name] for name in order)
     torch.library.opcheck(torch.ops.fastgate.gate_head_fwd.default, (*arguments, True, 0.1, 1e-5))
     outs = torch.ops.fastgate.gate_head_fwd(*arguments, True, 0.1, 1e-5)
-    backward = (outs[0], None, *outs[1:], leaves["x"], leaves["fc1_weight"], leaves["bn_weight"], leaves["bn_bias"])
-    torch.library.opcheck(torch.ops.fastgate.gate_head_bwd.default, (*backward, leaves["fc2_weight"], True, "clipped"))
+    backward = (outs[0], None, *outs[1:], leaves["fc1_weight"], leaves["bn_weight"], leaves["bn_bias"])
+    options = (4, True, "clipped")
+    torch.library.opcheck(torch.ops.fastgate.gate_head_bwd.default, (*backward, leaves["fc2_weight"], *options))
 
 
 @pytest.mark.parametrize(
@@ -185,3 +177,28 @@ def test_too_many_hidden_features() -> None:
     leaves, running, _ = make(Case((4, 3, 2, 2), 3, hidden=129), torch.float32)
     with pytest.raises(ValueError, match="its kernel takes up to 128 hidden features, and there are 129"):
         gate_head(**leaves, **running, training=True, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        pytest.param({"fc1_weight": (3, 3)}, "takes heads of two dense layers", id="one-layer"),
+        pytest.param({"fc1_weight": (16, 12), "fc2_weight": (3, 16)}, "takes pooled features", id="flattened"),
+    ],
+)
+def test_heads_of_the_papers_ablations_take_the_plain_path(weights: dict[str, tuple], message: str) -> None:
+    x = torch.randn(4, 3, 2, 2, device=DEVICE)
+    head = {"fc1_bias": None, **{name: torch.randn(shape, device=DEVICE) for name, shape in weights.items()}}
+    with pytest.raises(ValueError, match=message):
+        gate_head(x, **head, training=True, impl="triton")
+    assert gate_head(x, **head, training=True)[0].shape == (4, 3)
+
+
+def test_the_gradient_of_a_half_precision_map_is_not_written_out() -> None:
+    """It is the same for every pixel: a cast after the expansion would write a whole map."""
+    leaves, running, upstream = make(Case((4, 5, 3, 3), 1), torch.float16)
+    x = leaves.pop("x").requires_grad_()
+    logits = gate_head(x, **leaves, **running, training=True, impl="triton")[1]
+    (dx,) = torch.autograd.grad(logits, x, upstream["logits"])
+    assert dx.dtype == torch.float16 and dx.shape == x.shape
+    assert dx.stride()[2:] == (0, 0)

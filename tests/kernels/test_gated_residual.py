@@ -118,3 +118,15 @@ def test_what_the_kernel_cannot_serve_is_refused() -> None:
         gated_residual(x.double(), x.double(), gate.double(), impl="triton")
     with pytest.raises(ValueError, match="dense NCHW or channels_last"):
         gated_residual(x[:, :, ::2], x[:, :, ::2], gate, impl="triton")
+
+
+def test_the_gradient_behind_a_nan_is_that_of_pytorchs_relu() -> None:
+    shortcut, branch = (torch.randn(2, 3, 2, 2, device=DEVICE) for _ in range(2))
+    shortcut[0, 1, 0, 0] = torch.nan
+    found = []
+    for impl in ("triton", "torch"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (shortcut, branch)]
+        y = gated_residual(*leaves, torch.ones(2, device=DEVICE), impl=impl)
+        found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected) and expected[0, 1, 0, 0] == 1
