@@ -38,7 +38,6 @@ def test_kernels_fit(capability: int) -> None:
         "gate_head_bwd_depth1_kernel",
         "_gated_residual_fwd_kernel",
         "_gated_residual_bwd_kernel",
-        "_open_lists_kernel",
         "gated_conv_kernel",
         "gated_conv_wgrad_kernel",
     }
