@@ -80,7 +80,7 @@ def any_open(gate_ptr, n, c, C: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def zero_closed(values, opened):
-    """Values where open, zero elsewhere; on their bits, so that nan and infinity are zeroed too and pairs stay packed."""
+    """Values where open, zero elsewhere: on their bits, so that nan and infinity go too and pairs stay packed."""
     if values.dtype == tl.float32:
         kept = values.to(tl.int32, bitcast=True) & -opened.to(tl.int32)
     else:

@@ -56,10 +56,10 @@ def gated_conv_wgrad_kernel(
         dw[d, c, r, s] = sum over n, y, x of out_gate[n, d] * dy[n, d, y, x]
             * in_gate[n, c] * x[n, c, y * stride + r - padding, x * stride + s - padding]
 
-    A matrix product over pixels: a tile is [TILE.m columns (r, s, c), TILE.n output channels], c innermost and padded to
-    a multiple of 8, so that vectors of channels are read; each step takes TILE.k pixels of one sample. What is closed
-    is zeroed in registers, whatever it holds, and a sample that closes the whole tile on either side is skipped. A
-    split takes consecutive samples; the last program of a tile to finish adds the splits in their order.
+    A matrix product over pixels: a tile is [TILE.m columns (r, s, c), TILE.n output channels], c innermost and padded
+    to a multiple of 8, so that vectors of channels are read; each step takes TILE.k pixels of one sample. What is
+    closed is zeroed in registers, whatever it holds, and a sample that closes the whole tile on either side is
+    skipped. A split takes consecutive samples; the last program of a tile to finish adds the splits in their order.
     """
     UNITS: tl.constexpr = (X.channels + 7) // 8
     PIXELS: tl.constexpr = DY.height * DY.width

@@ -179,16 +179,21 @@ def _conv_tile(plan: _Plan, c_src: int, c_dst: int, pixels: int, channels_last: 
     block_m = next_power_of_2(pixels, 16, 64 if plan.fp32 else 4096 // block_n)
     # the longest step with the least padding behind the last channel
     warps = 2 if plan.options and channels_last else 4
-    block_k = 16 if plan.fp32 else min((32, 16) if warps == 2 else (64, 32, 16), key=lambda k: triton.cdiv(c_src, k) * k)
+    block_k = (
+        16 if plan.fp32 else min((32, 16) if warps == 2 else (64, 32, 16), key=lambda k: triton.cdiv(c_src, k) * k)
+    )
     return Tile(block_m, block_n, block_k, plan.upcast, plan.precision), warps
 
 
 def _wgrad_tile(plan: _Plan, c_out: int, pixels: int, channels_last: bool) -> tuple[Tile, int]:
     """(tile of [columns, output channels] and pixels of a step, warps)."""
     block_n = next_power_of_2(c_out, 16, 64)
-    warps = 2 if plan.options and (channels_last or block_n < 64) else 4
-    block_k = next_power_of_2(pixels, 16, 16 if plan.fp32 or not channels_last and block_n > 16 else 32)
-    return Tile(64, block_n, block_k, plan.upcast, plan.precision), warps
+    block_m, block_k, warps = 64, 16 if plan.fp32 else 32, 4
+    if plan.options:
+        block_m = 32 if block_n == 32 and not channels_last else 64
+        block_k = 16 if block_n == 64 else 32
+        warps = 4 if block_n == 64 and not channels_last else 2
+    return Tile(block_m, block_n, next_power_of_2(pixels, 16, block_k), plan.upcast, plan.precision), warps
 
 
 def _map(x: Tensor) -> Map:
