@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,8 +285,7 @@ def main() -> int:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.call([sys.executable, "-m", "bench.floors", *sys.argv[1:]], env=environment)
     parser = argparse.ArgumentParser(description="Static costs of the kernels against their floors; nothing is run.")
-    parser.add_argument("--kernel", help="only this one, for example 'conv wgrad'")
-    parser.add_argument("--gates", choices=(*GATES, "layer", "channel"))
+    parser.add_argument("--case", action="append", help="only these kernels and gates, for example 'conv wgrad/*'")
     parser.add_argument("--shape", help="only shapes whose name starts so, for example resnet110")
     parser.add_argument("--layout", choices=("NCHW", "NHWC"))
     parser.add_argument("--capability", type=int, choices=tuple(sass.GPUS))
@@ -298,7 +298,7 @@ def main() -> int:
         for layout in ("NHWC", "NCHW")
         if options.layout in (None, layout)
         for case in cases()
-        if options.kernel in (None, case.kernel) and options.gates in (None, case.gates)
+        if any(fnmatch(f"{case.kernel}/{case.gates}", pattern) for pattern in options.case or ["*"])
         for shape in SHAPES.values()
         if shape.name.startswith(options.shape or "")
     ]
