@@ -101,8 +101,7 @@ def gated_conv_wgrad(
         OUT_GATE=_gate(out_gate),
         IS_SPLIT=splits > 1,
         TILE=tile,
-        num_warps=warps,
-        **plan.options,
+        **_launch_options(plan, warps, is_channels_last(x)),
     )
     return dw
 
@@ -143,8 +142,7 @@ def _launch(
         TRANSPOSED=transposed,
         WRITE_CLOSED=write_closed,
         TILE=tile,
-        num_warps=warps,
-        **plan.options,
+        **_launch_options(plan, warps, is_channels_last(src)),
     )
     return partial.sum(1) if factor is not None else partial
 
@@ -179,21 +177,27 @@ def _conv_tile(plan: _Plan, c_src: int, c_dst: int, pixels: int, channels_last: 
     block_m = next_power_of_2(pixels, 16, 64 if plan.fp32 else 4096 // block_n)
     # the longest step with the least padding behind the last channel
     warps = 2 if plan.options and channels_last else 4
-    block_k = (
-        16 if plan.fp32 else min((32, 16) if warps == 2 else (64, 32, 16), key=lambda k: triton.cdiv(c_src, k) * k)
-    )
+    longest = (64, 32, 16) if plan.options and not channels_last else (32, 16)
+    block_k = 16 if plan.fp32 else min(longest, key=lambda k: triton.cdiv(c_src, k) * k)
     return Tile(block_m, block_n, block_k, plan.upcast, plan.precision), warps
 
 
 def _wgrad_tile(plan: _Plan, c_out: int, pixels: int, channels_last: bool) -> tuple[Tile, int]:
     """(tile of [columns, output channels] and pixels of a step, warps)."""
     block_n = next_power_of_2(c_out, 16, 64)
-    block_m, block_k, warps = 64, 16 if plan.fp32 else 32, 4
+    block_m, warps = 32 if plan.fp32 and not channels_last else 64, 4
+    block_k = 32 if channels_last and not plan.fp32 else 16
     if plan.options:
         block_m = 32 if block_n == 32 and not channels_last else 64
         block_k = 16 if block_n == 64 else 32
         warps = 4 if block_n == 64 and not channels_last else 2
     return Tile(block_m, block_n, next_power_of_2(pixels, 16, block_k), plan.upcast, plan.precision), warps
+
+
+def _launch_options(plan: _Plan, warps: int, channels_last: bool) -> dict[str, Any]:
+    """Told how many registers a thread may take, ptxas does not spill some of them to fit one block more."""
+    registers = 168 if warps == 4 and channels_last and not plan.fp32 else 255
+    return {"num_warps": warps, "maxnreg": registers, **plan.options}
 
 
 def _map(x: Tensor) -> Map:
