@@ -1,8 +1,7 @@
 """Ratios from a result file, as a table and a picture: `python -m bench.report bench/results/<device>/<date>.json`.
 
 A ratio above 1 says how many times faster fastgate is than the other provider in the same run. Times are those of a
-CUDA graph with a cold L2 where the file has them, else the host's median. "lists" is the share of fastgate's time that
-building its lists of open channels or samples takes, where that was measured beside it.
+CUDA graph with a cold L2 where the file has them, else the host's median.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def ratios(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> list[dict[
     for identity, by_provider in rows.items():
         name = "fastgate" if "fastgate" in by_provider else "auto"
         ours = by_provider.get(name)
-        if ours is None or identity[0] == "open_lists":
+        if ours is None:
             continue
         # who cannot skip was measured at one open fraction only, and without a gate there is one kind
         others: dict[str, Any] = {}
@@ -58,19 +57,10 @@ def ratios(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> list[dict[
                 **dict(zip(_KEYS, identity, strict=True)),
                 "us": ours["us"],
                 "share_of_copy": ours.get("share_of_copy"),
-                "share_of_lists": _share_of_lists(identity, rows),
                 "vs": {other: row["us"] / ours["us"] for other, row in others.items()},
             }
         )
     return records
-
-
-def _share_of_lists(identity: tuple[Any, ...], rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> float | None:
-    """The lists' time over that of the convolution that is called with them; None where either was not measured."""
-    lists, conv = rows.get(("open_lists", *identity[1:]), {}), rows[identity]
-    if identity[0] != "gated_conv" or "fastgate" not in lists or "fastgate" not in conv:
-        return None
-    return float(lists["fastgate"]["us"] / conv["fastgate"]["us"])
 
 
 def print_ratios(records: list[dict[str, Any]], console: Console) -> None:
@@ -79,11 +69,10 @@ def print_ratios(records: list[dict[str, Any]], console: Console) -> None:
         table = Table(title=f"{operation}: fastgate's time, and how many times longer the others take")
         shown = [record for record in records if record["op"] == operation]
         names = list(dict.fromkeys(name for record in shown for name in record["vs"]))
-        has_lists = any(record["share_of_lists"] is not None for record in shown)
-        for column in ("case", "kind", "open", "mode", "us", "of copy", *(["lists"] if has_lists else []), *names):
+        for column in ("case", "kind", "open", "mode", "us", "of copy", *names):
             table.add_column(column, justify="left" if column in ("case", "kind", "mode") else "right")
         for record in shown:
-            share, lists, fraction = record["share_of_copy"], record["share_of_lists"], record["open_fraction"]
+            share, fraction = record["share_of_copy"], record["open_fraction"]
             table.add_row(
                 record["case"],
                 record["kind"],
@@ -91,7 +80,6 @@ def print_ratios(records: list[dict[str, Any]], console: Console) -> None:
                 record["mode"],
                 f"{record['us']:.1f}",
                 "" if share is None else f"{share:.0%}",
-                *(["" if lists is None else f"{lists:.1%}"] if has_lists else []),
                 *(f"{record['vs'][name]:.2f}x" if name in record["vs"] else "" for name in names),
             )
         console.print(table)

@@ -65,14 +65,6 @@ RUNS = [
     for provider in PROVIDERS
     if conv.network == "resnet110"
 ]
-PER_SAMPLE = ("pairs", "recorded")
-# the gate's own list serves all three passes, but for the samples of every channel that the weight gradient wants
-LISTS = [
-    (*run, mode)
-    for *run, provider in RUNS
-    for mode in ("forward", "wgrad")
-    if provider == PROVIDERS[0] and (mode == "forward" or run[2] in PER_SAMPLE)
-]
 
 
 def real_gate(conv: Convolution, kind: str) -> Tensor:
@@ -146,31 +138,6 @@ def test_gated_conv(
         make, bytes_moved=int(dense * (1 + share)) + 9 * conv.channels**2 * dtype.itemsize, op="gated_conv",
         kind=kind, case=f"{conv}-{str(dtype).removeprefix('torch.')}", mode=mode, provider=provider,
         open_fraction=share,
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(not CUDA, reason="the kernels that walk over lists run on a GPU")
-@pytest.mark.parametrize(("conv", "dtype", "kind", "fraction", "mode"), LISTS, ids=str)
-def test_open_lists(
-    measure: Callable[..., None],
-    device: torch.device,
-    conv: Convolution,
-    dtype: torch.dtype,
-    kind: str,
-    fraction: float | None,
-    mode: str,
-) -> None:
-    """Building the lists alone, which is part of the operation's time: `bench.report` shows its share."""
-
-    def make() -> Callable[[], Any]:
-        gate = make_gate(conv, kind, fraction, dtype, device)
-        return partial(torch.ops.fastgate.open_lists, gate.t() if mode == "wgrad" else gate)
-
-    gates = conv.channels * (conv.batch if kind in PER_SAMPLE else 1)
-    measure(
-        make, bytes_moved=gates * (dtype.itemsize + 4), op="open_lists", kind=kind,
-        case=f"{conv}-{str(dtype).removeprefix('torch.')}", mode=mode, provider="fastgate",
-        open_fraction=open_share(conv, kind, fraction),
     )  # fmt: skip
 
 

@@ -250,7 +250,8 @@ def gated_conv2d(
             leaves the memory as it was, NaN included, and saves writing it, so select what is open instead of
             multiplying by the gate. Gradients are the same either way: they do not depend on closed outputs, and a
             gradient that arrives for one counts only for the gate that closed it, where that requires grad.
-        impl: `"triton"` (closed input is not read, so its NaN and infinities stay there), `"torch"` (dense), or
+        impl: `"triton"` (closed input is zeroed whatever it holds, so its NaN and infinities stay there, as do those of
+            gradients of closed output; those of the weight do not), `"torch"` (dense), or
             `"auto"`: what was measured fastest on this device (`fastgate/ops/measured.json`). On a CPU that is a
             convolution of the open channels or samples alone, where gates do not require grad.
 

@@ -1,23 +1,91 @@
-"""Device code of the gated convolution, forward and backward by the input: see :mod:`fastgate.kernels.gated_conv`.
+"""Device code of the gated convolution, forward and backward by the input: see :mod:`fastgate.kernels.gated_conv`."""
 
-Both are one implicit matrix product. A tile is [pixels of one sample, channels] of the result; the inner loop walks
-over (tap, open source channel) pairs, so what is closed is neither read nor multiplied.
-"""
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def channel_offset(c, PIXELS: tl.constexpr, LAST: tl.constexpr):
-    """Elements from a sample's start to channel c at pixel 0."""
-    return c if LAST else c * PIXELS
+class Map(NamedTuple):
+    """Sizes of [N, C, H, W] feature maps and whether channels are innermost in memory; a compile-time argument."""
+
+    channels: int
+    height: int
+    width: int
+    last: bool
+
+
+class Taps(NamedTuple):
+    """A convolution's kernel size, stride and padding."""
+
+    rows: int
+    columns: int
+    stride: int
+    padding: int
+
+
+class Strides(NamedTuple):
+    """Elements from one weight to the next output channel, input channel, row and column."""
+
+    out: int
+    channel: int
+    row: int
+    column: int
+
+
+class Gate(NamedTuple):
+    """How a gate [N or 1, C or 1] is read: elements to the next sample and channel, and whether it has channels."""
+
+    sample: int
+    channel: int
+    per_channel: bool
+
+
+class Tile(NamedTuple):
+    """Sizes of a program's tiles, and how it calls `tl.dot`: its operands made fp32 first, its precision."""
+
+    m: int
+    n: int
+    k: int
+    upcast: bool
+    precision: str
 
 
 @triton.jit
-def pixel_offset(p, C: tl.constexpr, LAST: tl.constexpr):
-    """Elements from a channel's start to pixel p."""
-    return p * C if LAST else p
+def map_offset(pixel, c, MAP: tl.constexpr):
+    """Elements from a sample's start to a pixel of channel c."""
+    return pixel * MAP.channels + c if MAP.last else pixel + c * (MAP.height * MAP.width)
+
+
+@triton.jit
+def open_channels(gate_ptr, n, c, C: tl.constexpr, GATE: tl.constexpr):
+    """Which of the channels c of sample n there are and are open."""
+    opened = c < C
+    if GATE is not None:
+        opened = tl.load(gate_ptr + n * GATE.sample + c * GATE.channel, mask=opened, other=0.0) != 0
+    return opened
+
+
+@triton.jit
+def any_open(gate_ptr, n, c, C: tl.constexpr, GATE: tl.constexpr):
+    """Whether any of the channels c of sample n is open."""
+    if GATE is None:
+        result = True
+    elif GATE.per_channel:
+        result = tl.max(open_channels(gate_ptr, n, c, C, GATE).to(tl.int32), axis=0) > 0
+    else:
+        result = tl.load(gate_ptr + n * GATE.sample) != 0
+    return result
+
+
+@triton.jit
+def zero_closed(values, opened):
+    """Values where open, zero elsewhere: on their bits, so that nan and infinity go too and pairs stay packed."""
+    if values.dtype == tl.float32:
+        kept = values.to(tl.int32, bitcast=True) & -opened.to(tl.int32)
+    else:
+        kept = values.to(tl.int16, bitcast=True) & -opened.to(tl.int16)
+    return kept.to(values.dtype, bitcast=True)
 
 
 @triton.jit
@@ -26,175 +94,130 @@ def gated_conv_kernel(
     partial_ptr,
     src_ptr,
     weight_ptr,
-    src_list_ptr,
-    src_count_ptr,
-    dst_list_ptr,
-    dst_count_ptr,
-    sample_list_ptr,
-    sample_count_ptr,
-    gate_ptr,
-    gated_ptr,
-    n_items,
+    src_gate_ptr,
+    dst_gate_ptr,
+    factor_ptr,
+    SRC: tl.constexpr,
+    DST: tl.constexpr,
+    FACTOR: tl.constexpr,
+    TAPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SRC_GATE: tl.constexpr,
+    DST_GATE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    C_DST: tl.constexpr,
-    H_DST: tl.constexpr,
-    W_DST: tl.constexpr,
-    DST_LAST: tl.constexpr,
-    C_SRC: tl.constexpr,
-    H_SRC: tl.constexpr,
-    W_SRC: tl.constexpr,
-    SRC_LAST: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    W_DST_STRIDE: tl.constexpr,
-    W_SRC_STRIDE: tl.constexpr,
-    W_KH_STRIDE: tl.constexpr,
-    W_KW_STRIDE: tl.constexpr,
-    SRC_ROWS: tl.constexpr,
-    DST_ROWS: tl.constexpr,
-    HAS_SAMPLES: tl.constexpr,
     WRITE_CLOSED: tl.constexpr,
-    NEEDS_DGATE: tl.constexpr,
-    GATE_N_STRIDE: tl.constexpr,
-    GATE_C_STRIDE: tl.constexpr,
-    GATED_LAST: tl.constexpr,
-    M_TILES: tl.constexpr,
-    N_TILES: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """dst = conv(src), or its transpose by the input.
+    """dst = conv(src * src_gate) * dst_gate, or with TRANSPOSED its transpose, the gradient by the input::
 
-    SRC_ROWS and DST_ROWS say whose list of open channels counts: "none" (all channels), "shared" (one list) or "each"
-    (one per sample). With NEEDS_DGATE every dst channel is computed: partial gets the sums over a tile's pixels of
-    dst * gated, and dst is then multiplied by its gate. Without WRITE_CLOSED, the memory of closed channels and of
-    closed samples of dst stays as it was.
+        dst[n, d, y, x] = dst_gate[n, d] * sum over r, s, c of
+            src_gate[n, c] * src[n, c, y * stride + r - padding, x * stride + s - padding] * weight[d, c, r, s]
 
-    The transpose of a strided convolution falls into STRIDE x STRIDE classes of result pixels, each a dense
-    convolution with the taps that reach it.
+    A program computes [TILE.m pixels of one sample, TILE.n channels]; each step of its loop takes one tap and TILE.k
+    source channels. Source channels that are closed are loaded with their vectors and zeroed in registers, whatever
+    they hold. A program multiplies nothing where its sample, all source channels or all its own channels are closed.
+    Without WRITE_CLOSED the memory of what dst_gate closes stays as it was.
+
+    With FACTOR (the map of factor_ptr) every dst channel is computed, and partial[n, tile, d] gets the sum over a
+    tile's pixels of dst * factor before the gate: the gradient of dst_gate.
+
+    The transpose of a strided convolution falls into stride x stride classes of pixels, each a dense convolution with
+    the taps that reach it.
     """
-    CLASSES: tl.constexpr = STRIDE * STRIDE if TRANSPOSED else 1
+    CLASSES: tl.constexpr = TAPS.stride * TAPS.stride if TRANSPOSED else 1
+    M_TILES: tl.constexpr = (
+        ((DST.height + TAPS.stride - 1) // TAPS.stride * ((DST.width + TAPS.stride - 1) // TAPS.stride) + TILE.m - 1)
+        // TILE.m
+        if TRANSPOSED
+        else (DST.height * DST.width + TILE.m - 1) // TILE.m
+    )
+    N_TILES: tl.constexpr = (DST.channels + TILE.n - 1) // TILE.n
+    K_TILES: tl.constexpr = (SRC.channels + TILE.k - 1) // TILE.k
     item = tl.program_id(0)
-    while item < n_items:
-        channel_tile = item % N_TILES
-        pixel_tile = (item // N_TILES) % M_TILES
-        pixel_class = (item // (N_TILES * M_TILES)) % CLASSES
-        place = item // (N_TILES * M_TILES * CLASSES)
-        sample = place
-        if HAS_SAMPLES:
-            sample = tl.load(sample_list_ptr + place)
-        n = sample.to(tl.int64)
+    n_tile = item % N_TILES
+    m_tile = (item // N_TILES) % M_TILES
+    pixel_class = (item // (N_TILES * M_TILES)) % CLASSES
+    n = (item // (N_TILES * M_TILES * CLASSES)).to(tl.int64)
 
-        # result pixels, the source pixel under each one's first tap, and the taps
-        m = pixel_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        if TRANSPOSED:
-            class_y = pixel_class // STRIDE
-            class_x = pixel_class % STRIDE
-            width = (W_DST - class_x + STRIDE - 1) // STRIDE
-            width = tl.maximum(width, 1)  # a class may be empty: its pixels are all outside
-            row = m // width
-            column = m % width
-            y = class_y + row * STRIDE
-            x = class_x + column * STRIDE
-            first_r = (class_y + PADDING) % STRIDE
-            first_s = (class_x + PADDING) % STRIDE
-            taps_r = (KH - first_r + STRIDE - 1) // STRIDE
-            taps_s = (KW - first_s + STRIDE - 1) // STRIDE
-            src_y = row + (class_y + PADDING) // STRIDE
-            src_x = column + (class_x + PADDING) // STRIDE
-            taps = taps_r * taps_s
-        else:
-            y = m // W_DST
-            x = m % W_DST
-            taps_s = KW
-            src_y = y * STRIDE - PADDING
-            src_x = x * STRIDE - PADDING
-            taps = KH * KW
-        inside = (y < H_DST) & (x < W_DST)
+    # the tile's pixels, and the source pixel under each one's first tap
+    m = m_tile * TILE.m + tl.arange(0, TILE.m)
+    if TRANSPOSED:
+        class_y = pixel_class // TAPS.stride
+        class_x = pixel_class % TAPS.stride
+        # a class may be empty: its pixels are all outside
+        width = tl.maximum((DST.width - class_x + TAPS.stride - 1) // TAPS.stride, 1)
+        y = class_y + m // width * TAPS.stride
+        x = class_x + m % width * TAPS.stride
+        src_y = m // width + (class_y + TAPS.padding) // TAPS.stride
+        src_x = m % width + (class_x + TAPS.padding) // TAPS.stride
+        first_r = (class_y + TAPS.padding) % TAPS.stride
+        first_s = (class_x + TAPS.padding) % TAPS.stride
+        ROWS: tl.constexpr = (TAPS.rows + TAPS.stride - 1) // TAPS.stride
+        COLUMNS: tl.constexpr = (TAPS.columns + TAPS.stride - 1) // TAPS.stride
+    else:
+        y = m // DST.width
+        x = m % DST.width
+        src_y = y * TAPS.stride - TAPS.padding
+        src_x = x * TAPS.stride - TAPS.padding
+        ROWS: tl.constexpr = TAPS.rows
+        COLUMNS: tl.constexpr = TAPS.columns
+    inside = (y < DST.height) & (x < DST.width)
 
-        # result channels
-        j = channel_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        d = j
-        computed = j < C_DST
-        any_computed = True
-        if DST_ROWS != "none":
-            list_row = n * 0 if DST_ROWS == "shared" else n
-            n_dst = tl.load(dst_count_ptr + list_row)
-            d = tl.load(dst_list_ptr + list_row * C_DST + j, mask=j < C_DST, other=0)
-            computed = j < n_dst
-            any_computed = channel_tile * BLOCK_N < n_dst
+    d = n_tile * TILE.n + tl.arange(0, TILE.n)
+    opened = open_channels(dst_gate_ptr, n, d, DST.channels, DST_GATE)
 
-        src_row = n * 0 if SRC_ROWS == "shared" else n
-        n_src = C_SRC
-        if SRC_ROWS != "none":
-            n_src = tl.load(src_count_ptr + src_row)
-        k_end = taps * n_src
-        if DST_ROWS != "none":
-            k_end = tl.where(any_computed, k_end, 0)
-        if HAS_SAMPLES:
-            n_samples = tl.load(sample_count_ptr)
-            k_end = tl.where(place < n_samples, k_end, 0)
+    all_c = tl.arange(0, triton.next_power_of_2(SRC.channels))
+    busy = any_open(src_gate_ptr, n, all_c, SRC.channels, SRC_GATE)
+    if FACTOR is None:
+        busy = busy & any_open(dst_gate_ptr, n, d, DST.channels, DST_GATE)
+    if TRANSPOSED and TAPS.stride > 1:
+        busy = busy & (first_r < TAPS.rows) & (first_s < TAPS.columns)
 
-        src_start = src_ptr + n * (C_SRC * H_SRC * W_SRC)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        k0 = 0
-        while k0 < k_end:
-            k = k0 + tl.arange(0, BLOCK_K)
-            real = k < k_end
-            tap = k // n_src
-            c = k % n_src
-            if SRC_ROWS != "none":
-                c = tl.load(src_list_ptr + src_row * C_SRC + c, mask=real, other=0)
-            r = tap // taps_s
-            s = tap % taps_s
+    acc = tl.zeros([TILE.m, TILE.n], dtype=tl.float32)
+    src_pixel = src_y * SRC.width + src_x
+    src_start = src_ptr + n * (SRC.channels * SRC.height * SRC.width)
+    if busy:
+        for step in range(ROWS * COLUMNS * K_TILES):
+            tap = step // K_TILES
+            c = (step % K_TILES) * TILE.k + tl.arange(0, TILE.k)
+            r = tap // COLUMNS
+            s = tap % COLUMNS
+            there = c < SRC.channels
             if TRANSPOSED:
-                yy = src_y[:, None] - r[None, :]
-                xx = src_x[:, None] - s[None, :]
-                r = first_r + r * STRIDE
-                s = first_s + s * STRIDE
+                yy = src_y - r
+                xx = src_x - s
+                pixel = src_pixel - (r * SRC.width + s)
+                r = first_r + r * TAPS.stride
+                s = first_s + s * TAPS.stride
+                if TAPS.stride > 1:
+                    there = there & (r < TAPS.rows) & (s < TAPS.columns)
             else:
-                yy = src_y[:, None] + r[None, :]
-                xx = src_x[:, None] + s[None, :]
-            on_map = (yy >= 0) & (yy < H_SRC) & (xx >= 0) & (xx < W_SRC)
-            at = channel_offset(c, H_SRC * W_SRC, SRC_LAST)[None, :]
-            at += pixel_offset(yy * W_SRC + xx, C_SRC, SRC_LAST)
-            a = tl.load(src_start + at, mask=on_map & inside[:, None] & real[None, :], other=0.0)
-            of_source = c * W_SRC_STRIDE + r * W_KH_STRIDE + s * W_KW_STRIDE
-            b = tl.load(
-                weight_ptr + of_source[:, None] + (d * W_DST_STRIDE)[None, :],
-                mask=real[:, None] & computed[None, :],
-                other=0.0,
-            )
-            if UPCAST:
+                yy = src_y + r
+                xx = src_x + s
+                pixel = src_pixel + (r * SRC.width + s)
+            on_map = inside & (yy >= 0) & (yy < SRC.height) & (xx >= 0) & (xx < SRC.width)
+            at = map_offset(pixel[:, None], c[None, :], SRC)
+            a = tl.load(src_start + at, mask=on_map[:, None] & there[None, :], other=0.0)
+            of_tap = r * WEIGHT.row + s * WEIGHT.column
+            at = of_tap + c[:, None] * (WEIGHT.out if TRANSPOSED else WEIGHT.channel)
+            at += d[None, :] * (WEIGHT.channel if TRANSPOSED else WEIGHT.out)
+            b = tl.load(weight_ptr + at, mask=there[:, None] & (d < DST.channels)[None, :], other=0.0)
+            if TILE.upcast:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            k0 += BLOCK_K
+            if SRC_GATE is not None and SRC_GATE.per_channel:
+                a = zero_closed(a, open_channels(src_gate_ptr, n, c, SRC.channels, SRC_GATE)[None, :])
+            acc = tl.dot(a, b, acc, input_precision=TILE.precision)
 
-        written = C_DST
-        if not WRITE_CLOSED:
-            if DST_ROWS != "none":
-                written = n_dst
-            if HAS_SAMPLES:
-                written = tl.where(place < n_samples, written, 0)
-        stored = inside[:, None] & (j < written)[None, :]
-        pixels = y * W_DST + x
-        if NEEDS_DGATE:
-            at = channel_offset(d, H_DST * W_DST, GATED_LAST)[None, :]
-            at += pixel_offset(pixels, C_DST, GATED_LAST)[:, None]
-            gated = tl.load(gated_ptr + n * (C_DST * H_DST * W_DST) + at, mask=stored, other=0.0).to(tl.float32)
-            sums = tl.sum(tl.where(stored, acc * gated, 0.0), axis=0)
-            tile = (n * CLASSES + pixel_class) * M_TILES + pixel_tile
-            tl.store(partial_ptr + tile * C_DST + d, sums, mask=j < C_DST)
-            gate = tl.load(gate_ptr + n * GATE_N_STRIDE + d * GATE_C_STRIDE, mask=j < C_DST, other=0.0)
-            computed = computed & (gate != 0)
-        acc = tl.where(computed[None, :], acc, 0.0)
-        at = channel_offset(d, H_DST * W_DST, DST_LAST)[None, :]
-        at += pixel_offset(pixels, C_DST, DST_LAST)[:, None]
-        tl.store(dst_ptr + n * (C_DST * H_DST * W_DST) + at, acc.to(dst_ptr.dtype.element_ty), mask=stored)
-        item += tl.num_programs(0)
+    pixel = y * DST.width + x
+    stored = inside[:, None] & (opened if not WRITE_CLOSED else d < DST.channels)[None, :]
+    dst_start = n * (DST.channels * DST.height * DST.width)
+    if FACTOR is not None:
+        there = inside[:, None] & (d < DST.channels)[None, :]
+        factor = tl.load(factor_ptr + dst_start + map_offset(pixel[:, None], d[None, :], FACTOR), mask=there, other=0.0)
+        sums = tl.sum(tl.where(there, acc * factor.to(tl.float32), 0.0), axis=0)
+        tile = (n * CLASSES + pixel_class) * M_TILES + m_tile
+        tl.store(partial_ptr + tile * DST.channels + d, sums, mask=d < DST.channels)
+    acc = tl.where(opened[None, :], acc, 0.0)
+    at = dst_start + map_offset(pixel[:, None], d[None, :], DST)
+    tl.store(dst_ptr + at, acc.to(dst_ptr.dtype.element_ty), mask=stored)

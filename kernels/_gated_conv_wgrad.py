@@ -2,7 +2,33 @@
 
 import triton
 import triton.language as tl
-from fastgate.kernels._gated_conv import channel_offset, pixel_offset
+from fastgate.kernels._gated_conv import any_open, map_offset, open_channels, zero_closed
+
+
+@triton.jit
+def next_open(
+    n,
+    end,
+    in_gate_ptr,
+    out_gate_ptr,
+    c,
+    d,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    IN_GATE: tl.constexpr,
+    OUT_GATE: tl.constexpr,
+):
+    """The first sample from n on of which some channels c and d are open, or `end`.
+
+    A loop of its own: a branch around the product would carry the sums through shared memory at every sample.
+    """
+    if IN_GATE is not None or OUT_GATE is not None:
+        searching = n < end
+        while searching:
+            found = any_open(in_gate_ptr, n, c, C_IN, IN_GATE) & any_open(out_gate_ptr, n, d, C_OUT, OUT_GATE)
+            n += tl.where(found, 0, 1)
+            searching = (n < end) & (found == 0)
+    return n
 
 
 @triton.jit
@@ -12,132 +38,98 @@ def gated_conv_wgrad_kernel(
     counter_ptr,
     x_ptr,
     dy_ptr,
-    in_list_ptr,
-    in_count_ptr,
-    out_list_ptr,
-    out_count_ptr,
+    in_gate_ptr,
     out_gate_ptr,
-    sample_list_ptr,
-    sample_count_ptr,
     n_samples,
-    C_IN: tl.constexpr,
-    H_IN: tl.constexpr,
-    W_IN: tl.constexpr,
-    X_LAST: tl.constexpr,
-    C_OUT: tl.constexpr,
-    H_OUT: tl.constexpr,
-    W_OUT: tl.constexpr,
-    DY_LAST: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    W_OUT_STRIDE: tl.constexpr,
-    W_IN_STRIDE: tl.constexpr,
-    W_KH_STRIDE: tl.constexpr,
-    W_KW_STRIDE: tl.constexpr,
-    IN_LIST: tl.constexpr,
-    OUT_ROWS: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHANNELS_PER_TILE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    samples_per_split,
+    X: tl.constexpr,
+    DY: tl.constexpr,
+    TAPS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    IN_GATE: tl.constexpr,
+    OUT_GATE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """dw [C_OUT, C_IN, KH, KW] as a product of dy [output channels, pixels] and x [pixels, (input channel, tap)].
+    """The gradient of weight[d, c, r, s]::
 
-    The pixels are those of the open samples: SAMPLES is "none" (all), "shared" (one list) or "each" (one list per input
-    channel, of the samples where it is open; a tile then holds one channel). OUT_ROWS is "none", "shared" (a list of
-    the output channels) or "each" (a gate per sample and channel: what is closed is not read, but takes its place in
-    the product). Programs take turns with the pixels; the last one of a tile adds their sums in a fixed order.
+        dw[d, c, r, s] = sum over n, y, x of out_gate[n, d] * dy[n, d, y, x]
+            * in_gate[n, c] * x[n, c, y * stride + r - padding, x * stride + s - padding]
+
+    A matrix product over pixels: a tile is [TILE.m columns (r, s, c), TILE.n output channels], c innermost and padded
+    to a multiple of 8, so that vectors of channels are read; each step takes TILE.k pixels of one sample. What is
+    closed is zeroed in registers, whatever it holds, and a sample that closes the whole tile on either side is
+    skipped. A split takes consecutive samples; the last program of a tile to finish adds the splits in their order.
     """
-    TAPS: tl.constexpr = KH * KW
-    PIXELS: tl.constexpr = H_OUT * W_OUT
-    out_tile = tl.program_id(0)
-    in_tile = tl.program_id(1)
+    UNITS: tl.constexpr = (X.channels + 7) // 8
+    PIXELS: tl.constexpr = DY.height * DY.width
+    m_tile = tl.program_id(0)
+    n_tile = tl.program_id(1)
     split = tl.program_id(2)
 
-    column = tl.arange(0, BLOCK_N)
-    i = in_tile * CHANNELS_PER_TILE + column // TAPS
-    tap = column % TAPS
-    exists = (column < CHANNELS_PER_TILE * TAPS) & (i < C_IN)
-    ci = i
-    in_open = exists
-    k_end = n_samples * PIXELS
-    if IN_LIST:
-        n_in = tl.load(in_count_ptr)
-        ci = tl.load(in_list_ptr + i, mask=exists, other=0)
-        in_open = exists & (i < n_in)
-        k_end = tl.where(in_tile * CHANNELS_PER_TILE < n_in, k_end, 0)
-    list_row = 0
-    if SAMPLES == "each":
-        list_row = in_tile
-    if SAMPLES != "none":
-        k_end = tl.minimum(k_end, tl.load(sample_count_ptr + list_row) * PIXELS)
+    # in units of 8 columns, whose tap is then known to be one
+    column = m_tile * TILE.m + tl.arange(0, TILE.m)
+    tap = column // 8 // UNITS
+    c = column // 8 % UNITS * 8 + column % 8
+    r = tap // TAPS.columns
+    s = tap % TAPS.columns
+    exists = (r < TAPS.rows) & (c < X.channels)  # behind the last tap there is nothing
+    of_column = map_offset((r - TAPS.padding) * X.width + s - TAPS.padding, c, X)
+    d = n_tile * TILE.n + tl.arange(0, TILE.n)
 
-    o = out_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    co = o
-    out_open = o < C_OUT
-    if OUT_ROWS == "shared":
-        n_out = tl.load(out_count_ptr)
-        co = tl.load(out_list_ptr + o, mask=o < C_OUT, other=0)
-        out_open = o < n_out
-        k_end = tl.where(out_tile * BLOCK_M < n_out, k_end, 0)
+    acc = tl.zeros([TILE.m, TILE.n], dtype=tl.float32)
+    n = (split * samples_per_split).to(tl.int64)
+    end = tl.minimum(n + samples_per_split, n_samples)
+    n = next_open(n, end, in_gate_ptr, out_gate_ptr, c, d, X.channels, DY.channels, IN_GATE, OUT_GATE)
+    while n < end:
+        c_opened = open_channels(in_gate_ptr, n, c, X.channels, IN_GATE)
+        d_opened = open_channels(out_gate_ptr, n, d, DY.channels, OUT_GATE)
+        x_start = x_ptr + n * (X.channels * X.height * X.width)
+        dy_start = dy_ptr + n * (DY.channels * PIXELS)
+        for step in range((PIXELS + TILE.k - 1) // TILE.k):
+            pixel = step * TILE.k + tl.arange(0, TILE.k)
+            y = pixel // DY.width * TAPS.stride
+            x = pixel % DY.width * TAPS.stride
+            yy = y[:, None] + (r - TAPS.padding)[None, :]
+            xx = x[:, None] + (s - TAPS.padding)[None, :]
+            there = (pixel < PIXELS)[:, None] & exists[None, :]
+            on_map = there & (yy >= 0) & (yy < X.height) & (xx >= 0) & (xx < X.width)
+            at = map_offset(y * X.width + x, 0, X)[:, None] + of_column[None, :]
+            a = tl.load(x_start + at, mask=on_map, other=0.0)
+            there = (pixel < PIXELS)[:, None] & (d < DY.channels)[None, :]
+            b = tl.load(dy_start + map_offset(pixel[:, None], d[None, :], DY), mask=there, other=0.0)
+            if TILE.upcast:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            if IN_GATE is not None and IN_GATE.per_channel:
+                a = zero_closed(a, c_opened[None, :])
+            if OUT_GATE is not None and OUT_GATE.per_channel:
+                b = zero_closed(b, d_opened[None, :])
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=TILE.precision)
+        n = next_open(n + 1, end, in_gate_ptr, out_gate_ptr, c, d, X.channels, DY.channels, IN_GATE, OUT_GATE)
 
-    r = tap // KW
-    s = tap % KW
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    k0 = split * BLOCK_K
-    while k0 < k_end:
-        k = k0 + tl.arange(0, BLOCK_K)
-        real = k < k_end
-        place = k // PIXELS
-        pixel = k % PIXELS
-        n = place
-        if SAMPLES != "none":
-            n = tl.load(sample_list_ptr + list_row * n_samples + place, mask=real, other=0)
-        n = n.to(tl.int64)
-        at = channel_offset(co, PIXELS, DY_LAST)[:, None]
-        at = at + (n * (C_OUT * PIXELS) + pixel_offset(pixel, C_OUT, DY_LAST))[None, :]
-        wanted = out_open[:, None] & real[None, :]
-        if OUT_ROWS == "each":
-            gate = tl.load(out_gate_ptr + n[None, :] * C_OUT + co[:, None], mask=wanted, other=0.0)
-            wanted = wanted & (gate != 0)
-        a = tl.load(dy_ptr + at, mask=wanted, other=0.0)
-        yy = (pixel // W_OUT * STRIDE - PADDING)[:, None] + r[None, :]
-        xx = (pixel % W_OUT * STRIDE - PADDING)[:, None] + s[None, :]
-        on_map = (yy >= 0) & (yy < H_IN) & (xx >= 0) & (xx < W_IN)
-        at = channel_offset(ci, H_IN * W_IN, X_LAST)[None, :] + (n * (C_IN * H_IN * W_IN))[:, None]
-        at += pixel_offset(yy * W_IN + xx, C_IN, X_LAST)
-        b = tl.load(x_ptr + at, mask=on_map & real[:, None] & in_open[None, :], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        k0 += SPLITS * BLOCK_K
-
-    target = dw_ptr + (co * W_OUT_STRIDE)[:, None]
-    target = target + (ci * W_IN_STRIDE + r * W_KH_STRIDE + s * W_KW_STRIDE)[None, :]
-    stored = (o < C_OUT)[:, None] & exists[None, :]
-    if SPLITS == 1:
-        tl.store(target, acc.to(dw_ptr.dtype.element_ty), mask=stored)
-    else:
-        tile = out_tile * tl.num_programs(1) + in_tile
-        within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + column[None, :]
-        tl.store(partial_ptr + (tile * SPLITS + split).to(tl.int64) * (BLOCK_M * BLOCK_N) + within, acc)
+    of_column = c * WEIGHT.channel + r * WEIGHT.row + s * WEIGHT.column
+    target = dw_ptr + of_column[:, None] + (d * WEIGHT.out)[None, :]
+    stored = exists[:, None] & (d < DY.channels)[None, :]
+    if IS_SPLIT:
+        splits = tl.num_programs(2)
+        tile = m_tile * tl.num_programs(1) + n_tile
+        within = tl.arange(0, TILE.m)[:, None] * TILE.n + tl.arange(0, TILE.n)[None, :]
+        first = partial_ptr + (tile * splits).to(tl.int64) * (TILE.m * TILE.n) + within
+        tl.store(first + split * (TILE.m * TILE.n), acc)
         # every thread's store before the count: Triton up to 3.8 does not order them by itself
         tl.debug_barrier()
         done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if done == SPLITS - 1:
-            total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        if done == splits - 1:
+            acc = tl.zeros([TILE.m, TILE.n], dtype=tl.float32)
             part = 0
-            while part < SPLITS:
-                at = (tile * SPLITS + part).to(tl.int64) * (BLOCK_M * BLOCK_N) + within
-                # other programs stored them: bypass this multiprocessor's L1
-                total += tl.load(partial_ptr + at, cache_modifier=".cg")
-                part += 1
-            tl.store(target, total.to(dw_ptr.dtype.element_ty), mask=stored)
+            while part < splits:
+                for ahead in tl.static_range(4):  # loads that wait for each other would take the longest here
+                    # other programs stored them: bypass this multiprocessor's L1
+                    at = first + (part + ahead) * (TILE.m * TILE.n)
+                    acc += tl.load(at, mask=(within >= 0) & (part + ahead < splits), other=0.0, cache_modifier=".cg")
+                part += 4
+            tl.store(target, acc.to(dw_ptr.dtype.element_ty), mask=stored)
             tl.store(counter_ptr + tile, 0)
+    else:
+        tl.store(target, acc.to(dw_ptr.dtype.element_ty), mask=stored)

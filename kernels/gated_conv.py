@@ -1,49 +1,41 @@
 """Convolutions that skip what gates have closed: launchers of the forward and of both gradients.
 
-A gate reaches the kernels as lists (:mod:`fastgate.kernels.open_lists`): of a sample's open channels, or of the open
-samples. Lists have one row for the whole batch or one per sample. Nothing waits for the host, and no grid depends on
-what is open: a fixed number of programs goes round the tiles, and closed ones only write zeros, if anything.
+Gates are [N or 1, C or 1] and reach the kernels as they are. A tile is dense; what a gate closes in it is zeroed in
+registers, and a tile is not computed at all where its sample or all its channels are closed. Nothing waits for the
+host, and no grid depends on what is open.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from fastgate.kernels import _turing
-from fastgate.kernels._gated_conv import gated_conv_kernel
+from fastgate.kernels._gated_conv import Gate, Map, Strides, Taps, Tile, gated_conv_kernel
 from fastgate.kernels._gated_conv_wgrad import gated_conv_wgrad_kernel
 from fastgate.kernels._launch import INTERPRETED, counter, is_channels_last, next_power_of_2
 from torch import Tensor
 
-_PROGRAMS = 2048  # a few rounds of every GPU's multiprocessors
-_WGRAD_PROGRAMS = 256
+_WGRAD_PROGRAMS = 256  # a few on every GPU's multiprocessors
 
 
 def gated_conv_fwd(
     x: Tensor,
     weight: Tensor,
-    in_list: Tensor | None,
-    in_count: Tensor | None,
-    out_list: Tensor | None,
-    out_count: Tensor | None,
-    sample_list: Tensor | None,
-    sample_count: Tensor | None,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
     stride: int,
     padding: int,
     write_closed: bool,
 ) -> Tensor:
     """y [N, C_out, H', W'] in the layout and dtype of x.
 
-    Where an output channel or a sample is closed y is zero, or with `write_closed` False whatever was in its memory.
+    Where `out_gate` is closed y is zero, or with `write_closed` False whatever was in its memory.
     """
+    taps = Taps(weight.shape[2], weight.shape[3], stride, padding)
     height, width = x.shape[2:]
-    kh, kw = weight.shape[2:]
-    size = ((height + 2 * padding - kh) // stride + 1, (width + 2 * padding - kw) // stride + 1)
+    size = ((height + 2 * padding - taps.rows) // stride + 1, (width + 2 * padding - taps.columns) // stride + 1)
     y = _empty_map(x, weight.shape[0], *size)
-    _launch(
-        y, x, weight, (0, 1), (in_list, in_count), (out_list, out_count), (sample_list, sample_count), stride, padding,
-        transposed=False, write_closed=write_closed,
-    )  # fmt: skip
+    _launch(y, x, weight, in_gate, out_gate, taps, transposed=False, write_closed=write_closed)
     return y
 
 
@@ -52,24 +44,19 @@ def gated_conv_dgrad(
     weight: Tensor,
     x: Tensor,
     in_gate: Tensor | None,
-    in_list: Tensor | None,
-    in_count: Tensor | None,
-    out_list: Tensor | None,
-    out_count: Tensor | None,
-    sample_list: Tensor | None,
-    sample_count: Tensor | None,
+    out_gate: Tensor | None,
     stride: int,
     padding: int,
+    needs_dgate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx like x, zero where an input channel or a sample is closed; gradient of a gate per sample and channel).
+    """(dx like x, zero where `in_gate` is closed; the gradient of `in_gate` per sample and channel, fp32 [N, C]).
 
-    With `in_gate` [N or 1, C or 1] the gradient is computed for closed channels too, fp32 [N, C]; it is empty
-    otherwise.
+    The second is empty without `needs_dgate`, and takes closed channels into account with it.
     """
     dx = torch.empty_like(x)
+    taps = Taps(weight.shape[2], weight.shape[3], stride, padding)
     dgate = _launch(
-        dx, dy, weight, (1, 0), (out_list, out_count), (in_list, in_count), (sample_list, sample_count), stride,
-        padding, transposed=True, gate=in_gate, gated=x,
+        dx, dy, weight, out_gate, in_gate, taps, transposed=True, factor=x if needs_dgate else None
     )  # fmt: skip
     return dx, dgate
 
@@ -78,76 +65,43 @@ def gated_conv_wgrad(
     x: Tensor,
     dy: Tensor,
     weight: Tensor,
-    in_list: Tensor | None,
-    in_count: Tensor | None,
-    out_list: Tensor | None,
-    out_count: Tensor | None,
+    in_gate: Tensor | None,
     out_gate: Tensor | None,
-    sample_list: Tensor | None,
-    sample_count: Tensor | None,
     stride: int,
     padding: int,
 ) -> Tensor:
-    """dweight like `weight`.
-
-    `in_list` and `out_list` have one row. `sample_list` has one row, or one per input channel (then without `in_list`).
-    `out_gate` [N, C_out], contiguous, is for output channels that differ from sample to sample.
-    """
-    n, c_in, h_in, w_in = x.shape
+    """dweight like `weight`."""
+    n, c_in = x.shape[:2]
+    c_out, _, kh, kw = weight.shape
     if n == 0:
         return torch.zeros_like(weight)  # gates per sample have no row to read
-    c_out, _, kh, kw = weight.shape
-    h_out, w_out = dy.shape[2:]
-    taps = kh * kw
-    each = sample_list is not None and sample_list.shape[0] > 1
-    channels_per_tile = 1 if each else min(max(1, 64 // taps), c_in)
-    plan, block_k, precision = _dot_plan(x)
-    # spills on sm_75's tensor cores: 64 by 64 (24 bytes, Triton 3.6), with a list of samples 32 by 64 (8 bytes, 3.8)
-    largest = (32 if sample_list is None else 16) if plan.options else 32 if out_list is not None else 64
-    block_m = next_power_of_2(c_out, 16, largest)
-    block_n = next_power_of_2(channels_per_tile * taps, 16)
-    out_tiles, in_tiles = triton.cdiv(c_out, block_m), triton.cdiv(c_in, channels_per_tile)
-    steps = triton.cdiv(n * h_out * w_out, block_k)
-    splits = max(1, min(_WGRAD_PROGRAMS // (out_tiles * in_tiles), steps // 4))
+    plan = _plan(x)
+    tile, warps = _wgrad_tile(plan, c_out, dy.shape[2] * dy.shape[3], is_channels_last(x))
+    columns = 8 * triton.cdiv(c_in, 8) * kh * kw
+    m_tiles, n_tiles = triton.cdiv(columns, tile.m), triton.cdiv(c_out, tile.n)
+    samples = triton.cdiv(n, max(1, min(_WGRAD_PROGRAMS // (m_tiles * n_tiles), n)))
+    splits = triton.cdiv(n, samples)
     dw = torch.empty_like(weight)
-    partial = x.new_empty(out_tiles * in_tiles * splits * block_m * block_n if splits > 1 else 0, dtype=torch.float32)
-    gated_conv_wgrad_kernel[(out_tiles, in_tiles, splits)](
+    partial = x.new_empty(m_tiles * n_tiles * splits * tile.m * tile.n if splits > 1 else 0, dtype=torch.float32)
+    gated_conv_wgrad_kernel[(m_tiles, n_tiles, splits)](
         dw,
         partial,
-        counter(x.device, out_tiles * in_tiles),
+        counter(x.device, m_tiles * n_tiles),
         x,
         dy,
-        *(dw if t is None else t for t in (in_list, in_count, out_list, out_count, out_gate)),
-        *(dw if t is None else t for t in (sample_list, sample_count)),
+        dw if in_gate is None else in_gate,
+        dw if out_gate is None else out_gate,
         n,
-        C_IN=c_in,
-        H_IN=h_in,
-        W_IN=w_in,
-        X_LAST=is_channels_last(x),
-        C_OUT=c_out,
-        H_OUT=h_out,
-        W_OUT=w_out,
-        DY_LAST=is_channels_last(dy),
-        KH=kh,
-        KW=kw,
-        STRIDE=stride,
-        PADDING=padding,
-        W_OUT_STRIDE=dw.stride(0),
-        W_IN_STRIDE=dw.stride(1),
-        W_KH_STRIDE=dw.stride(2),
-        W_KW_STRIDE=dw.stride(3),
-        IN_LIST=in_list is not None,
-        OUT_ROWS="each" if out_gate is not None else "none" if out_list is None else "shared",
-        SAMPLES="each" if each else "none" if sample_list is None else "shared",
-        SPLITS=splits,
-        CHANNELS_PER_TILE=channels_per_tile,
-        UPCAST=plan.upcast,
-        PRECISION=precision,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-        **plan.options,
+        samples,
+        X=_map(x),
+        DY=_map(dy),
+        TAPS=Taps(kh, kw, stride, padding),
+        WEIGHT=Strides(*dw.stride()),
+        IN_GATE=_gate(in_gate),
+        OUT_GATE=_gate(out_gate),
+        IS_SPLIT=splits > 1,
+        TILE=tile,
+        **_launch_options(plan, warps, is_channels_last(x)),
     )
     return dw
 
@@ -156,97 +110,108 @@ def _launch(
     dst: Tensor,
     src: Tensor,
     weight: Tensor,
-    channel_dims: tuple[int, int],
-    src_lists: tuple[Tensor | None, Tensor | None],
-    dst_lists: tuple[Tensor | None, Tensor | None],
-    sample_lists: tuple[Tensor | None, Tensor | None],
-    stride: int,
-    padding: int,
+    src_gate: Tensor | None,
+    dst_gate: Tensor | None,
+    taps: Taps,
     *,
     transposed: bool,
     write_closed: bool = True,
-    gate: Tensor | None = None,
-    gated: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """One convolution into `dst`; `channel_dims` are the weight's dimensions of dst and src channels.
-
-    Returns the gradient of `gate`, fp32 [N, C_dst], or an empty tensor.
-    """
+    """One convolution into `dst`; returns the gradient of `dst_gate` with `factor`, fp32 [N, C_dst], or nothing."""
     n, c_dst, h_dst, w_dst = dst.shape
-    _, c_src, h_src, w_src = src.shape
-    classes = stride * stride if transposed else 1
-    pixels = triton.cdiv(h_dst, stride) * triton.cdiv(w_dst, stride) if transposed else h_dst * w_dst
-    plan, block_k, precision = _dot_plan(src)
-    # a tile is skipped where no channel of it is open: smaller ones skip more
-    block_n = next_power_of_2(c_dst, 16, 64 if dst_lists[0] is None else 32)
-    # 128 pixels by 64 channels spill on sm_80 (200 bytes); fp32 products take more registers
-    block_m = next_power_of_2(pixels, 16, 64 if block_n == 64 or plan.upcast or src.dtype == torch.float32 else 128)
-    m_tiles, n_tiles = triton.cdiv(pixels, block_m), triton.cdiv(c_dst, block_n)
-    items = n * classes * m_tiles * n_tiles
-    partial = dst.new_empty((n, classes * m_tiles, c_dst) if gate is not None else (0,), dtype=torch.float32)
-    gated_conv_kernel[(min(items, _PROGRAMS),)](
+    classes = taps.stride**2 if transposed else 1
+    pixels = triton.cdiv(h_dst, taps.stride) * triton.cdiv(w_dst, taps.stride) if transposed else h_dst * w_dst
+    plan = _plan(src)
+    tile, warps = _conv_tile(plan, src.shape[1], c_dst, pixels, is_channels_last(src))
+    tiles = classes * triton.cdiv(pixels, tile.m)
+    partial = dst.new_empty((n, tiles, c_dst) if factor is not None else (0,), dtype=torch.float32)
+    gated_conv_kernel[(n * tiles * triton.cdiv(c_dst, tile.n),)](
         dst,
         partial,
         src,
         weight,
-        *(dst if t is None else t for t in (*src_lists, *dst_lists, *sample_lists, gate, gated)),
-        items,
+        *(dst if t is None else t for t in (src_gate, dst_gate, factor)),
+        SRC=_map(src),
+        DST=_map(dst),
+        FACTOR=None if factor is None else _map(factor),
+        TAPS=taps,
+        WEIGHT=Strides(*weight.stride()),
+        SRC_GATE=_gate(src_gate),
+        DST_GATE=_gate(dst_gate),
         TRANSPOSED=transposed,
-        C_DST=c_dst,
-        H_DST=h_dst,
-        W_DST=w_dst,
-        DST_LAST=is_channels_last(dst),
-        C_SRC=c_src,
-        H_SRC=h_src,
-        W_SRC=w_src,
-        SRC_LAST=is_channels_last(src),
-        KH=weight.shape[2],
-        KW=weight.shape[3],
-        STRIDE=stride,
-        PADDING=padding,
-        W_DST_STRIDE=weight.stride(channel_dims[0]),
-        W_SRC_STRIDE=weight.stride(channel_dims[1]),
-        W_KH_STRIDE=weight.stride(2),
-        W_KW_STRIDE=weight.stride(3),
-        SRC_ROWS=_rows(src_lists[0]),
-        DST_ROWS=_rows(dst_lists[0]),
-        HAS_SAMPLES=sample_lists[0] is not None,
         WRITE_CLOSED=write_closed,
-        NEEDS_DGATE=gate is not None,
-        GATE_N_STRIDE=0 if gate is None or gate.shape[0] == 1 else gate.stride(0),
-        GATE_C_STRIDE=0 if gate is None or gate.shape[1] == 1 else gate.stride(1),
-        GATED_LAST=gated is not None and is_channels_last(gated),
-        M_TILES=m_tiles,
-        N_TILES=n_tiles,
-        UPCAST=plan.upcast,
-        PRECISION=precision,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=4,
-        **plan.options,
+        TILE=tile,
+        **_launch_options(plan, warps, is_channels_last(src)),
     )
-    return partial.sum(1) if gate is not None else partial
+    return partial.sum(1) if factor is not None else partial
 
 
-def _rows(lists: Tensor | None) -> str:
-    if lists is None:
-        return "none"
-    return "shared" if lists.shape[0] == 1 else "each"
+class _Plan(NamedTuple):
+    """How a convolution of maps of some dtype calls `tl.dot` on their device."""
+
+    upcast: bool  # make the operands fp32 first
+    fp32: bool  # the operands are fp32, at first or then
+    precision: str
+    options: dict[str, Any]  # of the launch; none but for the tensor cores of sm_75
+
+
+def _plan(x: Tensor) -> _Plan:
+    """TF32 only where PyTorch's switch for convolutions allows it."""
+    upcast, options = _turing.plan_dot(x.device, x.dtype)
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        upcast = True  # the interpreter computes garbage from raw bf16
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = allowed and x.dtype == torch.float32 and _turing.capability(x.device) >= 80
+    return _Plan(upcast, upcast or x.dtype == torch.float32, "tf32" if tf32 else "ieee", options)
+
+
+# Tiles: the largest that do not spill. On sm_75 shared memory is what limits them: few warps, each with a large part of
+# the tile in registers, read it least; NCHW maps, whose vectors end at every tap, need the registers for addresses.
+# `python -m bench.floors` shows what a choice costs.
+
+
+def _conv_tile(plan: _Plan, c_src: int, c_dst: int, pixels: int, channels_last: bool) -> tuple[Tile, int]:
+    """(tile of [pixels, dst channels] and source channels of a step, warps)."""
+    block_n = next_power_of_2(c_dst, 16, 64)
+    block_m = next_power_of_2(pixels, 16, 64 if plan.fp32 else 4096 // block_n)
+    # the longest step with the least padding behind the last channel
+    warps = 2 if plan.options and channels_last else 4
+    longest = (64, 32, 16) if plan.options and not channels_last else (32, 16)
+    block_k = 16 if plan.fp32 else min(longest, key=lambda k: triton.cdiv(c_src, k) * k)
+    return Tile(block_m, block_n, block_k, plan.upcast, plan.precision), warps
+
+
+def _wgrad_tile(plan: _Plan, c_out: int, pixels: int, channels_last: bool) -> tuple[Tile, int]:
+    """(tile of [columns, output channels] and pixels of a step, warps)."""
+    block_n = next_power_of_2(c_out, 16, 64)
+    block_m, warps = 32 if plan.fp32 and not channels_last else 64, 4
+    block_k = 32 if channels_last and not plan.fp32 else 16
+    if plan.options:
+        block_m = 32 if block_n == 32 and not channels_last else 64
+        block_k = 16 if block_n == 64 else 32
+        warps = 4 if block_n == 64 and not channels_last else 2
+    return Tile(block_m, block_n, next_power_of_2(pixels, 16, block_k), plan.upcast, plan.precision), warps
+
+
+def _launch_options(plan: _Plan, warps: int, channels_last: bool) -> dict[str, Any]:
+    """Told how many registers a thread may take, ptxas does not spill some of them to fit one block more."""
+    registers = 168 if warps == 4 and channels_last and not plan.fp32 else 255
+    return {"num_warps": warps, "maxnreg": registers, **plan.options}
+
+
+def _map(x: Tensor) -> Map:
+    return Map(*x.shape[1:], is_channels_last(x))
+
+
+def _gate(gate: Tensor | None) -> Gate | None:
+    if gate is None:
+        return None
+    samples, channels = gate.shape
+    return Gate(gate.stride(0) if samples > 1 else 0, gate.stride(1) if channels > 1 else 0, channels > 1)
 
 
 def _empty_map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     size = (like.shape[0], channels, height, width)
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _dot_plan(x: Tensor) -> tuple[Any, int, str]:
-    """(how to call `tl.dot`, its K, its precision): TF32 only where PyTorch's switch for convolutions allows it."""
-    plan = _turing.plan_dot(x.device, x.dtype)
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        plan = plan._replace(upcast=True)  # the interpreter computes garbage from raw bf16
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    fp32 = plan.upcast or x.dtype == torch.float32
-    tf32 = allowed and x.dtype == torch.float32 and _turing.capability(x.device) >= 80
-    return plan, 16 if fp32 else 32, "tf32" if tf32 else "ieee"

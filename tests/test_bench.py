@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgate.kernels import open_lists
 
 import fastgate as fg
 from bench import input_pipeline, report
 from bench.record_gates import read_gates, record_gates
 from bench.scaling import add_run
-from bench.test_gated_conv import LISTS, REAL, Convolution, make_gate
-from fastgate.functional import gated_conv2d
+from bench.test_gated_conv import Convolution, make_gate
 from fastgate.training.data import Batches
 from fastgate.training.networks import load_network
 from fastgate.training.pipeline import Run, start_trainer
@@ -64,36 +62,6 @@ def made_up_file(folder: Path, rows: list[dict]) -> Path:
     return file
 
 
-@pytest.mark.parametrize("measured", [True, False])
-def test_lists_are_a_share_of_the_convolution(
-    measured: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    conv = {"op": "gated_conv", "kind": "pairs", "case": "made-up", "open_fraction": 0.5}
-    rows = [
-        {**conv, "mode": "forward", "provider": "fastgate", "us": 80.0},
-        {**conv, "mode": "wgrad", "provider": "fastgate", "us": 200.0},
-        {**conv, "mode": "dgrad", "provider": "fastgate", "us": 100.0},
-        *({**conv, "mode": mode, "provider": "dense", "us": 100.0} for mode in ("forward", "wgrad", "dgrad")),
-    ]
-    lists = {**conv, "op": "open_lists", "provider": "fastgate"}
-    if measured:
-        rows += [{**lists, "mode": "forward", "us": 2.0}, {**lists, "mode": "wgrad", "us": 12.0}]
-        rows += [
-            {**lists, "mode": "forward", "open_fraction": 0.25, "us": 3.0}
-        ]  # of a convolution that was not measured
-    file = made_up_file(tmp_path, rows)
-    shares = {record["mode"]: record["share_of_lists"] for record in report.ratios(report.read_rows(file)[0])}
-    if measured:
-        assert shares == {"forward": pytest.approx(0.025), "wgrad": pytest.approx(0.06), "dgrad": None}
-    else:
-        assert shares == {"forward": None, "wgrad": None, "dgrad": None}
-    assert report.main([str(file)]) == 0
-    printed = capsys.readouterr().out
-    assert ("2.5%" in printed and "6.0%" in printed) == measured
-    assert (" lists " in printed) == measured
-    assert "open_lists:" not in printed
-
-
 def test_gates_of_real_runs_have_no_curve(tmp_path: Path) -> None:
     conv = {"op": "gated_conv", "case": "made-up", "mode": "forward"}
     rows = [
@@ -114,22 +82,6 @@ def test_recorded_gates_differ_from_sample_to_sample(batch: int) -> None:
         assert torch.equal(gate[256:], gate[: max(0, batch - 256)])
         varying = (gate.mean(0) > 0) & (gate.mean(0) < 1)
         assert varying.sum() >= channels // 4, stage
-
-
-@pytest.mark.parametrize("kind", ["pairs", "batch", *REAL])
-def test_the_lists_that_are_timed_are_those_that_the_operation_builds(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gate = make_gate(Convolution("resnet110", 1, 3, 16, 4), kind, None if kind in REAL else 0.5, torch.float32, device)
-    built: list[torch.Tensor] = []
-    build = open_lists.open_lists
-    monkeypatch.setattr(open_lists, "open_lists", lambda gate: built.append(gate) or build(gate))
-    x, weight = (torch.randn(n, 16, 3, 3, device=device, requires_grad=True) for n in (3, 16))
-    gated_conv2d(x, weight, in_gate=gate, impl="triton").sum().backward()
-    modes = {mode for *_, its_kind, _, mode in LISTS if its_kind == kind}
-    timed = [gate.t() if mode == "wgrad" else gate for mode in sorted(modes)]
-    assert len(built) == len(timed) and all(map(torch.equal, built, timed))
 
 
 def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The gated convolution: conv2d(x * in_gate, weight) * out_gate."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -145,17 +144,14 @@ def _sample_gate(*gates: Tensor | None) -> Tensor | None:
     return math.prod(of_samples[1:], start=of_samples[0]) if of_samples else None
 
 
-def _open_lists_fake(gate: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape, dtype=torch.int32), gate.new_empty(gate.shape[:1], dtype=torch.int32)
-
-
-def _fwd_fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    stride, padding, _ = rest[-3:]
+def _fwd_fake(
+    x: Tensor, weight: Tensor, in_gate: Any, out_gate: Any, stride: int, padding: int, write_closed: bool
+) -> Tensor:
     return torch.empty_like(F.conv2d(x, weight, None, stride, padding), memory_format=_layout(x))
 
 
-def _dgrad_fake(dy: Tensor, weight: Tensor, x: Tensor, in_gate: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((0,) if in_gate is None else x.shape[:2], dtype=torch.float32)
+def _dgrad_fake(dy: Tensor, weight: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:2] if rest[-1] else (0,), dtype=torch.float32)
 
 
 def _wgrad_fake(x: Tensor, dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -170,27 +166,15 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-_LISTS = "Tensor? in_list, Tensor? in_count, Tensor? out_list, Tensor? out_count"
-_SAMPLES = "Tensor? sample_list, Tensor? sample_count, int stride, int padding"
-register("open_lists", "(Tensor gate) -> (Tensor, Tensor)", "open_lists", _open_lists_fake)
-register(
-    "gated_conv_fwd",
-    f"(Tensor x, Tensor weight, {_LISTS}, {_SAMPLES}, bool write_closed) -> Tensor",
-    "gated_conv",
-    _fwd_fake,
-)
+_GATES = "Tensor? in_gate, Tensor? out_gate, int stride, int padding"
+register("gated_conv_fwd", f"(Tensor x, Tensor weight, {_GATES}, bool write_closed) -> Tensor", "gated_conv", _fwd_fake)
 register(
     "gated_conv_dgrad",
-    f"(Tensor dy, Tensor weight, Tensor x, Tensor? in_gate, {_LISTS}, {_SAMPLES}) -> (Tensor, Tensor)",
+    f"(Tensor dy, Tensor weight, Tensor x, {_GATES}, bool needs_dgate) -> (Tensor, Tensor)",
     "gated_conv",
     _dgrad_fake,
 )
-register(
-    "gated_conv_wgrad",
-    f"(Tensor x, Tensor dy, Tensor weight, {_LISTS}, Tensor? out_gate, {_SAMPLES}) -> Tensor",
-    "gated_conv",
-    _wgrad_fake,
-)
+register("gated_conv_wgrad", f"(Tensor x, Tensor dy, Tensor weight, {_GATES}) -> Tensor", "gated_conv", _wgrad_fake)
 
 
 def gated_conv2d_obstacle(x: Tensor, weight: Tensor, *gates: Tensor | None) -> str | None:
@@ -220,18 +204,10 @@ class GatedConv2d(torch.autograd.Function):
     ) -> Tensor:
         """y [N, C_out, H', W']."""
         ctx.live_in, ctx.live_out = ctx.needs_input_grad[2:4]
-        in_lists = _channel_lists(in_gate)
-        out_lists = _channel_lists(out_gate)
-        none = (None, None)
-        skipped_out = none if ctx.live_out else out_lists
-        samples = _sample_lists(in_gate, None if ctx.live_out else out_gate)
-        # a sample that the input gate alone closes is a sum of nothing: its zeros are to be written
-        write = write_closed or (in_gate is not None and in_gate.shape[1] == 1)
-        z = torch.ops.fastgate.gated_conv_fwd(x, weight, *in_lists, *skipped_out, *samples, stride, padding, write)
+        skipped = None if ctx.live_out else out_gate
+        z = torch.ops.fastgate.gated_conv_fwd(x, weight, in_gate, skipped, stride, padding, write_closed)
         ctx.options = (stride, padding)
-        ctx.save_for_backward(
-            x, weight, in_gate, out_gate, z if ctx.live_out else None, *in_lists, *out_lists, *samples
-        )
+        ctx.save_for_backward(x, weight, in_gate, out_gate, z if ctx.live_out else None)
         if not ctx.live_out or out_gate is None or not write_closed:
             return z
         return z * out_gate.to(z.dtype)[:, :, None, None]
@@ -240,20 +216,14 @@ class GatedConv2d(torch.autograd.Function):
     @once_differentiable  # the kernels have no gradient of their own: a second one would come out as zero
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and the gates."""
-        x, weight, in_gate, out_gate, z, *lists = ctx.saved_tensors
-        in_lists, out_lists, none = lists[:2], lists[2:4], (None, None)
-        samples = _sample_lists(in_gate, out_gate) if ctx.live_out else lists[4:]
+        x, weight, in_gate, out_gate, z = ctx.saved_tensors
         dy = grads[0].contiguous(memory_format=_layout(x))
+        gates = (in_gate, out_gate, *ctx.options)
         dx = dw = d_in = d_out = None
         if ctx.needs_input_grad[0] or ctx.live_in:
-            dx, d_in = torch.ops.fastgate.gated_conv_dgrad(
-                dy, weight, x, in_gate if ctx.live_in else None, *(none if ctx.live_in else in_lists), *out_lists,
-                *(_sample_lists(out_gate) if ctx.live_in else samples), *ctx.options,
-            )  # fmt: skip
+            dx, d_in = torch.ops.fastgate.gated_conv_dgrad(dy, weight, x, *gates, ctx.live_in)
         if ctx.needs_input_grad[1]:
-            dw = torch.ops.fastgate.gated_conv_wgrad(
-                x, dy, weight, *_wgrad_gates(in_gate, out_gate, in_lists, out_lists, samples), *ctx.options
-            )
+            dw = torch.ops.fastgate.gated_conv_wgrad(x, dy, weight, *gates)
         if ctx.live_in and d_in is not None:
             d_in = d_in.sum_to_size(in_gate.shape).to(in_gate.dtype)
         if ctx.live_out:
@@ -267,37 +237,6 @@ class GatedConv2d(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _channel_lists(gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Lists of open channels of a gate that has channels."""
-    if gate is None or gate.shape[1] == 1:
-        return None, None
-    return torch.ops.fastgate.open_lists(gate)
-
-
-def _sample_lists(*gates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """List of the samples that every gate of shape [N, 1] leaves open."""
-    gate = _sample_gate(*gates)
-    return (None, None) if gate is None else torch.ops.fastgate.open_lists(gate.t())
-
-
-def _wgrad_gates(
-    in_gate: Tensor | None,
-    out_gate: Tensor | None,
-    in_lists: Sequence[Tensor | None],
-    out_lists: Sequence[Tensor | None],
-    samples: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:
-    """The gates as the weight gradient wants them: lists of input and output channels, output gate, sample lists."""
-    if in_gate is not None and _is_pairs(in_gate):
-        # for each input channel the samples where it is open, and they themselves are
-        sample = _sample_gate(out_gate)
-        samples = torch.ops.fastgate.open_lists((in_gate if sample is None else in_gate * sample).t())
-        in_lists = (None, None)
-    if out_gate is not None and _is_pairs(out_gate):
-        return (*in_lists, None, None, out_gate.contiguous(), *samples)
-    return (*in_lists, *out_lists, None, *samples)
 
 
 def _is_pairs(gate: Tensor) -> bool:

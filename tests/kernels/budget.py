@@ -12,14 +12,11 @@ cuobjdump.
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,8 @@ from fastgate.kernels import _turing
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from tests.kernels.sass import disassemble
 
 _TYPES = {
     torch.float16: "fp16",
@@ -143,25 +142,17 @@ def low_precision_atomics(assembly: str) -> list[str]:
 
 def inspect(name: str, compiled: Any, capability: int) -> Usage:
     """Read a compiled kernel's registers, stack, shared memory, spills and atomics."""
-    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource line: {usage.stdout}{usage.stderr}")
-    operations = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+)", sass, re.M))
+    code = disassemble(compiled)
+    operations = Counter(each.name for each in code.instructions)
     return Usage(
         name=name,
         capability=capability,
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=code.registers,
+        stack=code.stack,
         shared=compiled.metadata.shared,
         local=operations["STL"] + operations["LDL"],
         mma=operations["HMMA"] + operations["HGMMA"],
-        low_precision_atomics=low_precision_atomics(sass) + low_precision_atomics(compiled.asm["ptx"]),
+        low_precision_atomics=low_precision_atomics(code.text) + low_precision_atomics(compiled.asm["ptx"]),
         counters_without_barrier=counters_without_barrier(compiled.asm["ptx"]),
     )
 
@@ -228,49 +219,46 @@ CONVOLUTIONS = {
 
 def gated_conv_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     from fastgate.kernels.gated_conv import gated_conv_dgrad, gated_conv_fwd, gated_conv_wgrad
-    from fastgate.kernels.open_lists import open_lists
 
     for stage, ((n, c, h, w), out, kernel, stride) in CONVOLUTIONS.items():
         x = meta(n, c, h, w, dtype=dtype, channels_last=channels_last)
         padding = kernel // 2
         dy = meta(n, out, (h - 1) // stride + 1, (w - 1) // stride + 1, dtype=dtype, channels_last=channels_last)
-        weight = meta(out, c, kernel, kernel, dtype=dtype)
+        weight = meta(out, c, kernel, kernel, dtype=dtype, channels_last=channels_last)
 
-        def lists(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return open_lists(meta(rows, columns, dtype=dtype))
+        def gate(form: str, channels: int) -> torch.Tensor | None:
+            shape = {"samples": (n, 1), "batch": (1, channels), "pairs": (n, channels)}  # noqa: B023
+            return None if form == "none" else meta(*shape[form], dtype=dtype)
 
-        for kind in ("samples", "pairs", "batch", "live"):
+        for kind in ("none", "samples", "pairs", "batch", "live"):
+            form = "pairs" if kind == "live" else kind
 
             def call(
                 x: torch.Tensor = x,
                 dy: torch.Tensor = dy,
                 weight: torch.Tensor = weight,
-                kind: str = kind,
+                gates: tuple[Any, Any] = (gate(form, c), gate(form, out)),
                 options: tuple[int, int] = (stride, padding),
+                live: bool = kind == "live",
             ) -> None:
-                n, c, out = x.shape[0], x.shape[1], weight.shape[0]
-                ins = lists(n if kind == "pairs" else 1, c) if kind in ("pairs", "batch") else (None, None)
-                outs = lists(1, out) if kind == "batch" else (None, None)
-                samples = lists(1, n) if kind == "samples" else (None, None)
-                gate = meta(n, c, dtype=dtype) if kind == "live" else None
-                for write_closed in (True, False) if kind in ("samples", "batch") else (True,):
-                    gated_conv_fwd(x, weight, *ins, *outs, *samples, *options, write_closed)
-                gated_conv_dgrad(dy, weight, x, gate, *ins, *outs, *samples, *options)
-                if kind == "pairs":
-                    ins, samples = (None, None), lists(c, n)
-                gated_conv_wgrad(x, dy, weight, *ins, *outs, None, *samples, *options)
+                for write_closed in (True, False) if gates[1] is not None else (True,):
+                    gated_conv_fwd(x, weight, *gates, *options, write_closed)
+                gated_conv_dgrad(dy, weight, x, *gates, *options, live)
+                gated_conv_wgrad(x, dy, weight, *gates, *options)
 
             yield f"{stage} {kind}", call
 
 
 def launches_for(capability: int) -> list[Launch]:
-    """Every launch of every operation: fp16 NCHW on sm_75, bf16 channels_last from sm_80 on."""
+    """Every launch of every operation: fp16 on sm_75, bf16 from sm_80 on; NCHW and channels_last."""
     launches: list[Launch] = []
-    dtype, channels_last = (torch.float16, False) if capability < 80 else (torch.bfloat16, True)
+    dtype = torch.float16 if capability < 80 else torch.bfloat16
     for calls in (gate_head_calls, gated_residual_calls, gated_conv_calls):
-        for name, call in calls(dtype, channels_last):
-            with recorded(launches, f"{name} {_TYPES[dtype]}", capability):
-                call()
+        # of the convolution both, whose code differs most between them
+        for channels_last in (False, True) if calls is gated_conv_calls else (capability >= 80,):
+            for name, call in calls(dtype, channels_last):
+                with recorded(launches, f"{name} {'nhwc' if channels_last else 'nchw'} {_TYPES[dtype]}", capability):
+                    call()
     return launches
 
 

@@ -39,7 +39,6 @@ def test_kernels_fit(capability: int, each: str) -> None:
         "gate_head_bwd_kernel",
         "_gated_residual_fwd_kernel",
         "_gated_residual_bwd_kernel",
-        "_open_lists_kernel",
         "gated_conv_kernel",
         "gated_conv_wgrad_kernel",
     }

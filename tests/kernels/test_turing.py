@@ -40,7 +40,6 @@ def test_kernels_of_the_library() -> None:
     assert check("kernels") == [
         "_gated_residual_bwd_kernel",
         "_gated_residual_fwd_kernel",
-        "_open_lists_kernel",
         "gate_head_bwd_hidden_kernel",
         "gate_head_bwd_kernel",
         "gate_head_fwd_kernel",
