@@ -101,7 +101,10 @@ def gated_conv_wgrad(
         OUT_GATE=_gate(out_gate),
         IS_SPLIT=splits > 1,
         TILE=tile,
-        **_launch_options(plan, warps, is_channels_last(x)),
+        num_warps=warps,
+        # told how many registers a thread may take, ptxas does not spill some of them to fit one block more
+        maxnreg=168 if warps == 4 and is_channels_last(x) != plan.fp32 else 255,
+        **plan.options,
     )
     return dw
 
@@ -142,7 +145,8 @@ def _launch(
         TRANSPOSED=transposed,
         WRITE_CLOSED=write_closed,
         TILE=tile,
-        **_launch_options(plan, warps, is_channels_last(src)),
+        num_warps=warps,
+        **plan.options,
     )
     return partial.sum(1) if factor is not None else partial
 
@@ -192,12 +196,6 @@ def _wgrad_tile(plan: _Plan, c_out: int, pixels: int, channels_last: bool) -> tu
         block_k = 16 if block_n == 64 else 32
         warps = 4 if block_n == 64 and not channels_last else 2
     return Tile(block_m, block_n, next_power_of_2(pixels, 16, block_k), plan.upcast, plan.precision), warps
-
-
-def _launch_options(plan: _Plan, warps: int, channels_last: bool) -> dict[str, Any]:
-    """Told how many registers a thread may take, ptxas does not spill some of them to fit one block more."""
-    registers = 168 if warps == 4 and channels_last and not plan.fp32 else 255
-    return {"num_warps": warps, "maxnreg": registers, **plan.options}
 
 
 def _map(x: Tensor) -> Map:
