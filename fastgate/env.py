@@ -11,7 +11,8 @@ from typing import Any
 _PACKAGES = ("fastgate", "torch", "triton", "torchvision", "numpy", "fvcore", "safetensors", "nvidia-ml-py")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -44,7 +45,7 @@ def describe_environment() -> dict[str, Any]:
             }
         )
     return {
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": {package: package_version(package) for package in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu_name(),

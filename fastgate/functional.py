@@ -9,17 +9,25 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastgate.ops.dispatch import resolve_impl, transforms_active
-from fastgate.ops.gate_head import GateHead, check_window, gate_head_obstacle, gate_head_torch
+from fastgate.ops import choices
+from fastgate.ops.dispatch import requested_impl, resolve_impl
+from fastgate.ops.gate_head import GateHead, HeadCall, check_window, gate_head_obstacle, gate_head_torch
 from fastgate.ops.gated_conv import (
     GatedConv2d,
-    choose_path,
+    Ways,
+    choose_ways,
     gated_conv2d_gathered,
     gated_conv2d_obstacle,
     gated_conv2d_torch,
+    worth_gathering,
 )
-from fastgate.ops.gated_residual import GatedResidual, PlainGatedResidual, gated_residual_obstacle, gated_residual_torch
-from fastgate.ops.means import known_means, remember_means
+from fastgate.ops.gated_residual import (
+    ResidualCall,
+    gated_residual_fused,
+    gated_residual_obstacle,
+    gated_residual_plain,
+)
+from fastgate.ops.means import known_means
 from fastgate.ops.synchronization import batch_norm_processes, statistics_obstacle
 
 __all__ = ["gate_head", "gated_conv2d", "gated_residual"]
@@ -141,9 +149,13 @@ def gate_head(
         reason = statistics_obstacle() if training else None
         return gate_head_obstacle(source, *parameters) or reason
 
-    if resolve_impl(impl, "gate_head", obstacle) == "triton":
+    means = known_means(x) if pooled is None else None
+
+    def choose() -> str:
+        return choices.choose(HeadCall.of(source, means, fc1_weight, fc2_weight, training), source, fc1_weight)
+
+    if resolve_impl(impl, "gate_head", obstacle, choose) == "triton":
         source = source if pooled is None else pooled.contiguous()
-        means = known_means(x) if pooled is None else None
         decisions, logits = GateHead.apply(source, means, *parameters, *options)
         return decisions, logits
     return gate_head_torch(source, *parameters, *options)
@@ -205,20 +217,16 @@ def gated_residual(
         raise ValueError(
             f"gate: expected [{n}], [{n}, 1, 1, 1], [{n}, {c}] or [{n}, {c}, 1, 1], got {list(gate.shape)}"
         )
-    if resolve_impl(impl, "gated_residual", lambda: gated_residual_obstacle(shortcut, branch, gate)) == "triton":
-        flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
-        # the means cost the kernel next to nothing, and save the next block's gate head a pass over y
-        pool = return_pooled or not torch.compiler.is_compiling()
-        y, pooled = GatedResidual.apply(shortcut, branch, flat.contiguous(), relu, pool)
-        if pool:
-            remember_means(y, pooled)
-        return (y, pooled) if return_pooled else y
-    gate = gate if gate.dim() == 4 else gate.reshape(n, -1, 1, 1)
-    if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
-        y = PlainGatedResidual.apply(shortcut, branch, gate, relu)
-    else:
-        y = gated_residual_torch(shortcut, branch, gate, relu)
-    return (y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))) if return_pooled else y
+    flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
+    arguments = (shortcut, branch, flat, relu, return_pooled)
+    fused = resolve_impl(
+        impl,
+        "gated_residual",
+        lambda: gated_residual_obstacle(shortcut, branch, flat),
+        lambda: choices.choose(ResidualCall.of(*arguments), shortcut, branch, flat),
+    )
+    y, pooled = (gated_residual_fused if fused == "triton" else gated_residual_plain)(*arguments)
+    return y if pooled is None else (y, pooled)
 
 
 def gated_conv2d(
@@ -252,8 +260,8 @@ def gated_conv2d(
             gradient that arrives for one counts only for the gate that closed it, where that requires grad.
         impl: `"triton"` (closed input is zeroed whatever it holds, so its NaN and infinities stay there, as do those of
             gradients of closed output; those of the weight do not), `"torch"` (dense), or
-            `"auto"`: what was measured fastest on this device (`fastgate/ops/measured.json`). On a CPU that is a
-            convolution of the open channels or samples alone, where gates do not require grad.
+            `"auto"`: on CUDA what was measured fastest there (:mod:`fastgate.ops.choices`), each gradient for itself;
+            on a CPU a convolution of the open channels or samples alone, where that pays and gates are constant.
 
     Returns:
         `[N, C_out, H', W']` in the dtype of x; H' = (H + 2 padding - kh) // stride + 1.
@@ -287,13 +295,18 @@ def gated_conv2d(
     if x.dtype != weight.dtype:
         raise TypeError(f"weight: expected the dtype of x, {x.dtype}, got {weight.dtype}; convert one of them")
     arguments = (x, weight, ins, outs, stride, padding)
-    path = resolve_impl(impl, "gated_conv2d", lambda: gated_conv2d_obstacle(x, weight, ins, outs))
-    if path == "auto":
-        path = choose_path(*arguments)
-    if path == "triton":
-        y: Tensor = GatedConv2d.apply(*arguments, write_closed)
+
+    def obstacle() -> str | None:
+        return gated_conv2d_obstacle(x, weight, ins, outs)
+
+    ways = resolve_impl(impl, "gated_conv2d", obstacle, lambda: choose_ways(*arguments))
+    if ways == "triton":
+        ways = Ways("triton", "triton", "triton")
+    if isinstance(ways, Ways) and "triton" in ways:
+        y: Tensor = GatedConv2d.apply(*arguments, write_closed, ways)
         return y
-    return (gated_conv2d_gathered if path == "gathered" else gated_conv2d_torch)(*arguments)
+    gathers = requested_impl(impl)[0] == "auto" and worth_gathering(x, weight, ins, outs, stride)
+    return (gated_conv2d_gathered if gathers else gated_conv2d_torch)(*arguments)
 
 
 def _gate_rows(name: str, gate: Tensor | None, x: Tensor, channels: int) -> Tensor | None:

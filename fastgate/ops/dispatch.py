@@ -4,12 +4,16 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+T = TypeVar("T")
 
 _library = torch.library.Library("fastgate", "FRAGMENT")
 
@@ -28,24 +32,26 @@ def requested_impl(impl: str) -> tuple[str, str]:
     return impl, source
 
 
-def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None]) -> str:
-    """Return the implementation that serves this call: "triton", "torch", or "auto" where the operation may choose.
+def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None], choose: Callable[[], T]) -> T | str:
+    """What serves this call: "triton", "torch", or what the operation chooses among its ways.
 
-    `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises. No kernel has been
-    measured on a GPU yet, and a choice is to be measured, not believed: operations take their PyTorch path for "auto".
+    `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises.
 
     Args:
         impl: what was asked for.
         operation: name for messages.
         obstacle: says why the operation's kernel cannot serve this call, or None.
+        choose: what "auto" takes where there is no obstacle, from what was measured; with one it takes PyTorch.
 
     Raises:
         ValueError: an unknown name, or `"triton"` where it cannot be honoured.
     """
     impl, source = requested_impl(impl)
-    if impl != "triton":
-        return impl
+    if impl == "torch" or (impl == "auto" and torch.compiler.is_compiling()):
+        return "torch"  # which a compiler fuses as it likes
     reason = obstacle()
+    if impl == "auto":
+        return "torch" if reason is not None else choose()
     if reason is not None:
         raise ValueError(f"{operation}: {source} asks for 'triton', but {reason}; use 'auto' or 'torch'")
     return "triton"
@@ -65,7 +71,7 @@ def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot read these tensors, or None."""
     if transforms_active():
         return "its kernels have no rules for the transforms of torch.func"
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "Triton is not installed"
     for tensor in tensors:
         if tensor is None:

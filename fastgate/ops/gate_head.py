@@ -1,13 +1,15 @@
 """The gate head: pooled or flattened features -> dense -> BN -> ReLU -> dense -> straight-through threshold."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgate.ops import inputs
 from fastgate.ops.dispatch import register, tensor_obstacle
 
 WINDOWS = ("clipped", "restoring", "identity")
@@ -220,3 +222,99 @@ class GateHead(torch.autograd.Function):
         gradients = (dx, None, dw1, db1, dgamma, dbeta, None, None, dw2, db2)
         wanted = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(gradient if needed else None for gradient, needed in wanted), *(None,) * 4)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """A kind of call, for :mod:`fastgate.ops.choices`; `means` says where the features come from.
+
+    "map": the means of x are computed; "known": they travel with x, for the kernel alone; "pooled": x is the means.
+    """
+
+    operation: ClassVar[str] = "gate_head"
+
+    samples: int
+    channels: int
+    height: int
+    width: int
+    hidden: int
+    out: int
+    dtype: str
+    channels_last: bool
+    means: str
+    training: bool
+    gradient: bool  # of x
+    learns: bool  # gradients of the parameters
+
+    @classmethod
+    def of(cls, x: Tensor, means: Tensor | None, fc1_weight: Tensor, fc2_weight: Tensor, training: bool) -> "HeadCall":
+        """The kind of a call; x is [N, C, H, W] or pooled."""
+        records = torch.is_grad_enabled()
+        sizes = tuple(x.shape) if x.dim() == 4 else (*x.shape, 1, 1)
+        return cls(
+            *sizes, len(fc1_weight), len(fc2_weight), inputs.dtype_name(x), inputs.is_channels_last(x),
+            "pooled" if x.dim() == 2 else "map" if means is None else "known", training,
+            records and x.requires_grad, records and fc1_weight.requires_grad,
+        )  # fmt: skip
+
+    def candidates(self) -> tuple[str, ...]:
+        """The fused kernel."""
+        return ("triton",)
+
+    def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+        """Features, parameters and gradients with no value near where ReLU and the windows bend, so that roundings
+        cannot decide."""
+        n, c, hidden, out = self.samples, self.channels, self.hidden, self.out
+        make = inputs.Maker(device, generator, self.channels_last)
+        shape = (n, c, self.height, self.width)
+        x = make.normal((n, c)) if self.means == "pooled" else make.map(shape, self.dtype)
+        values = {
+            "fc1_weight": make.normal((hidden, c), c**-0.5),
+            "fc1_bias": make.normal((hidden,)),
+            "bn_weight": 1 + make.normal((hidden,), 0.1),
+            "bn_bias": torch.zeros(hidden, device=device),
+            "running_mean": make.normal((hidden,), 0.1),
+            "running_var": 1 + make.normal((hidden,), 0.1).abs(),
+            "fc2_weight": make.normal((out, hidden), hidden**-0.5),
+            "fc2_bias": make.normal((out,), 0.1),
+        }
+        exact = {name: value.double() for name, value in values.items()}
+        features = (x if x.dim() == 2 else x.mean((2, 3), dtype=torch.float32)).double()
+        before = F.linear(features, exact["fc1_weight"], exact["fc1_bias"])
+        statistics = (exact["running_mean"].clone(), exact["running_var"].clone())
+        before = F.batch_norm(before, *statistics, exact["bn_weight"], None, self.training, 0.0)
+        values["bn_bias"] = exact["bn_bias"] = -_widest_gap(before).float()
+        logits = F.linear(F.relu(before + exact["bn_bias"]), exact["fc2_weight"], exact["fc2_bias"])
+        at_edge = (logits.abs() - 1).abs() < 1e-3
+        # statistics have none, and behind a batch norm that of a bias is zero but for roundings
+        constant = ("running_mean", "running_var", *(["fc1_bias"] if self.training else []))
+        return {
+            "x": x.requires_grad_(self.gradient),
+            "means": x.detach().mean((2, 3), dtype=torch.float32) if self.means == "known" else None,
+            **{name: value.requires_grad_(self.learns and name not in constant) for name, value in values.items()},
+            "grad_decisions": make.normal((n, out)).masked_fill(at_edge, 0),
+            "grad_logits": make.normal((n, out)),
+        }
+
+    def run(self, candidate: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Logits, decisions as far as they are not theirs, gradients, running statistics."""
+        values = dict(values)
+        x, means, *grads = (values.pop(name) for name in ("x", "means", "grad_decisions", "grad_logits"))
+        arguments = (*values.values(), self.training, 0.1, 1e-5, WINDOWS[0])
+        if candidate == "triton":
+            decisions, logits = GateHead.apply(x, means, *arguments)
+        else:
+            decisions, logits = gate_head_torch(x, *arguments)
+        found = inputs.with_gradients([decisions, logits], grads, (x, *values.values()))
+        statistics = (values["running_mean"], values["running_var"])
+        return (*found[1:], found[0].detach() - (logits.detach() > 0).to(logits.dtype), *statistics)
+
+
+def _widest_gap(values: Tensor) -> Tensor:
+    """Middles of the widest gaps between the middle values of each column of [N, M]."""
+    n = len(values)
+    if n < 2:
+        return values[0] - 1
+    middle = values.sort(0).values[n // 4 : n - n // 4]
+    at = middle.diff(dim=0).argmax(0, keepdim=True)
+    return ((middle[:-1] + middle[1:]) / 2).gather(0, at)[0]

@@ -1,16 +1,24 @@
 """The gated convolution: conv2d(x * in_gate, weight) * out_gate."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastgate.ops import choices, inputs
 from fastgate.ops.dispatch import register, tensor_obstacle, transforms_active
 from fastgate.ops.gated_residual import GatedProduct
-from fastgate.ops.measured import Call, choose
+from fastgate.ops.inputs import is_channels_last
+
+# On a CPU: taking and putting back what is open costs about this share of a dense convolution (0.06 to 0.12 on an AMD
+# EPYC), and below so many multiply-adds (about a millisecond on two cores) asking what is open costs more than it saves
+_WORTH_GATHERING = 0.9
+_WORTH_ASKING = 1e8
 
 
 def gated_conv2d_torch(
@@ -69,7 +77,7 @@ def gated_conv2d_gathered(
 def take(x: Tensor, indices: Tensor, dim: int) -> Tensor:
     """`x.index_select` on samples (dim 0) or channels (dim 1) in the layout of x, where its own is always NCHW."""
     # in TorchScript's words, as compact networks call it
-    if not _is_channels_last(x):
+    if not is_channels_last(x):
         return x.index_select(dim, indices)
     n, c, h, w = x.shape
     rows = x.permute(0, 2, 3, 1)
@@ -93,44 +101,19 @@ def put(y: Tensor, indices: Tensor, dim: int, total: int, layout: torch.memory_f
     return matrix.reshape(n, h, w, total).permute(0, 3, 1, 2)
 
 
-def choose_path(
-    x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
-) -> str:
-    """What `impl="auto"` takes, "dense", "gathered" or "triton", from what was measured on this device.
-
-    On a CPU what is open is there to be read. On a GPU it would have to be waited for, so that no path is taken there
-    that does not pay with everything open.
-    """
+def worth_gathering(x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int) -> bool:
+    """Whether `impl="auto"` takes :func:`gated_conv2d_gathered`: on a CPU, where what is open is there to be read."""
     gates = [gate for gate in (in_gate, out_gate) if gate is not None]
     # under a tracer the choice would be frozen into the graph; a transform of torch.func has no values to read
     if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
-        return "dense"
+        return False
+    # closed channels of live gates have gradients of their own
     live = torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)
-    pairs = any(_is_pairs(gate) for gate in gates)
-    if live and x.device.type == "cpu":
-        return "dense"  # closed channels have gradients of their own
-    fraction = None
-    if x.device.type == "cpu":
-        if pairs:
-            return "dense"
-        fraction = math.prod(float(gate.detach().mean()) for gate in gates)
-        if fraction == 1.0:
-            return "gathered"  # there is nothing to multiply by
-    call = Call(
-        gates="pairs" if pairs else "samples" if all(gate.shape[1] == 1 for gate in gates) else "batch",
-        dtype=str(x.dtype).removeprefix("torch."),
-        training=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
-        kernel=weight.shape[2],
-        stride=stride,
-        batch=x.shape[0],
-        in_channels=x.shape[1],
-        out_channels=weight.shape[0],
-        pixels=x.shape[2] * x.shape[3],
-    )
-    path = choose(x.device, call, fraction)
-    if path == "triton" and gated_conv2d_obstacle(x, weight, *gates) is not None:
-        return "dense"
-    return path
+    if x.device.type != "cpu" or live or any(_is_pairs(gate) for gate in gates):
+        return False
+    opened = math.prod(float(gate.detach().mean()) for gate in gates)
+    multiply_adds = weight.numel() * x.shape[0] * x.shape[2] * x.shape[3] / stride**2
+    return opened == 1.0 or (opened <= _WORTH_GATHERING and multiply_adds >= _WORTH_ASKING)
 
 
 def _open_unless_all(gate: Tensor) -> Tensor | None:
@@ -159,11 +142,7 @@ def _wgrad_fake(x: Tensor, dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 _GATES = "Tensor? in_gate, Tensor? out_gate, int stride, int padding"
@@ -182,8 +161,82 @@ def gated_conv2d_obstacle(x: Tensor, weight: Tensor, *gates: Tensor | None) -> s
     return tensor_obstacle(x, weight, *gates)
 
 
+class Ways(NamedTuple):
+    """How a gated convolution and its gradients are computed, each "triton" or "torch"."""
+
+    forward: str
+    dgrad: str  # by the input
+    wgrad: str  # by the weight
+
+
+def _forward_torch(
+    x: Tensor,
+    weight: Tensor,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    stride: int,
+    padding: int,
+    write_closed: bool,
+) -> Tensor:
+    return _times(F.conv2d(_times(x, in_gate), weight, None, stride, padding), out_gate)
+
+
+def _dgrad_torch(
+    dy: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    stride: int,
+    padding: int,
+    needs_dgate: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = _convolution_gradient(_times(dy, out_gate), x, weight, stride, padding, of_weight=False)
+    dgate = (dx * x).sum((2, 3), dtype=torch.float32) if needs_dgate else dx.new_empty(0, dtype=torch.float32)
+    return _times(dx, in_gate), dgate
+
+
+def _wgrad_torch(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    in_gate: Tensor | None,
+    out_gate: Tensor | None,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    dz = _times(dy, out_gate)
+    return _convolution_gradient(dz, _times(x, in_gate), weight, stride, padding, of_weight=True)
+
+
+def _convolution_gradient(
+    dz: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, *, of_weight: bool
+) -> Tensor:
+    geometry = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
+    mask = [not of_weight, of_weight, False]
+    gradients = torch.ops.aten.convolution_backward(dz, x, weight, None, *geometry, mask)
+    found: Tensor = gradients[int(of_weight)]
+    return found
+
+
+def _times(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
+
+
+_ways: dict[tuple[str, str], Callable[..., Any]] = {
+    ("forward", "torch"): _forward_torch,
+    ("forward", "triton"): torch.ops.fastgate.gated_conv_fwd,
+    ("dgrad", "torch"): _dgrad_torch,
+    ("dgrad", "triton"): torch.ops.fastgate.gated_conv_dgrad,
+    ("wgrad", "torch"): _wgrad_torch,
+    ("wgrad", "triton"): torch.ops.fastgate.gated_conv_wgrad,
+}
+
+
 class GatedConv2d(torch.autograd.Function):
-    """The skipping kernels with their gradients; gates are None or [N or 1, C or 1].
+    """The convolution, by skipping kernels in some directions at least, with its gradients.
+
+    Gates are None or [N or 1, C or 1].
 
     What a gate closes is skipped wherever its own gradient is not asked for. A gate that requires grad is skipped too,
     but for what its gradient needs: an input gate's is <dz, x> with dz computed for closed channels as well, an output
@@ -201,12 +254,13 @@ class GatedConv2d(torch.autograd.Function):
         stride: int,
         padding: int,
         write_closed: bool,
+        ways: Ways,
     ) -> Tensor:
         """y [N, C_out, H', W']."""
         ctx.live_in, ctx.live_out = ctx.needs_input_grad[2:4]
         skipped = None if ctx.live_out else out_gate
-        z = torch.ops.fastgate.gated_conv_fwd(x, weight, in_gate, skipped, stride, padding, write_closed)
-        ctx.options = (stride, padding)
+        z = _ways["forward", ways.forward](x, weight, in_gate, skipped, stride, padding, write_closed)
+        ctx.options, ctx.ways = (stride, padding), ways
         ctx.save_for_backward(x, weight, in_gate, out_gate, z if ctx.live_out else None)
         if not ctx.live_out or out_gate is None or not write_closed:
             return z
@@ -221,9 +275,9 @@ class GatedConv2d(torch.autograd.Function):
         gates = (in_gate, out_gate, *ctx.options)
         dx = dw = d_in = d_out = None
         if ctx.needs_input_grad[0] or ctx.live_in:
-            dx, d_in = torch.ops.fastgate.gated_conv_dgrad(dy, weight, x, *gates, ctx.live_in)
+            dx, d_in = _ways["dgrad", ctx.ways.dgrad](dy, weight, x, *gates, ctx.live_in)
         if ctx.needs_input_grad[1]:
-            dw = torch.ops.fastgate.gated_conv_wgrad(x, dy, weight, *gates)
+            dw = _ways["wgrad", ctx.ways.wgrad](x, dy, weight, *gates)
         if ctx.live_in and d_in is not None:
             d_in = d_in.sum_to_size(in_gate.shape).to(in_gate.dtype)
         if ctx.live_out:
@@ -236,7 +290,106 @@ class GatedConv2d(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """A kind of call, for :mod:`fastgate.ops.choices`: one direction of a gated convolution.
+
+    Gates are "none", "batch" ([1, C]), "samples" ([N, 1]) or "pairs" ([N, C]).
+    """
+
+    operation: ClassVar[str] = "gated_conv2d"
+
+    direction: str  # "forward", "dgrad" or "wgrad"
+    in_gate: str
+    out_gate: str
+    live_in: bool  # the input gate requires grad
+    live_out: bool
+    samples: int
+    in_channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: int
+    padding: int
+    dtype: str
+    channels_last: bool
+
+    def candidates(self) -> tuple[str, ...]:
+        """The skipping kernels; on sm_75 their fp16 goes to the tensor cores, if that proves right there."""
+        return ("triton",)
+
+    def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+        """Maps, a weight, gates that are half open."""
+        make = inputs.Maker(device, generator, self.channels_last)
+        size = [
+            (side + 2 * self.padding - kernel) // self.stride + 1
+            for side, kernel in zip((self.height, self.width), self.kernel, strict=True)
+        ]
+
+        def gate(form: str, channels: int) -> Tensor | None:
+            if form == "none":
+                return None
+            return make.gate((1 if form == "batch" else self.samples, 1 if form == "samples" else channels), self.dtype)
+
+        fan_in = self.in_channels * math.prod(self.kernel)
+        weight = make.map((self.out_channels, self.in_channels, *self.kernel), "float32") * fan_in**-0.5
+        return {
+            "x": make.map((self.samples, self.in_channels, self.height, self.width), self.dtype),
+            "dy": make.map((self.samples, self.out_channels, *size), self.dtype),
+            "weight": weight.to(getattr(torch, self.dtype)),
+            "in_gate": gate(self.in_gate, self.in_channels),
+            "out_gate": gate(self.out_gate, self.out_channels),
+        }
+
+    def run(self, candidate: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
+        """What the direction computes."""
+        way = _ways[self.direction, candidate]
+        x, dy, weight, in_gate, out_gate = values.values()
+        geometry = (self.stride, self.padding)
+        with torch.no_grad():
+            if self.direction == "forward":
+                return (way(x, weight, in_gate, None if self.live_out else out_gate, *geometry, True),)
+            if self.direction == "wgrad":
+                return (way(x, dy, weight, in_gate, out_gate, *geometry),)
+            dx, dgate = way(dy, weight, x, in_gate, out_gate, *geometry, self.live_in)
+            return dx, dgate
+
+
+def choose_ways(
+    x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
+) -> Ways:
+    """What `impl="auto"` takes on a GPU for each direction, from what was measured there."""
+    records = torch.is_grad_enabled()
+    needed = {
+        "forward": True,
+        "dgrad": records and (x.requires_grad or (in_gate is not None and in_gate.requires_grad)),
+        "wgrad": records and weight.requires_grad,
+    }
+    if in_gate is None and out_gate is None:
+        return Ways("torch", "torch", "torch")
+    live = (records and gate is not None and gate.requires_grad for gate in (in_gate, out_gate))
+    rest = (
+        _form(in_gate), _form(out_gate), *live, *x.shape, weight.shape[0], tuple(weight.shape[2:]), stride, padding,
+        inputs.dtype_name(x), is_channels_last(x),
+    )  # fmt: skip
+    ways = {
+        direction: choices.choose(ConvCall(direction, *rest), x, weight, in_gate, out_gate) if asked else "torch"
+        for direction, asked in needed.items()
+    }
+    return Ways(**ways)
+
+
+def _form(gate: Tensor | None) -> str:
+    if gate is None:
+        return "none"
+    if _is_pairs(gate):
+        return "pairs"
+    return "samples" if gate.shape[1] == 1 else "batch"
 
 
 def _is_pairs(gate: Tensor) -> bool:

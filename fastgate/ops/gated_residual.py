@@ -1,18 +1,46 @@
 """The gated residual: y = relu(shortcut + gate * branch)."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgate.ops.dispatch import register, tensor_obstacle
+from fastgate.ops import inputs
+from fastgate.ops.dispatch import register, tensor_obstacle, transforms_active
+from fastgate.ops.means import remember_means
 
 
 def gated_residual_torch(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:
     """The plain-PyTorch meaning of :func:`fastgate.functional.gated_residual`, `gate` already [N, 1 or C, 1, 1]."""
     y = shortcut + gate * branch
     return torch.relu(y) if relu else y
+
+
+def gated_residual_plain(
+    shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, return_pooled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What `impl="torch"` computes: y, and its means over H and W if asked for; `gate` is [N] or [N, C]."""
+    # 0 and 1 are exact in any dtype; a wider gate must not widen the result, as it does not in the kernel
+    gate = gate.reshape(len(gate), -1, 1, 1).to(torch.promote_types(shortcut.dtype, branch.dtype))
+    if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
+        y = PlainGatedResidual.apply(shortcut, branch, gate, relu)
+    else:
+        y = gated_residual_torch(shortcut, branch, gate, relu)
+    return y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32)) if return_pooled else None
+
+
+def gated_residual_fused(
+    shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, return_pooled: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What `impl="triton"` computes: the same."""
+    # the means cost the kernel next to nothing, and save the next block's gate head a pass over y
+    pool = return_pooled or not torch.compiler.is_compiling()
+    y, pooled = GatedResidual.apply(shortcut, branch, gate.contiguous(), relu, pool)
+    if pool:
+        remember_means(y, pooled)
+    return y, pooled if return_pooled else None
 
 
 class PlainGatedResidual(torch.autograd.Function):
@@ -137,3 +165,59 @@ class GatedResidual(torch.autograd.Function):
             dy, dpooled, y, branch, gate, ctx.relu, ctx.needs_input_grad[2]
         )
         return dshortcut.to(ctx.dtype), dbranch, dgate if ctx.needs_input_grad[2] else None, None, None
+
+
+@dataclass(frozen=True)
+class ResidualCall:
+    """A kind of call, for :mod:`fastgate.ops.choices`; sizes of the maps, dtypes by name."""
+
+    operation: ClassVar[str] = "gated_residual"
+
+    samples: int
+    channels: int
+    height: int
+    width: int
+    dtype: str
+    branch_dtype: str
+    gate_dtype: str
+    channels_last: bool
+    per_channel: bool
+    relu: bool
+    return_pooled: bool
+    gradient: bool
+    live: bool  # the gate requires grad
+
+    @classmethod
+    def of(cls, shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, return_pooled: bool) -> "ResidualCall":
+        """The kind of a call."""
+        records = torch.is_grad_enabled()
+        dtypes = (inputs.dtype_name(tensor) for tensor in (shortcut, branch, gate))
+        return cls(
+            *shortcut.shape, *dtypes, inputs.is_channels_last(shortcut), gate.numel() > len(gate), relu, return_pooled,
+            records and (shortcut.requires_grad or branch.requires_grad), records and gate.requires_grad,
+        )  # fmt: skip
+
+    def candidates(self) -> tuple[str, ...]:
+        """The fused kernel."""
+        return ("triton",)
+
+    def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+        """Maps, a gate that is half open, and gradients of the results."""
+        shape = (self.samples, self.channels, self.height, self.width)
+        make = inputs.Maker(device, generator, self.channels_last)
+        gate = make.gate(shape[:2] if self.per_channel else shape[:1], self.gate_dtype)
+        return {
+            "shortcut": make.map(shape, self.dtype).requires_grad_(self.gradient),
+            "branch": make.map(shape, self.branch_dtype).requires_grad_(self.gradient),
+            "gate": gate.requires_grad_(self.live),
+            "dy": make.map(shape, self.dtype),
+            "dpooled": make.normal(shape[:2]) if self.return_pooled else None,
+        }
+
+    def run(self, candidate: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
+        """y, its means, and the gradients."""
+        compute = gated_residual_fused if candidate == "triton" else gated_residual_plain
+        arguments = [values[name] for name in ("shortcut", "branch", "gate")]
+        y, pooled = compute(*arguments, self.relu, self.return_pooled)
+        grads = [values["dy"].to(y.dtype), values["dpooled"]]
+        return inputs.with_gradients([y, pooled], grads, arguments)
