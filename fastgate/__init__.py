@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from fastgate.pruning.costs import flops, gate_costs, macs
     from fastgate.pruning.decisions import Decisions, decide, freeze
     from fastgate.pruning.storage import load, save
+    from fastgate.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOMES = {
     "fastgate.pruning.costs": ("flops", "gate_costs", "macs"),
     "fastgate.pruning.decisions": ("Decisions", "decide", "freeze"),
     "fastgate.pruning.storage": ("load", "save"),
+    "fastgate.tuning": ("tune",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""The command line: `fastgate train | evaluate | compact | compare | report | reproduce | energy probe | env`."""
+"""The command line: `fastgate train | evaluate | compact | compare | report | reproduce | tune | energy | env`."""
 
 import inspect
 import json
@@ -16,11 +16,12 @@ import typer
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.gates import named_gates
+from fastgate.ops import choices
 from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
 from fastgate.training import distributed
-from fastgate.training.presets import PRESETS, Recipe, get_preset, parse_field
+from fastgate.training.presets import PRECISIONS, PRESETS, Recipe, get_preset, parse_field
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
@@ -253,9 +254,49 @@ def probe(
 
 
 @app.command()
+def tune(
+    network: Annotated[str, typer.Option(help="resnet20, resnet32, ...")] = "resnet110",
+    gating: Annotated[str, typer.Option(help="layer or channel")] = "layer",
+    batch_size: Annotated[int, typer.Option(help="images per step")] = 256,
+    image_size: Annotated[int, typer.Option(help="height and width of the images")] = 32,
+    precision: Annotated[str, typer.Option(help=f"one of {', '.join(PRECISIONS)}")] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Measure now, on this GPU, which kernels a network is to use, in training and in inference; print the table.
+
+    What is known already is not measured again. Without this each is measured when it is first called.
+    """
+    from rich.progress import track
+
+    from fastgate.reports.tables import print_choices
+    from fastgate.training.networks import build_network, resolve_precision
+    from fastgate.tuning import tune as tune_model
+
+    if batch_size < 2 or image_size < 1:
+        raise ValueError(f"expected a batch size of 2 and an image size of 1 or more, got {batch_size}, {image_size}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    where = torch.device(resolve_device(device))
+    if where.type != "cuda":
+        typer.echo("nothing to measure on a CPU: there a rule says where closed channels are left out")
+        return
+    shape = (3, image_size, image_size)
+    recipe = Recipe(network=network, gating=gating, batch_size=batch_size, precision=precision)
+    model = build_network(recipe, shape, 10).to(where)
+    model.to(memory_format=torch.channels_last)
+    images = torch.rand(batch_size, *shape, device=where).contiguous(memory_format=torch.channels_last)
+    dtype = resolve_precision(precision, where)
+    with torch.autocast(where.type, dtype, enabled=dtype is not torch.float32):
+        tuned = tune_model(model, images, progress=lambda kinds: track(kinds, "measuring", transient=True))
+    print_choices(tuned)
+    typer.echo(f"kept in {choices.folder()}")
+
+
+@app.command()
 def env() -> None:
-    """Print versions, processor and GPUs as JSON."""
-    typer.echo(json.dumps(describe_environment(), indent=2))
+    """Print versions, processor, GPUs and where measured choices of kernels are kept, as JSON."""
+    kept = {"folder": str(choices.folder()), "count": choices.kept()}
+    typer.echo(json.dumps({**describe_environment(), "choices": kept}, indent=2))
 
 
 def main() -> Any:

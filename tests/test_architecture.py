@@ -17,6 +17,7 @@ FLOORS = {
     "kernels": 1,
     "ops": 2,
     "functional": 3,
+    "tuning": 3,
     "calls": 4,
     "estimators": 4,
     "gates": 4,

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ Call = Callable[[], Outputs]
 class Kind(Protocol):
     """A kind of call: a frozen dataclass of plain values, which say all that its time depends on."""
 
-    operation: str
+    operation: ClassVar[str]
 
     def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
         """Random inputs, on the device."""
@@ -62,6 +62,9 @@ class Kind(Protocol):
 
     def candidates(self) -> Sequence[str]:
         """Those beside `"torch"`."""
+
+    def describe(self) -> str:
+        """Its sizes in a few words, for tables."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _Memory:
 
 _memory = _Memory()
 _look_up_only: ContextVar[bool] = ContextVar("look_up_only", default=False)
-_collected: ContextVar[dict[tuple[torch.device, Kind], None] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[dict[Kind, None] | None] = ContextVar("collected", default=None)
 
 
 def choose(kind: Kind, *tensors: Tensor | None) -> str:
@@ -152,11 +155,10 @@ def choose(kind: Kind, *tensors: Tensor | None) -> str:
         return REFERENCE
     context = _context(device)
     choice = _known(context, kind)
-    if choice is None:
-        if (collected := _collected.get()) is not None:
-            collected[device, kind] = None
-        elif _may_measure():
-            choice = find(kind, device)
+    if (collected := _collected.get()) is not None:
+        collected[kind] = None
+    elif choice is None and _may_measure():
+        choice = find(kind, device)
     return REFERENCE if choice is None else choice.chosen
 
 
@@ -253,7 +255,7 @@ def _measure(kind: Kind, device: torch.device, timer: Timer) -> Choice:
                     f"{allowed[odd[0]]:.2g}"
                 )
             differences[name] = max(found, default=0.0)
-            timings[name] = timer([lambda name=name, i=i: kind.run(name, sets[i % _INPUTS]) for i in range(_CALLS)])
+            timings[name] = timer([partial(kind.run, name, sets[i % _INPUTS]) for i in range(_CALLS)])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a board comes up with: it must not end the user's run
@@ -316,16 +318,21 @@ def _board(device: torch.device) -> dict[str, Any]:
         found |= {
             "device": torch.cuda.get_device_name(device),
             "capability": list(torch.cuda.get_device_capability(device)),
-            "driver": torch._C._cuda_getDriverVersion(),
+            "driver": _driver_version(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
     return found
 
 
+def _driver_version() -> int:
+    # torch.version has none; it is compiled in where there is CUDA
+    return int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+
+
 def _context(device: torch.device) -> str:
     """All that a choice depends on beside the kind of call, as text."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     return _describe_context(
         device,
         torch.are_deterministic_algorithms_enabled(),
@@ -424,7 +431,7 @@ def _parse(record: Mapping[str, Any]) -> Choice:
 
 
 def used() -> list[dict[str, Any]]:
-    """The choices that this process has met so far, as plain values for a file of the run."""
+    """The choices that are pinned or that this process has met, as plain values for a file of the run."""
     return [_memory.used[name] for name in sorted(_memory.used)]
 
 
@@ -434,13 +441,14 @@ def pin(records: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: they are not what `used` gives.
     """
-    pinned = {}
+    pinned, used = {}, {}
     for record in records:
         try:
-            pinned[_name_of(record["context"], record["kind"])] = _parse(record)
+            name = _name_of(record["context"], record["kind"])
+            pinned[name], used[name] = _parse(record), dict(record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"choices: expected records that fastgate wrote, got one with {error!r}") from error
-    _memory.pinned, _memory.found, _memory.used = pinned, {}, {}
+    _memory.pinned, _memory.used, _memory.found = pinned, used, {}
 
 
 @contextmanager
@@ -454,9 +462,9 @@ def looking_up() -> Iterator[None]:
 
 
 @contextmanager
-def collecting() -> Iterator[dict[tuple[torch.device, Kind], None]]:
-    """Note, instead of measuring them, the kinds of calls that are made inside and of which nothing is known yet."""
-    found: dict[tuple[torch.device, Kind], None] = {}
+def collecting() -> Iterator[dict[Kind, None]]:
+    """Note the kinds of calls that are made inside, and measure none: of what is not known PyTorch is taken."""
+    found: dict[Kind, None] = {}
     token = _collected.set(found)
     try:
         yield found

@@ -247,15 +247,24 @@ class HeadCall:
     learns: bool  # gradients of the parameters
 
     @classmethod
-    def of(cls, x: Tensor, means: Tensor | None, fc1_weight: Tensor, fc2_weight: Tensor, training: bool) -> "HeadCall":
+    def of(
+        cls, x: Tensor, means: Tensor | None, fc1_weight: Tensor, fc2_weight: Tensor | None, training: bool
+    ) -> "HeadCall":
         """The kind of a call; x is [N, C, H, W] or pooled."""
         records = torch.is_grad_enabled()
-        sizes = tuple(x.shape) if x.dim() == 4 else (*x.shape, 1, 1)
+        n, c, height, width = x.shape if x.dim() == 4 else (*x.shape, 1, 1)
         return cls(
-            *sizes, len(fc1_weight), len(fc2_weight), inputs.dtype_name(x), inputs.is_channels_last(x),
-            "pooled" if x.dim() == 2 else "map" if means is None else "known", training,
+            n, c, height, width, len(fc1_weight), 0 if fc2_weight is None else len(fc2_weight), inputs.dtype_name(x),
+            inputs.is_channels_last(x), "pooled" if x.dim() == 2 else "map" if means is None else "known", training,
             records and x.requires_grad, records and fc1_weight.requires_grad,
         )  # fmt: skip
+
+    def describe(self) -> str:
+        """Such as "256x16x32x32 bfloat16, NHWC, 1 gate, means known, backward"."""
+        words = [f"{inputs.sizes(self.samples, self.channels, self.height, self.width)} {self.dtype}"]
+        words += ["NHWC" if self.channels_last else "NCHW", f"{self.out} gate{'s' if self.out > 1 else ''}"]
+        words += [] if self.means == "map" else ["means known"]
+        return ", ".join([*words, *(["backward"] if self.gradient or self.learns else [])])
 
     def candidates(self) -> tuple[str, ...]:
         """The fused kernel."""

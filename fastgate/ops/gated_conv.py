@@ -319,6 +319,15 @@ class ConvCall:
     dtype: str
     channels_last: bool
 
+    def describe(self) -> str:
+        """Such as "forward, 256x16x32x32 bfloat16, NHWC, 3x3 to 16, stride 1, gates pairs / none"."""
+        size = inputs.sizes(self.samples, self.in_channels, self.height, self.width)
+        kernel = inputs.sizes(*self.kernel)
+        return (
+            f"{self.direction}, {size} {self.dtype}, {'NHWC' if self.channels_last else 'NCHW'}, {kernel} to "
+            f"{self.out_channels}, stride {self.stride}, gates {self.in_gate} / {self.out_gate}"
+        )
+
     def candidates(self) -> tuple[str, ...]:
         """The skipping kernels; on sm_75 their fp16 goes to the tensor cores, if that proves right there."""
         return ("triton",)

@@ -191,11 +191,19 @@ class ResidualCall:
     def of(cls, shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, return_pooled: bool) -> "ResidualCall":
         """The kind of a call."""
         records = torch.is_grad_enabled()
-        dtypes = (inputs.dtype_name(tensor) for tensor in (shortcut, branch, gate))
+        n, c, height, width = shortcut.shape
+        dtype, branch_dtype, gate_dtype = (inputs.dtype_name(tensor) for tensor in (shortcut, branch, gate))
         return cls(
-            *shortcut.shape, *dtypes, inputs.is_channels_last(shortcut), gate.numel() > len(gate), relu, return_pooled,
+            n, c, height, width, dtype, branch_dtype, gate_dtype, inputs.is_channels_last(shortcut),
+            gate.numel() > len(gate), relu, return_pooled,
             records and (shortcut.requires_grad or branch.requires_grad), records and gate.requires_grad,
         )  # fmt: skip
+
+    def describe(self) -> str:
+        """Such as "256x16x32x32 bfloat16, NHWC, layer gate, backward"."""
+        words = [f"{inputs.sizes(self.samples, self.channels, self.height, self.width)} {self.dtype}"]
+        words += ["NHWC" if self.channels_last else "NCHW", "channel gate" if self.per_channel else "layer gate"]
+        return ", ".join([*words, *(["backward"] if self.gradient or self.live else [])])
 
     def candidates(self) -> tuple[str, ...]:
         """The fused kernel."""
@@ -218,6 +226,7 @@ class ResidualCall:
         """y, its means, and the gradients."""
         compute = gated_residual_fused if candidate == "triton" else gated_residual_plain
         arguments = [values[name] for name in ("shortcut", "branch", "gate")]
-        y, pooled = compute(*arguments, self.relu, self.return_pooled)
+        shortcut, branch, gate = arguments
+        y, pooled = compute(shortcut, branch, gate, self.relu, self.return_pooled)
         grads = [values["dy"].to(y.dtype), values["dpooled"]]
         return inputs.with_gradients([y, pooled], grads, arguments)

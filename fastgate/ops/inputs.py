@@ -12,6 +12,11 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def sizes(*numbers: int) -> str:
+    """Such as "256x16x32x32"."""
+    return "x".join(map(str, numbers))
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether a dense [N, C, H, W] tensor has its channels innermost; NCHW wins where both are true."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,11 +1,13 @@
 """Results of a run as a table in the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fastgate.reports.quantities import format_joules, format_si
+from fastgate.tuning import Tuned
 
 # short enough for all of them to fit 80 columns
 _COLUMNS = ("network", "test acc.", "open", "MACs", "params", "latency", "images/s")
@@ -157,3 +159,29 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     energy = result["energy"]
     for line in (f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_choices(tuned: Sequence[Tuned], console: Console | None = None) -> None:
+    """Print what was measured of each kind of call: times by implementation, the choice, the largest difference."""
+    console = console or Console()
+    table = Table(title="microseconds per call, largest difference from float64")
+    for column in ("operation", "call", "takes"):
+        table.add_column(column)
+    for column in ("torch", "triton", "gain", "difference"):
+        table.add_column(column, justify="right")
+    for kind, choice in tuned:
+        times = [choice.microseconds.get(name) for name in ("torch", "triton")]
+        gain = times[0] / times[1] if times[0] and times[1] else None
+        off = choice.differences.get("triton")
+        table.add_row(
+            kind.operation,
+            kind.describe(),
+            choice.chosen,
+            *("" if us is None else f"{us:.1f}" for us in times),
+            "" if gain is None else f"{gain:.2f}x",
+            "" if off is None else f"{off:.1e}",
+        )
+    console.print(table)
+    for kind, choice in tuned:
+        for name, why in choice.refused.items():
+            console.print(f"{kind.operation} {kind.describe()}: {name} refused: {why}", highlight=False, markup=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgate.energy import EnergyMeter
 from fastgate.files import write_atomically
+from fastgate.ops import choices
 from fastgate.ops.synchronization import synchronized
 from fastgate.pruning.decisions import Decisions
 from fastgate.training import distributed
@@ -26,6 +27,7 @@ from fastgate.training.progress import RunProgress
 from fastgate.training.search import Search
 from fastgate.training.spending import Spending, describe_epoch
 from fastgate.training.step import SUMS, CudaGraphs, TrainingStep
+from fastgate.tuning import tune
 
 # how often processes with GPUs ask each other whether one was interrupted: for that they wait
 _STEPS_BETWEEN_QUESTIONS = 50
@@ -81,6 +83,7 @@ class Trainer:
         self.sums = self._new_sums()
         self.spending = Spending()
         self.history: list[dict[str, Any]] = []
+        self._chosen_for: object = None  # the phase of the search that kernels were chosen for
         if resume:
             self._restore()
         # several processes exchange statistics and gradients inside the step
@@ -120,12 +123,14 @@ class Trainer:
             RunProgress(self.title, self.recipe.epochs * steps, done) as progress,
             _deferred_interrupt() as interrupted,
             closing(EnergyMeter(self.device)) as meter,
+            choices.looking_up(),  # what is chosen fixes the order of sums: see _choose_kernels
         ):
             while self.epoch < self.recipe.epochs:
                 window = meter.window("train")
                 try:
                     with window:
                         self._enter_phase()
+                        self._choose_kernels()
                         with synchronized(batch_norms=self.recipe.sync_batch_norms):
                             self._train_epoch(progress, interrupted)
                         if not self.recipe.sync_batch_norms:
@@ -166,6 +171,29 @@ class Trainer:
         if decisions:
             x, _ = next(iter(self.batches(self.dataset.test)))
             self.search.make_final(decisions, self.optimizer, x)
+
+    def _choose_kernels(self) -> None:
+        """Measure the operations of the network that it is in this phase, in the first process, for all of them.
+
+        What is chosen is written to the run folder: a resumed run takes it from there.
+        """
+        if choices.make_timer(self.device) is None or not self.search.gates or self.search.phase == self._chosen_for:
+            return
+        self._chosen_for = self.search.phase
+        file = self.folder / "choices.json"
+
+        def measure() -> list[dict[str, Any]]:
+            if file.exists():
+                choices.pin(json.loads(file.read_text()))
+            evaluated = self.batches(self.dataset.test, shared=True).batch_size
+            for mode, size in (("train", self.recipe.batch_size // distributed.count()), ("eval", evaluated)):
+                x = torch.rand(size, *self.dataset.image_size, device=self.device)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                    tune(self.model, x.contiguous(memory_format=torch.channels_last), modes=[mode])
+            write_atomically(file, json.dumps(choices.used(), indent=1) + "\n")
+            return choices.used()
+
+        choices.pin(distributed.from_main(measure))
 
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
         schedule = self._schedule()

@@ -1,0 +1,80 @@
+"""A run measures which kernels it uses at the start of each phase, and a resumed run keeps to it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgate.ops import choices
+from fastgate.ops.gate_head import HeadCall
+from fastgate.ops.gated_residual import ResidualCall
+from fastgate.training.data import load_dataset
+from fastgate.training.trainer import Trainer
+from tests.training.runs import TINY
+
+RECIPE = replace(TINY, epochs=2, open_until=0.0, anneal_until=0.0, settle_at=0.5, batch_size=256)
+
+# kernels are not run: which is taken is told by the clock alone
+KINDS = (HeadCall, ResidualCall)
+
+
+class Clock:
+    """Stands in for a GPU's: PyTorch, always timed first, is the faster one, or the slower."""
+
+    def __init__(self, factor: float) -> None:
+        self.times: list[float] = []
+        self.factor = factor
+
+    def __call__(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+        us = 10.0 if len(self.times) % 2 == 0 else 10.0 * self.factor
+        self.times.append(us)
+        return lambda: us
+
+
+def run_torch(kind: Any, run: Callable[..., Any], candidate: str, values: dict[str, Any]) -> Any:
+    return run(kind, "torch", values)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float, str], Clock]:
+    def measured(factor: float, cache: str) -> Clock:
+        """As a process on a GPU with a cache folder of its own."""
+        clock = Clock(factor)
+        monkeypatch.setattr(choices, "make_timer", lambda device: clock)
+        monkeypatch.setattr(choices, "_memory", choices._Memory())
+        monkeypatch.setenv("FASTGATE_CACHE", str(tmp_path / cache))
+        return clock
+
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "run", partialmethod(run_torch, kind.run))
+
+    return measured
+
+
+def taken(folder: Path) -> list[str]:
+    return [record["chosen"] for record in json.loads((folder / "choices.json").read_text())]
+
+
+def test_a_run_writes_what_it_takes_and_a_resumed_one_keeps_to_it(
+    measured: Callable[[float, str], Clock], tmp_path: Path
+) -> None:
+    digits = load_dataset("digits")
+    clock = measured(2.0, "first")
+    Trainer(RECIPE, digits, tmp_path).fit()
+    first = taken(tmp_path)
+    assert set(first) == {"torch"} and len(clock.times) == 2 * len(first)
+    kinds = [record["kind"] for record in json.loads((tmp_path / "choices.json").read_text())]
+    # in training with the batches of the recipe, in inference with those of the evaluation
+    assert {(kind["samples"], kind["training"]) for kind in kinds if kind["operation"] == "gate_head"} == {
+        (RECIPE.batch_size, True), (360, False)
+    }  # fmt: skip
+    # killed before its first checkpoint, and resumed where the kernels are faster and nothing is in the cache
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "checkpoint.pt").unlink()
+    clock = measured(0.5, "second")
+    Trainer(RECIPE, digits, tmp_path, resume=True).fit()
+    assert taken(tmp_path) == first and clock.times == []
