@@ -15,12 +15,7 @@ from fastgate.gates import Gate
 from fastgate.ops.gate_head import gate_head_torch
 
 # the paper's flattened head is for CIFAR: at 224 pixels its first layer has millions of weights
-RUNS = [
-    (case, kind, provider)
-    for case in CASES
-    for kind in (("layer", "channel", "flattened") if case.network == "resnet110" else ("layer", "channel"))
-    for provider in providers(case)
-]
+RUNS = [(case, kind, provider) for case in CASES for kind in ("layer", "channel") for provider in providers(case)]
 
 
 def gate_for(kind: str, case: Case, device: torch.device) -> Gate:

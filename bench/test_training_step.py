@@ -1,6 +1,7 @@
 """The trainer's step on a gated network and on the ungated one, in turns: ResNet-20 on a CPU, ResNet-110 on a GPU.
 
-On a GPU the step is replayed from its CUDA graph. The aim on an H200: at most 4.0 ms, gated, bf16, batch 256.
+On a GPU as it runs, replayed from its CUDA graph, and kernel by kernel; gated with what `auto` chooses there, and with
+PyTorch alone. The aim on an H200: at most 4.0 ms, captured, gated, bf16, batch 256.
 """
 
 import statistics
@@ -22,7 +23,9 @@ ROUNDS = 20
 WARMUP = 5  # on a GPU three steps run and the fourth is captured
 
 
-def training_step(depth: int, gating: str, device: torch.device, folder: Path) -> tuple[Trainer, Call]:
+def training_step(
+    depth: int, gating: str, impl: str, captured: bool, device: torch.device, folder: Path, patch: pytest.MonkeyPatch
+) -> tuple[Trainer, Call]:
     """A trainer with live gates, and its step on one batch of random images."""
     images = ImageSet(torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (BATCH,)))
     split = images.to(device)
@@ -30,30 +33,46 @@ def training_step(depth: int, gating: str, device: torch.device, folder: Path) -
     trainer = Trainer(Recipe(network=f"resnet{depth}", gating=gating, batch_size=BATCH), data, folder)
     trainer.model.train()
     step = trainer.training_step
+    if not captured:
+        step.graphs = None
     schedule = torch.tensor(step.schedule(0.01, epoch=0.0), device=device)
     x, y = next(iter(trainer.train_batches))
-    return trainer, lambda: step(x, y, schedule)
+
+    def call() -> None:
+        with patch.context() as context:
+            context.setenv("FASTGATE_IMPL", impl)
+            step(x, y, schedule)
+
+    return trainer, call
 
 
-def test_training_step(benchmark: Any, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if CUDA:
-        monkeypatch.setenv("FASTGATE_IMPL", "triton")
+@pytest.mark.parametrize("captured", [True, False] if CUDA else [False])
+def test_training_step(
+    benchmark: Any, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, captured: bool
+) -> None:
     depth = 110 if CUDA else 20
-    made = {gating: training_step(depth, gating, device, tmp_path) for gating in ("none", "layer", "channel")}
-    steps = {"ungated" if gating == "none" else gating: step for gating, (_, step) in made.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    variants = [("none", "auto"), ("layer", "auto"), ("channel", "auto")]
+    variants += [("layer", "torch"), ("channel", "torch")] if CUDA else []
+    made = {
+        "ungated" if gating == "none" else gating if impl == "auto" else f"{gating}, {impl}": training_step(
+            depth, gating, impl, captured, device, tmp_path, monkeypatch
+        )
+        for gating, impl in variants
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in made}
     for turn in range((ROUNDS if benchmark.enabled else 1) + WARMUP):
-        for name, step in steps.items():
+        for name, (_, step) in made.items():
             start = device_clock()
             step()
             if turn >= WARMUP:
                 seconds[name].append(device_clock() - start)
     trainers = [trainer for trainer, _ in made.values()]
-    assert all(trainer.training_step.captured == CUDA for trainer in trainers)
+    assert all(trainer.training_step.captured == captured for trainer in trainers)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    how = ("captured" if captured else "eager",) if CUDA else ()
     benchmark.extra_info.update(
         op="training_step",
-        case=f"resnet{depth}-batch{BATCH}-{str(trainers[0].dtype).removeprefix('torch.')}",
+        case="-".join([f"resnet{depth}-batch{BATCH}-{str(trainers[0].dtype).removeprefix('torch.')}", *how]),
         milliseconds={k: 1e3 * v for k, v in medians.items()},
     )
     # within a round the machine is the same for all
@@ -61,4 +80,4 @@ def test_training_step(benchmark: Any, device: torch.device, tmp_path: Path, mon
         name: statistics.median(a / b for a, b in zip(values, seconds["ungated"], strict=True))
         for name, values in seconds.items()
     }
-    benchmark.pedantic(steps["layer"], rounds=3)
+    benchmark.pedantic(made["layer"][1], rounds=3)
