@@ -56,7 +56,8 @@ def move_hooks(source: nn.Module, target: nn.Module, *, state: bool = True) -> N
 
 
 def _is_own(hook: Any) -> bool:
-    return not type(getattr(hook, "hook", hook)).__module__.startswith(_OF_TORCH)
+    kinds = type(getattr(hook, "hook", hook)).__mro__  # a pruning method may be derived from torch's
+    return not any(kind.__module__.startswith(_OF_TORCH) for kind in kinds)
 
 
 def drop_own_hooks(module: nn.Module) -> None:
