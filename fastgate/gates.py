@@ -218,9 +218,9 @@ class Gate(nn.Module):
             # a hook that computes a tensor (weight norm, pruning) leaves it as a plain attribute
             if layer is not None and (type(layer).forward not in forward or not _COMPUTED.isdisjoint(vars(layer))):
                 raise ValueError(
-                    f"{name}: expected a gate's head as fastgate built it, got {type(layer).__name__} changed by a tool "
-                    "that quantizes, prunes, normalizes or wraps layers; leave gates out of that (for "
-                    "torch.ao.quantization: gate.qconfig = None)"
+                    f"{name}: expected a gate's head as fastgate built it, got a {type(layer).__name__} that a tool "
+                    "for quantization, pruning or the like has changed; leave gates out of that (gate.qconfig = None "
+                    "for torch.ao.quantization)"
                 )
 
     def _run_head(self, x: Tensor) -> tuple[Tensor, Tensor]:

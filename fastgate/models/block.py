@@ -286,7 +286,7 @@ def gated_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module, or one in it, takes statistics over the batch: in training, without running ones, to quantize."""
+    """Whether a module, or one in it, takes statistics over the batch: in training, or having no running ones."""
     return (
         module.training
         or "observer_enabled" in module._buffers  # torch.ao.quantization.FakeQuantize

@@ -27,6 +27,8 @@ _STATE_HOOKS = (
 )
 # how torch.nn.utils computes weights (weight norm, spectral norm, pruning); such a hook belongs to its module
 _OF_TORCH = "torch.nn.utils."
+# hooks that are functions, of weight norm and of observers; they belong to their modules too
+_FUNCTIONS_OF_TORCH = (_OF_TORCH, "torch.ao.")
 
 
 def has_call_hooks(module: nn.Module) -> bool:
@@ -60,6 +62,11 @@ def _is_own(hook: Any) -> bool:
     return not any(kind.__module__.startswith(_OF_TORCH) for kind in kinds)
 
 
+def _is_users(hook: Any) -> bool:
+    module = getattr(getattr(hook, "hook", hook), "__module__", None) or ""
+    return _is_own(hook) and not module.startswith(_FUNCTIONS_OF_TORCH)
+
+
 def drop_own_hooks(module: nn.Module) -> None:
     """Remove every hook of a module tree, those excepted by which torch.nn.utils computes weights."""
     for part in module.modules():
@@ -70,13 +77,13 @@ def drop_own_hooks(module: nn.Module) -> None:
 
 
 def hooked(model: nn.Module) -> dict[str, list[int]]:
-    """Names of the modules with hooks of their own -> ids of the dictionaries that hold these."""
+    """Names of the modules with hooks of the user's own -> ids of the dictionaries that hold these."""
     found: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
             hooks = getattr(module, kind)
             hooks = hooks.values() if kind.endswith("hooks") else ()  # the others say how these are called
-            if any(map(_is_own, hooks)):
+            if any(map(_is_users, hooks)):
                 found.setdefault(name, []).append(id(getattr(module, kind)))
     return found
 
