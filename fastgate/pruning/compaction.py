@@ -131,7 +131,7 @@ def _take_weight(weight: Tensor, dim: int, kept: Tensor) -> Tensor:
 
 
 def _cut_norm(norm: nn.Module, kept: Tensor) -> None:
-    if hasattr(norm, "num_features"):  # a frozen one may not say
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):  # a frozen one does not say
         norm.num_features = len(kept)
     for name in ("weight", "bias", "running_mean", "running_var"):
         old = getattr(norm, name)

@@ -38,6 +38,10 @@ def close(model: nn.Module, pattern: list[bool]) -> None:
         gate.freeze(torch.tensor(pattern)[at % len(pattern)])
 
 
+class Pruning(prune.L1Unstructured):
+    """A user's own."""
+
+
 class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / 2
@@ -142,6 +146,7 @@ def test_what_cannot_be_cut_any_more_is_refused(case: tuple, pattern: list[bool]
         [
             *((key, on("1.conv1", change)) for key, change, _ in COMPUTED),
             ("prune-norm", on("1.bn1", COMPUTED[4][1])),
+            ("prune-own", on("1.conv1", lambda m: Pruning.apply(m, "weight", 0.5))),
             ("qat", prepare),
             ("fused", fuse),
             ("fused-qat", fuse_and_prepare),
@@ -166,6 +171,19 @@ def test_layer_gates_cut_nothing_so_that_all_of_it_is_carried_over(
     # the same operations on the same tensors, with and without the gates
     assert torch.equal(small(x), wanted)
     assert torch.equal(commit(model, optimizer)(x), wanted)
+
+
+def test_networks_with_computed_weights_are_traced_and_timed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), PlainBlock(8), PlainBlock(8))
+    prune.l1_unstructured(model[3].conv1, "weight", 0.5)
+    fg.attach(model, "layer")
+    x = images(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(x).sum().backward()
+    close(model, [False, True])
+    assert all(cost > 0 for cost in fg.gate_costs(model, x, "latency").values())
+    commit(model, optimizer)
+    assert type(model[2]) is nn.Identity  # its input is known to come out of the ReLU
 
 
 def test_a_convolution_that_one_of_two_closed_places_shared_is_still_trained() -> None:
