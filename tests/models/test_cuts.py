@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastgate as fg
 from fastgate.pruning.commitment import commit
+from fastgate.pruning.costs import total_cost
 from tests.helpers import GATINGS, PlainBlock, assert_same_state, gating_ids, named, randomize_batch_norm, state_copy
 
 # weight norm as a hook, torch.ao.quantization
@@ -181,7 +182,7 @@ def test_networks_with_computed_weights_are_traced_and_timed() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(x).sum().backward()
     close(model, [False, True])
-    assert all(cost > 0 for cost in fg.gate_costs(model, x, "latency").values())
+    assert total_cost(model, x, "latency") > 0
     commit(model, optimizer)
     assert type(model[2]) is nn.Identity  # its input is known to come out of the ReLU
 
