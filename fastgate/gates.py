@@ -28,6 +28,15 @@ LIVE_BEFORE = -1  # what earlier versions wrote
 INIT_STD = 0.01
 
 
+# a gate's head: by its layers' names, the forwards that compute as it does; tensors that it reads
+_HEAD_FORWARDS = {
+    "fc1": (nn.Linear.forward,),
+    "bn": (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward),
+    "fc2": (nn.Linear.forward,),
+}
+_COMPUTED = {"weight", "bias"}
+
+
 class _Seen(NamedTuple):
     """A state of the buffer `stored`, by the tensor and its version."""
 
@@ -202,7 +211,20 @@ class Gate(nn.Module):
             )
         return logits, decisions
 
+    def _check_head(self) -> None:
+        """The head reads its layers' tensors and calls none of them: refuse what would not be seen."""
+        for name, forward in _HEAD_FORWARDS.items():
+            layer = getattr(self, name, None)
+            # a hook that computes a tensor (weight norm, pruning) leaves it as a plain attribute
+            if layer is not None and (type(layer).forward not in forward or not _COMPUTED.isdisjoint(vars(layer))):
+                raise ValueError(
+                    f"{name}: expected a gate's head as fastgate built it, got a {type(layer).__name__} that a tool "
+                    "for quantization, pruning or the like has changed; leave gates out of that (gate.qconfig = None "
+                    "for torch.ao.quantization)"
+                )
+
     def _run_head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_head()
         head: dict[str, Any] = {"training": self.training}
         if self.depth == 2:
             bn = self.bn

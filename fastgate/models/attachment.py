@@ -80,11 +80,11 @@ def _map_sizes(model: nn.Module, cuts: dict[str, _Cut], image: tuple[int, int]) 
     return sizes
 
 
-def _refuse_lazy(name: str, block: nn.Module) -> None:
-    for child, module in block.named_modules():
+def _refuse_lazy(what: str, network: nn.Module) -> None:
+    for child, module in network.named_modules():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise ValueError(
-                f"block {name!r}: expected the sizes of its modules to be known, got an uninitialized "
+                f"{what}: expected the sizes of its modules to be known, got an uninitialized "
                 f"{type(module).__name__} {child!r}; run one batch through the network first"
             )
 
@@ -129,6 +129,8 @@ def attach(
         )
     if "out_channels" in gate_options:
         raise TypeError("attach() got an unexpected gate option 'out_channels': it is that of the gated features")
+    if spatial_size is not None:
+        _refuse_lazy("model", model)  # the whole of it runs, to see the size of each map
     blocks: dict[str, ResidualBlock] = {}
     originals: dict[str, tuple[nn.Module, BlockLayout]] = {}
     seen: dict[nn.Module, str] = {}
@@ -141,7 +143,7 @@ def attach(
                     "each place a block of its own"
                 )
             seen[module] = name
-            _refuse_lazy(name, module)
+            _refuse_lazy(f"block {name!r}", module)
         if isinstance(module, ResidualBlock):
             if not runs_as(module, ResidualBlock):
                 raise ValueError(
@@ -162,7 +164,10 @@ def attach(
             "gates to the network before it is compacted"
         )
     if empty := [name for name, block in blocks.items() if not block.branch_convs()]:
-        raise ValueError(f"block {empty[0]!r}: expected a convolution in its branch, got none")
+        raise ValueError(
+            f"block {empty[0]!r}: expected a convolution in its branch, got none; attach gates before modules are "
+            "fused or wrapped, and name every convolution in its register_block()"
+        )
     for name, (original, layout) in originals.items():
         if check_layout(name, original, layout):
             blocks[name].mixes_samples = True

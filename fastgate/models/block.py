@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastgate import functional
 from fastgate.gates import Gate, LayerGate, named_gates
-from fastgate.models.cuts import check_cut, check_size
+from fastgate.models.cuts import check_cut, check_size, runs_as
 from fastgate.models.hooks import has_call_hooks
 from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
@@ -106,7 +106,8 @@ class ResidualBlock(nn.Module):
             if len(samples) < len(x) and not decision.sum().isnan():
                 return self._activate(self._add_open(shortcut, x, samples))
         y = self._run_branch(x, decision)
-        relu = self.activation_name is not None and type(getattr(self, self.activation_name)) is nn.ReLU
+        activation = None if self.activation_name is None else getattr(self, self.activation_name)
+        relu = activation is not None and runs_as(activation, nn.ReLU) and not has_call_hooks(activation)
         if decision is None and self.gate is not None and self.gate_at == len(self.branch):
             decision = self.gate(y)
         if self.gate is not None and decision is not None:
@@ -220,8 +221,16 @@ class ResidualBlock(nn.Module):
         """Raise ValueError unless all that the gate cuts can be cut exactly and stands nowhere else.
 
         Args:
-            shared: modules that stand at several places of the network.
+            shared: modules that stand at several places of the network, or tensors of which do.
         """
+        # of convolutions wrapped or fused since gates were attached, none might be left to cut
+        behind = getattr(self, self.branch[self.gate_at]) if self.gate_at < len(self.branch) else None
+        if not isinstance(behind, nn.Conv2d) and (behind is not None or not self.cut_convs()):
+            found = "none" if behind is None else f"{type(behind).__name__} {self.branch[self.gate_at]!r}"
+            raise ValueError(
+                f"expected an nn.Conv2d whose channels the gate closes, got {found}; wrap or fuse modules of the "
+                "compact network, or use gating='layer'"
+            )
         between = self.cut_with_gate()
         for name, conv, _ in self.cut_convs():
             check_cut(name, conv)
@@ -233,10 +242,11 @@ class ResidualBlock(nn.Module):
         runs = [getattr(self, name) for name in self.branch]
         for name in (*between, *(name for name, _, _ in self.cut_convs())):
             module = getattr(self, name)
-            if module._parameters and (module in shared or runs.count(module) > 1):
+            if (module._parameters or module._buffers) and (module in shared or runs.count(module) > 1):
                 raise ValueError(
                     f"cannot cut the channels of {type(module).__name__} {name!r}, which stands at another place of "
-                    "the network too; give each place a module of its own or use gating='layer'"
+                    "the network too, or a tensor of which does; give each place a module with tensors of its own or "
+                    "use gating='layer'"
                 )
 
     def gone_when_empty(self) -> list[str]:
@@ -276,9 +286,10 @@ def gated_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module, or one in it, takes statistics over the batch, in training mode or without running ones."""
+    """Whether a module, or one in it, takes statistics over the batch: in training, or having no running ones."""
     return (
         module.training
+        or "observer_enabled" in module._buffers  # torch.ao.quantization.FakeQuantize
         or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module._buffers.get("running_mean") is None)
         or any(_mixes(child) for child in module._modules.values() if child is not None)
     )

@@ -2,26 +2,33 @@
 
 from collections import Counter
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # modules that act on each channel (and pixel) by itself and have no weights to cut
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d)
 
-# batch norms with an elementwise dropout and activation of their own behind them, by qualified class name
-_NORMS_WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d",)
+# batch norms of other packages, by qualified class name; some have an elementwise dropout and activation of their own
+_NORMS = (
+    *("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"),
+    *("timm.layers.norm_act.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d"),
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+)
+_NORM_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the module is of one of these classes and computes as that class says: its forward is theirs."""
-    return "forward" not in vars(module) and any(
-        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+    return (
+        "forward" not in vars(module)
+        and type(module).__call__ is nn.Module.__call__
+        and any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
     )
 
 
 def is_elementwise(module: nn.Module) -> bool:
-    """A module that can stay as it is when channels go."""
-    return runs_as(module, *ELEMENTWISE)
+    """A module that can stay as it is when channels go; one with children, such as observers, does more."""
+    return runs_as(module, *ELEMENTWISE) and not module._modules
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -34,9 +41,9 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A batch norm, synchronised or not, whose output's channel depends on that input channel alone."""
+    """A batch norm, synchronised, frozen or neither, whose output's channel depends on that input channel alone."""
     cls = type(module)
-    if f"{cls.__module__}.{cls.__qualname__}" in _NORMS_WITH_ACTIVATION:
+    if f"{cls.__module__}.{cls.__qualname__}" in _NORMS:
         return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
     return runs_as(module, nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -46,11 +53,16 @@ def check_cut(name: str, module: nn.Module) -> None:
     if is_elementwise(module):
         return
     known = is_conv(module) or is_norm(module)
-    if known and set(module._parameters) == {"weight", "bias"}:
-        tensors = {"running_mean", "running_var", "num_batches_tracked"} if is_norm(module) else set()
-        if tensors.issuperset(module._buffers):
-            return
+    tensors = {*module._parameters, *module._buffers}
+    whole = not module._modules or is_norm(module)  # a norm's children are known
+    if known and whole and {"weight", "bias"} <= tensors <= (_NORM_TENSORS if is_norm(module) else {"weight", "bias"}):
+        return
     what = f"{type(module).__name__} {name!r}"
+    if any(type(part).__module__.startswith("torch.ao.") for part in module.modules()):
+        raise ValueError(
+            f"cannot cut the channels of {what}, which torch.ao.quantization has fused or prepared; do that to the "
+            "compact network or use gating='layer'"
+        )
     if not known and isinstance(module, nn.Conv2d):
         raise ValueError(
             f"cannot cut the channels of {what}, which computes otherwise than nn.Conv2d; put an nn.Conv2d in its "
@@ -93,6 +105,17 @@ def check_size(name: str, module: nn.Module) -> None:
 
 
 def shared_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that stand at several places of the network: to cut them for one place would cut the others."""
-    places = Counter(child for parent in model.modules() for child in parent._modules.values() if child is not None)
-    return {module for module, count in places.items() if count > 1}
+    """The modules that stand at several places of the network, or a tensor of which does.
+
+    To cut them for one place would cut the others, or end what they share.
+    """
+    places: Counter[nn.Module | Tensor] = Counter()
+    for parent in model.modules():
+        held = (*parent._modules.values(), *parent._parameters.values(), *parent._buffers.values())
+        places.update(value for value in held if value is not None)
+    return {
+        module
+        for module in model.modules()
+        if places[module] > 1
+        or any(places[t] > 1 for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+    }

@@ -3,6 +3,7 @@
 import copy
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ _STATE_HOOKS = (
 )
 # how torch.nn.utils computes weights (weight norm, spectral norm, pruning); such a hook belongs to its module
 _OF_TORCH = "torch.nn.utils."
+# hooks that are functions, of weight norm and of observers; they belong to their modules too
+_FUNCTIONS_OF_TORCH = (_OF_TORCH, "torch.ao.")
 
 
 def has_call_hooks(module: nn.Module) -> bool:
@@ -55,8 +58,15 @@ def move_hooks(source: nn.Module, target: nn.Module, *, state: bool = True) -> N
             hook.module = weakref.ref(target)  # type: ignore[attr-defined]
 
 
-def _is_own(hook: Any) -> bool:
-    return not type(getattr(hook, "hook", hook)).__module__.startswith(_OF_TORCH)
+def is_own(hook: Any) -> bool:
+    """Whether a hook is none of those by which torch.nn.utils computes weights, which see no features."""
+    kinds = type(getattr(hook, "hook", hook)).__mro__  # a pruning method may be derived from torch's
+    return not any(kind.__module__.startswith(_OF_TORCH) for kind in kinds)
+
+
+def _is_users(hook: Any) -> bool:
+    module = getattr(getattr(hook, "hook", hook), "__module__", None) or ""
+    return is_own(hook) and not module.startswith(_FUNCTIONS_OF_TORCH)
 
 
 def drop_own_hooks(module: nn.Module) -> None:
@@ -64,18 +74,18 @@ def drop_own_hooks(module: nn.Module) -> None:
     for part in module.modules():
         for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
             hooks = getattr(part, kind)
-            for key in [key for key, hook in hooks.items() if _is_own(hook)]:
+            for key in [key for key, hook in hooks.items() if is_own(hook)]:
                 del hooks[key]
 
 
 def hooked(model: nn.Module) -> dict[str, list[int]]:
-    """Names of the modules with hooks of their own -> ids of the dictionaries that hold these."""
+    """Names of the modules with hooks of the user's own -> ids of the dictionaries that hold these."""
     found: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
             hooks = getattr(module, kind)
             hooks = hooks.values() if kind.endswith("hooks") else ()  # the others say how these are called
-            if any(map(_is_own, hooks)):
+            if any(map(_is_users, hooks)):
                 found.setdefault(name, []).append(id(getattr(module, kind)))
     return found
 
@@ -92,12 +102,13 @@ def warn_of_lost_hooks(before: dict[str, list[int]], model: nn.Module) -> None:
         )
 
 
-def copy_network(model: Module) -> Module:
+def copy_network(model: Module, shared: Iterable[Tensor] = ()) -> Module:
     """A deep copy, also of modules that hold a computed tensor, which `copy.deepcopy` refuses (weight norm, pruning).
 
-    In the copy such a tensor is a plain value, until the hook that computes it runs again.
+    In the copy such a tensor is a plain value, until the hook that computes it runs again. The `shared` tensors are not
+    copied.
     """
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Tensor] = {id(tensor): tensor for tensor in shared}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:

@@ -1,13 +1,12 @@
 """Frozen gates leave a network in training, with what they closed, and the optimizer goes on with the rest."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgate.models.hooks import hooked, warn_of_lost_hooks
+from fastgate.models.hooks import copy_network, hooked, warn_of_lost_hooks
 from fastgate.pruning.compaction import cut_frozen
 
 
@@ -33,14 +32,17 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         ValueError: parameters of another network, state that cannot be cut, or a frozen gate whose block cannot be cut
             (see :func:`fastgate.compact`). Model and optimizer are then as they were.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    # a parameter that stands at several places has several names, of which some may leave
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     if foreign := sum(p not in names for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             f"optimizer: expected parameters of this model, got {foreign} others; commit with the optimizer that "
             "trains this model"
         )
-    shapes = {name: parameter.shape for parameter, name in names.items()}
-    state = {names[parameter]: entries for parameter, entries in optimizer.state.items()}
+    shapes = {name: parameter.shape for parameter, known_as in names.items() for name in known_as}
+    state = {name: entries for parameter, entries in optimizer.state.items() for name in names[parameter]}
     # copies are cut first: what cannot be cut is found out before anything has changed
     left = {name: parameter.shape for name, parameter in _cut_copy(model, {}).items()}
     moved = {key: _cut_copy(model, values) for key, values in _split_state(state, shapes, left).items()}
@@ -48,10 +50,10 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
     hooks = hooked(model)
     model = cut_frozen(model)
     warn_of_lost_hooks(hooks, model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in optimizer.param_groups:
-        kept = [names[parameter] for parameter in group["params"] if names[parameter] in parameters]
-        group["params"] = [parameters[name] for name in kept]
+        kept = [next((n for n in names[parameter] if n in parameters), None) for parameter in group["params"]]
+        group["params"] = [parameters[name] for name in kept if name is not None]
     optimizer.state.clear()
     for name, entries in state.items():
         if name in parameters:
@@ -83,12 +85,12 @@ def _split_state(
 
 
 def _cut_copy(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name of a cut copy of the model in which `values` stand in for parameters."""
-    copied = copy.deepcopy(model)
+    """Parameters by every name of a cut copy of the model in which `values` stand in for parameters."""
+    copied = copy_network(model)
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
         copied.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    return {name: parameter.detach() for name, parameter in cut_frozen(copied).named_parameters()}
+    return {name: parameter.detach() for name, parameter in cut_frozen(copied).named_parameters(remove_duplicate=False)}
 
 
 def unanimous(epochs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """From a frozen gated network to a plain, physically smaller one that computes the same."""
 
-import copy
 from collections import OrderedDict
 from typing import cast
 
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.block import EmptyConv2d, ResidualBlock, gated_blocks
-from fastgate.models.hooks import hooked, warn_of_lost_hooks
+from fastgate.models.cuts import is_norm, shared_modules
+from fastgate.models.hooks import copy_network, hooked, warn_of_lost_hooks
 from fastgate.pruning.signs import given_nonnegative
 
 
@@ -27,7 +27,8 @@ def compact(model: nn.Module) -> nn.Module:
       "after" the whole branch goes.
 
     Raises:
-        ValueError: a gate that is not frozen, or outside a residual block of this library.
+        ValueError: a gate that is not frozen, or outside a residual block of this library; closed channels that cannot
+            be cut, where the network was changed since `attach` (weight norm, pruning, quantization, shared modules).
     """
     gates = dict(named_gates(model))
     if not gates:
@@ -38,7 +39,7 @@ def compact(model: nn.Module) -> nn.Module:
             f"model: expected every gate frozen, got live gates {', '.join(live[:4])}{more}; call "
             "fastgate.freeze(model, fastgate.decide(model, loader)) first"
         )
-    copied = copy.deepcopy(model)
+    copied = copy_network(model)
     hooks = hooked(copied)
     small = cut_frozen(copied)
     warn_of_lost_hooks(hooks, small)
@@ -54,11 +55,12 @@ def cut_frozen(model: nn.Module) -> nn.Module:
         The same model, unless it is itself one closed block: then what is left of that.
 
     Raises:
-        ValueError: a gate outside a residual block of this library, or a block that cannot be cut; the network may then
-            be cut in part.
+        ValueError: a gate outside a residual block of this library, or a block that cannot be cut; the network is then
+            as it was.
     """
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     blocks = gated_blocks(model)
+    _check_cuts(model, blocks)
     nonnegative = given_nonnegative(model) if any(_may_drop_relu(block) for block in blocks.values()) else set()
     for name, block in blocks.items():
         gate = cast(Gate, block.gate)
@@ -81,12 +83,30 @@ def cut_frozen(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_cuts(model: nn.Module, blocks: dict[str, ResidualBlock]) -> None:
+    """What `attach` made sure of, once more: a network may have been changed since."""
+    shared = shared_modules(model)
+    for name, block in blocks.items():
+        gate = cast(Gate, block.gate)
+        if isinstance(gate, LayerGate) or not gate.frozen or bool(gate.open.all()):
+            continue
+        closed = not bool(gate.open.any())
+        if closed and block.gate_at == len(block.branch):
+            continue  # the whole branch goes
+        try:
+            block.check_cut(shared)
+            if closed:
+                block.gone_when_empty()
+        except ValueError as error:
+            raise ValueError(f"block {name.rpartition('.')[0]!r}: {error}") from error
+
+
 def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
     """Cut the convolutions and norms around the gate down to the kept channels."""
     cut = block.cut_convs()
     for child in block.cut_with_gate():
         module = getattr(block, child)
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+        if is_norm(module):
             _cut_norm(module, kept)
     for _, conv, dim in cut:
         conv.weight = nn.Parameter(_take_weight(conv.weight.detach(), dim, kept), conv.weight.requires_grad)
@@ -110,16 +130,15 @@ def _take_weight(weight: Tensor, dim: int, kept: Tensor) -> Tensor:
     return taken
 
 
-def _cut_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm, kept: Tensor) -> None:
-    norm.num_features = len(kept)
-    for parameter in ("weight", "bias"):
-        old = getattr(norm, parameter)
-        if old is not None:
-            setattr(norm, parameter, nn.Parameter(old.detach()[kept], old.requires_grad))
-    for buffer in ("running_mean", "running_var"):
-        old = getattr(norm, buffer)
-        if old is not None:
-            setattr(norm, buffer, old[kept])
+def _cut_norm(norm: nn.Module, kept: Tensor) -> None:
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):  # a frozen one does not say
+        norm.num_features = len(kept)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        old = getattr(norm, name)
+        if isinstance(old, nn.Parameter):
+            setattr(norm, name, nn.Parameter(old.detach()[kept], old.requires_grad))
+        elif old is not None:
+            setattr(norm, name, old[kept])
 
 
 def _empty_channels(block: ResidualBlock) -> None:

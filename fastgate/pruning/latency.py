@@ -1,6 +1,5 @@
 """Measured time of a forward pass, several networks interleaved so that they share the machine's ups and downs."""
 
-import copy
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
 from fastgate.models.block import ResidualBlock, gated_blocks
+from fastgate.models.hooks import copy_network
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.probe import check_reached, example_of, open_for_probing
@@ -97,7 +97,7 @@ def open_latency(model: nn.Module, inputs: Any, forward: Forward | None = None) 
 
 def _cut_copy(model: nn.Module, closed: int) -> nn.Module:
     """A copy without gates, and without the first `closed` channels of each (1: without the branch of a layer gate)."""
-    copied = copy.deepcopy(model)
+    copied = copy_network(model)
     for _, gate in named_gates(copied):
         gate.freeze(torch.arange(gate.gates) >= closed)
     return cut_frozen(copied)

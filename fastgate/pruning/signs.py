@@ -1,6 +1,5 @@
 """Which blocks of a network are only ever given what is not negative, so that a ReLU on their input changes nothing."""
 
-import copy
 import operator
 from contextlib import suppress
 from typing import Any
@@ -11,6 +10,7 @@ from torch import fx, nn
 from torch.nn.modules import module as module_globals
 
 from fastgate.models.block import ResidualBlock
+from fastgate.models.hooks import copy_network, is_own
 
 # what makes any input non-negative
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax, nn.Softmax2d)
@@ -62,7 +62,7 @@ def given_nonnegative(model: nn.Module) -> set[str]:
     found: list[set[str]] = []
     with suppress(Exception):  # a forward of the user's own may raise anything when it is traced
         # a copy, since its forward may keep what it computes; parameters, which no forward changes, are shared
-        copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        copied = copy_network(model, shared=model.parameters())
         for training in (True, False):
             for module in copied.modules():
                 module.training = training
@@ -95,7 +95,11 @@ def _has_negative(node: fx.Node) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    return any(
+        is_own(hook)
+        for part in module.modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
 
 
 def _is_fresh(value: Any, model: nn.Module) -> bool:

@@ -43,8 +43,12 @@ BLOCKS = {
 }
 
 
+# torchvision's large one has the same kinds of blocks
+SLOW_TIMM = pytest.param("timm-resnet50", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [SLOW_TIMM if name == "timm-resnet50" else name for name in NETWORKS])
 def test_with_every_gate_open_the_network_is_the_original(name: str, gating: tuple[str, str]) -> None:
     original = randomize_batch_norm(NETWORKS[name]()).eval()
     state, x = state_copy(original), torch.randn(2, 3, 33, 35)

@@ -87,12 +87,15 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 # the large ones once: closed, cut and open blocks side by side
 CASES = [
-    (name, mode) for name in NETWORKS for mode in ("mixed", "random", "none") if mode == "mixed" or "50" not in name
+    pytest.param(name, mode, marks=[pytest.mark.slow] if name == "timm-resnet50" else [], id=f"{name}-{mode}")
+    for name in NETWORKS
+    for mode in ("mixed", "random", "none")
+    if mode == "mixed" or "50" not in name
 ]
 
 
 @pytest.mark.parametrize("gating", GATINGS, ids=gating_ids)
-@pytest.mark.parametrize(("name", "mode"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_other_networks_compact_equals_gated(name: str, gating: tuple[str, str], mode: str) -> None:
     model = fg.attach(randomize_batch_norm(NETWORKS[name]()).eval(), *gating)
     freeze_at_random(model, mode)
