@@ -51,7 +51,7 @@ def stages(out: Path, data_root: str | None) -> list[Stage]:
         for precision in precisions
         for gating in ("layer", "channel")
     ]
-    kernels = ["tests/kernels", "tests/ops"] if CUDA else ["tests/ops/test_means.py"]
+    kernels = ["tests/ops/test_means.py", "tests/ops/test_choices.py", *(["tests/kernels"] if CUDA else [])]
     found = [
         Stage(
             "kernels",

@@ -173,7 +173,9 @@ def gated_conv_kernel(
     if TRANSPOSED and TAPS.stride > 1:
         busy = busy & (first_r < TAPS.rows) & (first_s < TAPS.columns)
 
-    acc = tl.zeros([TILE.m, TILE.n], dtype=tl.float32)
+    TILE_M: tl.constexpr = TILE.m  # a shape of fields would be one of plain numbers, which Triton 3.6 refuses
+    TILE_N: tl.constexpr = TILE.n
+    acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
     src_pixel = src_y * SRC.width + src_x
     src_start = src_ptr + n * (SRC.channels * SRC.height * SRC.width)
     if busy:

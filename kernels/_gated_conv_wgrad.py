@@ -77,7 +77,9 @@ def gated_conv_wgrad_kernel(
     of_column = map_offset((r - TAPS.padding) * X.width + s - TAPS.padding, c, X)
     d = n_tile * TILE.n + tl.arange(0, TILE.n)
 
-    acc = tl.zeros([TILE.m, TILE.n], dtype=tl.float32)
+    TILE_M: tl.constexpr = TILE.m  # a shape of fields would be one of plain numbers, which Triton 3.6 refuses
+    TILE_N: tl.constexpr = TILE.n
+    acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
     n = (split * samples_per_split).to(tl.int64)
     end = tl.minimum(n + samples_per_split, n_samples)
     n = next_open(n, end, in_gate_ptr, out_gate_ptr, c, d, X.channels, DY.channels, IN_GATE, OUT_GATE)
@@ -121,7 +123,7 @@ def gated_conv_wgrad_kernel(
         tl.debug_barrier()
         done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if done == splits - 1:
-            acc = tl.zeros([TILE.m, TILE.n], dtype=tl.float32)
+            acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
             part = 0
             while part < splits:
                 for ahead in tl.static_range(4):  # loads that wait for each other would take the longest here

@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts from the same seed, and a developer's FASTGATE_IMPL does not reach it."""
+    """Every test starts from the same seed, without a developer's FASTGATE_IMPL, and measures no kernels."""
     torch.manual_seed(0)
     monkeypatch.delenv("FASTGATE_IMPL", raising=False)
+    monkeypatch.setenv("FASTGATE_TUNE", "off")

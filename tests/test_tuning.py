@@ -33,6 +33,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
     monkeypatch.setattr(choices, "make_timer", lambda device: clock)
     monkeypatch.setattr(choices, "_memory", choices._Memory())
     monkeypatch.setenv("FASTGATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTGATE_TUNE", "on")
     yield clock
 
 

@@ -219,11 +219,7 @@ def measure(kind: Kind, device: torch.device) -> Choice:
     if timer is None:
         raise ValueError(f"device: expected one whose time is measured (CUDA), got {device}")
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             choice = _measure(kind, device, timer)
     except torch.OutOfMemoryError:
         return Choice(REFERENCE, {}, {}, dict.fromkeys(kind.candidates(), "not enough memory to measure it"))
@@ -325,9 +321,18 @@ def _board(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _driver_version() -> int:
-    # torch.version has none; it is compiled in where there is CUDA
-    return int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+def _driver_version() -> str | None:
+    """NVML's, which torch does not tell; None where NVML is missing, as in some containers."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
 
 
 def _context(device: torch.device) -> str:

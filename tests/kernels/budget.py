@@ -175,8 +175,10 @@ def gate_head_calls(dtype: torch.dtype, channels_last: bool) -> Iterator[tuple[s
     from fastgate.kernels.gate_head import gate_head_bwd, gate_head_fwd
 
     for stage, (n, c, h, w) in SHAPES.items():
-        # a wide head, and more samples than a tile holds
-        for kind, hidden, samples in (("layer", 16, n), ("channel", 16, n), ("wide", 128, n), ("large", 16, 8 * n)):
+        # a wide head; more samples than a tile holds, and few of them, where it has room for many channels
+        for kind, hidden, samples in (
+            ("layer", 16, n), ("channel", 16, n), ("wide", 128, n), ("large", 16, 8 * n), ("few", 16, 8),
+        ):  # fmt: skip
             x = meta(samples, c, h, w, dtype=dtype, channels_last=channels_last)
             w1, w2 = meta(hidden, c), meta(1 if kind == "layer" else c, hidden)
 

@@ -24,6 +24,7 @@ from fastgate.ops.gated_conv import ConvCall
 from fastgate.ops.gated_residual import ResidualCall
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of kernels
 X = torch.ones(2)
 
 # microseconds that the stand-in tells of each candidate
@@ -80,6 +81,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Clock]:
     clock = Clock()
     monkeypatch.setattr(choices, "make_timer", lambda device: clock)
     monkeypatch.setenv("FASTGATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTGATE_TUNE", "on")
     forget(monkeypatch)
     yield clock
 
@@ -332,7 +334,7 @@ def test_every_kind_runs_and_its_kernel_is_right(name: str, clock: Clock, monkey
     monkeypatch.setattr(choices, "make_timer", lambda device: lambda calls: calls[0]() and (lambda: 1.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choice = choices.find(kind, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        choice = choices.find(kind, DEVICE)
     assert choice.refused == {} and choice.microseconds.keys() == {"torch", "triton"}
     assert 0 <= choice.differences["triton"] < 1e-2
 
@@ -345,14 +347,18 @@ def test_the_operations_take_what_is_chosen(clock: Clock, monkeypatch: pytest.Mo
         return "triton" if getattr(kind, "direction", "wgrad") == "wgrad" else "torch"
 
     monkeypatch.setattr(choices, "choose", choose)
-    x, gate = torch.randn(4, 8, 5, 5, requires_grad=True), torch.ones(4, 8)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE)
+
+    x, gate = randn(4, 8, 5, 5).requires_grad_(), torch.ones(4, 8, device=DEVICE)
     y = functional.gated_residual(x, x, gate)
     assert type(y.grad_fn).__name__ == "GatedResidualBackward"
-    hidden, out = torch.randn(6, 8), torch.randn(3, 6)
-    statistics = {"running_mean": torch.zeros(6), "running_var": torch.ones(6)}
+    hidden, out = randn(6, 8), randn(3, 6)
+    statistics = {"running_mean": randn(6), "running_var": torch.ones(6, device=DEVICE)}
     decisions, _ = functional.gate_head(x, hidden, None, **statistics, fc2_weight=out, training=True)
     assert type(decisions.grad_fn).__name__ == "GateHeadBackward"
-    weight = torch.randn(7, 8, 3, 3, requires_grad=True)
+    weight = randn(7, 8, 3, 3).requires_grad_()
     y = functional.gated_conv2d(x, weight, in_gate=gate.reshape(4, 8))
     assert y.grad_fn.ways == ("torch", "torch", "triton")
     assert [kind.operation for kind in asked] == ["gated_residual", "gate_head", *["gated_conv2d"] * 3]
@@ -365,8 +371,8 @@ def test_the_operations_take_what_is_chosen(clock: Clock, monkeypatch: pytest.Mo
 def test_every_way_of_the_convolution_has_the_same_gradients(clock: Clock) -> None:
     from fastgate.ops.gated_conv import GatedConv2d, Ways, gated_conv2d_torch
 
-    x, weight = torch.randn(3, 4, 6, 6), torch.randn(5, 4, 3, 3)
-    gates = [(torch.rand(3, channels) < 0.5).float() for channels in (4, 5)]
+    x, weight = (torch.randn(shape, device=DEVICE) for shape in ((3, 4, 6, 6), (5, 4, 3, 3)))
+    gates = [(torch.rand(3, channels, device=DEVICE) < 0.5).float() for channels in (4, 5)]
     tensors = [t.requires_grad_() for t in (x, weight, *gates)]
     expected = gated_conv2d_torch(*tensors, 2, 1)
     dy = torch.randn_like(expected)

@@ -47,6 +47,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float
         monkeypatch.setattr(choices, "make_timer", lambda device: clock)
         monkeypatch.setattr(choices, "_memory", choices._Memory())
         monkeypatch.setenv("FASTGATE_CACHE", str(tmp_path / cache))
+        monkeypatch.setenv("FASTGATE_TUNE", "on")
         return clock
 
     for kind in KINDS:
