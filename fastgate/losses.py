@@ -127,7 +127,7 @@ def budget(
         target: wanted fraction, 0 to 1. A tensor (scalar, on the gates' device) is taken as it is: to check it would
             mean to wait for the device.
         costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) alike.
-        total: sum(costs), where the caller knows it: costs on a GPU have to be waited for to add them up.
+        total: sum(costs), where the caller knows it.
 
     Raises:
         ValueError: a target outside 0 to 1, or costs of other gates than the model's.
@@ -147,7 +147,7 @@ def capacity(gates: GateSource, parameters: Mapping[str, Tensor], *, total: floa
 
     Args:
         gates: a model, an iterable of gates, or their means.
-        parameters: name -> `[gates]`, from `fastgate.gate_costs(model, input_size, "params")`.
+        parameters: name -> `[gates]`, from `fastgate.gate_costs(model, inputs, "params")`.
         total: sum(parameters), where the caller knows it, see :func:`budget`.
 
     Raises:
@@ -160,9 +160,7 @@ def _open_share(means: GateMeans, costs: Mapping[str, Tensor], total: float | No
     if costs.keys() != means.keys():
         raise ValueError(
             f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)}; compute them for this model with "
-            "fastgate.gate_costs(model, input_size)"
+            "fastgate.gate_costs(model, inputs)"
         )
-    if total is None:
-        total = sum(float(c.sum()) for c in costs.values())
     weights = torch.cat([costs[name].to(means.joined) for name in means])
-    return (means.joined * weights).sum() / total
+    return (means.joined * weights).sum() / (weights.sum() if total is None else total)
