@@ -56,7 +56,7 @@ def stages(out: Path, data_root: str | None) -> list[Stage]:
         Stage(
             "kernels",
             170,
-            [[*PYTEST, "-n", workers, *kernels, "-m", "not slow", *(f"--ignore=tests/kernels/{n}.py" for n in STATIC)]],
+            [[*PYTEST, "-n", workers, *kernels, "-m", "not slow and not gpu", *(f"--ignore=tests/kernels/{n}.py" for n in STATIC)]],
         ),
         # compiles what the next stage measures, all at once; these times are thrown away
         Stage("compile", 90, tunes, {"FASTGATE_CACHE": str(out / "thrown-away")}),
@@ -70,7 +70,7 @@ def stages(out: Path, data_root: str | None) -> list[Stage]:
             [[*PYTEST, "bench/test_training_step.py", f"--benchmark-json={out / 'step.json'}"]],
             {"FASTGATE_CACHE": str(out / "choices")},
         ),
-        Stage("gpu", 80, [[*PYTEST, "-n", "6", "-m", "gpu", "tests", "--ignore=tests/kernels"]]),
+        Stage("gpu", 80, [[*PYTEST, "-n", "6", "-m", "gpu", "tests"]]),
         Stage(
             "bench",
             100,

@@ -13,6 +13,10 @@ import torch
 import triton
 from fastgate.kernels import _turing
 
+from tests.kernels import test_gate_head, test_gated_conv
+from tests.kernels.budget import Launch
+from tests.kernels.compare import assert_close_to_oracle, poisoned_memory
+from tests.kernels.jit import jitted
 from tests.kernels.ptx import EmulatorError, Memory, Program, emulated
 from tests.kernels.test_budgets import SHARED, run_without_interpreter
 
@@ -46,6 +50,32 @@ def test_kernels_of_the_library() -> None:
         "gated_conv_kernel",
         "gated_conv_wgrad_kernel",
     ]
+
+
+@pytest.mark.gpu
+def test_the_code_for_sm_75_runs_on_a_newer_gpu() -> None:
+    launches: list[Launch] = []
+    for conv in (
+        test_gated_conv.Case((16, 16, 12, 12), 16, in_form="pairs", live=(True, False), x_last=True),
+        test_gated_conv.Case((8, 70, 7, 9), 40, stride=2, in_form="batch", out_form="sample"),
+    ):
+        tensors = {name: None if t is None else t.half() for name, t in conv.tensors().items()}
+        dy = conv.gradient().half()
+        with poisoned_memory(), jitted(launches):
+            kernel = test_gated_conv.run("triton", conv, torch.float16, tensors, dy)
+        plain, oracle = (
+            test_gated_conv.run("torch", conv, dtype, tensors, dy) for dtype in (torch.float16, torch.float64)
+        )
+        assert_close_to_oracle(kernel, plain, oracle)
+    for head in (test_gate_head.Case((300, 16, 8, 8), 1), test_gate_head.Case((64, 70, 4, 4), 70, channels_last=True)):
+        parts = test_gate_head.make(head, torch.float16)
+        with poisoned_memory(), jitted(launches):
+            kernel = test_gate_head.run("triton", head, None, parts)
+        plain, oracle = (test_gate_head.run("torch", head, dtype, parts) for dtype in (None, torch.float64))
+        assert_close_to_oracle(kernel, plain, oracle, cancels={"dfc1_bias": "dfc1_weight"})
+    # on its tensor cores, by way of the hook
+    marked = [launch.name for launch in launches if "allowed_dot_input_precisions" in launch.options]
+    assert set(marked) == {"gated_conv_kernel", "gated_conv_wgrad_kernel"}
 
 
 def test_damage_is_noticed() -> None:
