@@ -63,9 +63,13 @@ def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _send_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
     """A copy on its way to the host, and what tells whether it is there; None where there is no such way."""
-    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
+    if not tensor.is_cuda:
         return None
     values, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
     event.record(torch.cuda.current_stream(tensor.device))
@@ -309,6 +313,8 @@ class Gate(nn.Module):
             return self._read()
         if self._seen is not None and self._seen.is_that_of(stored):
             return True
+        if _is_capturing():  # where nothing may be asked of the device
+            return False
         if self._probe is None or not self._probe.seen.is_that_of(stored):
             sent = _send_to_host(stored)
             self._probe = None if sent is None else _Probe(_Seen(stored, _version(stored)), *sent)

@@ -693,6 +693,36 @@ def test_repr_says_the_state() -> None:
     assert "frozen" in repr(gate)
 
 
+def test_a_capture_asks_nothing_of_the_device(
+    kind: str, elsewhere: list[list[bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, x = KINDS[kind](init_logit=1.0), x_for()
+    gate.stored.fill_(0)
+    gate(x)
+    elsewhere[-1][0] = True  # on the host by now
+    with monkeypatch.context() as patch:
+        patch.setattr(gates, "_is_capturing", lambda: True)
+        assert gate(x).sum() == 0 and gate.logits is not None  # found out there
+        gate.stored.fill_(1)
+        assert gate(x).sum() == 8 * gate.gates and len(elsewhere) == 1  # no copy would be made until the replay
+    gate(x)
+    assert len(elsewhere) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_device_a_graph_follows_the_buffer(kind: str) -> None:
+    gate, x = KINDS[kind](init_logit=1.0).cuda(), x_for().cuda()
+    with torch.no_grad():
+        gate(x)  # sends for the buffer's values
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = gate(x)
+    for value in (0, 1, LIVE):
+        gate.stored.fill_(value)
+        graph.replay()
+        assert bool((y == (value != 0)).all())
+
+
 @pytest.mark.gpu
 def test_on_a_device_a_frozen_gate_waits_for_nothing(kind: str) -> None:
     gate, x = KINDS[kind]().cuda(), x_for().cuda()

@@ -1,4 +1,4 @@
-"""One step of training; on CUDA it is captured in a CUDA graph and replayed. The capture has not run on a GPU yet."""
+"""One step of training; on CUDA it is captured in a CUDA graph and replayed."""
 
 import warnings
 from collections.abc import Callable, Mapping

@@ -545,6 +545,23 @@ def test_large_shapes(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_tf32_where_pytorch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((64, 64, 16, 16), 64, in_form="pairs", out_form=None)
+    tensors, dy = case.tensors(), case.gradient()
+    exact = run("torch", case, torch.float64, tensors, dy)
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        found = run("triton", case, torch.float32, tensors, dy)
+        errors[precision] = {
+            name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in ("y", "dx", "dweight")
+        }
+    # sums of 576 to 16384 products; TF32 has 10 bits of mantissa
+    assert max(errors["ieee"].values()) < 1e-5
+    assert 1e-5 < min(errors["tf32"].values()) and max(errors["tf32"].values()) < 2**-9
+
+
+@pytest.mark.gpu
 def test_large_shapes_twice_give_the_same_bits() -> None:
     case = Case((64, 64, 16, 16), 64, live=(True, True))
     tensors, dy = case.tensors(), case.gradient()
