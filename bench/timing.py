@@ -25,14 +25,16 @@ def device_times(make: Callable[[], Call], bytes_moved: int, stream_bytes_per_se
     """
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     rotation = max(8, min(256, 2 * cache // max(1, bytes_moved)))
-    calls = [make() for _ in range(rotation)]
-    warm, cold = [calls[0]] * min(32, rotation), calls
-    times = {
-        "graph_warm_us": _graph_time(warm),
-        "graph_cold_us": _graph_time(cold),
-        "eager_warm_us": _event_time(lambda: _run(warm)) / len(warm),
-        "eager_cold_us": _event_time(lambda: _run(cold)) / len(cold),
-    }
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # all on one: autograd goes backward on the stream it came forward on
+        calls = [make() for _ in range(rotation)]
+        warm, cold = [calls[0]] * min(32, rotation), calls
+        times = {
+            "graph_warm_us": _graph_time(warm),
+            "graph_cold_us": _graph_time(cold),
+            "eager_warm_us": _event_time(lambda: _run(warm)) / len(warm),
+            "eager_cold_us": _event_time(lambda: _run(cold)) / len(cold),
+        }
     gigabytes_per_second = bytes_moved / times["graph_cold_us"] / 1e3
     return {
         **times,
@@ -70,13 +72,9 @@ def _event_time(call: Call) -> float:
 
 
 def _graph_time(calls: list[Call]) -> float:
-    """Microseconds per call where all of them are captured in one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _run(calls)  # compiles, allocates
-    torch.cuda.current_stream().wait_stream(stream)
+    """Microseconds per call where all of them are captured in one graph, on the current stream."""
+    _run(calls)  # compiles, allocates
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         _run(calls)
     return _event_time(graph.replay) / len(calls)

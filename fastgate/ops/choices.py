@@ -63,6 +63,10 @@ class Kind(Protocol):
     def candidates(self) -> Sequence[str]:
         """Those beside `"torch"`."""
 
+    def eps(self, dtype: torch.dtype) -> float:
+        """The rounding of results of this dtype, as a share of the largest."""
+        return float(torch.finfo(dtype).eps)
+
     def describe(self) -> str:
         """Its sizes in a few words, for tables."""
 
@@ -242,7 +246,7 @@ def _measure(kind: Kind, device: torch.device, timer: Timer) -> Choice:
             found = [_difference(one, exact) for one, exact in zip(got, oracle, strict=True)]
             if name == REFERENCE:
                 allowed = [
-                    max(_TIMES_TORCH * off, _UNITS * torch.finfo(one.dtype).eps, _LEAST)
+                    max(_TIMES_TORCH * off, _UNITS * kind.eps(one.dtype), _LEAST)
                     for one, off in zip(got, found, strict=True)
                 ]
             elif odd := [i for i, (off, limit) in enumerate(zip(found, allowed, strict=True)) if not off <= limit]:

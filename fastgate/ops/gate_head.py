@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgate.ops import inputs
+from fastgate.ops.choices import Kind
 from fastgate.ops.dispatch import register, tensor_obstacle
 
 WINDOWS = ("clipped", "restoring", "identity")
@@ -225,7 +226,7 @@ class GateHead(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class HeadCall:
+class HeadCall(Kind):
     """A kind of call, for :mod:`fastgate.ops.choices`; `means` says where the features come from.
 
     "map": the means of x are computed; "known": they travel with x, for the kernel alone; "pooled": x is the means.

@@ -295,7 +295,7 @@ class GatedConv2d(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class ConvCall:
+class ConvCall(choices.Kind):
     """A kind of call, for :mod:`fastgate.ops.choices`: one direction of a gated convolution.
 
     Gates are "none", "batch" ([1, C]), "samples" ([N, 1]) or "pairs" ([N, C]).
@@ -331,6 +331,12 @@ class ConvCall:
     def candidates(self) -> tuple[str, ...]:
         """The skipping kernels; on sm_75 their fp16 goes to the tensor cores, if that proves right there."""
         return ("triton",)
+
+    def eps(self, dtype: torch.dtype) -> float:
+        """That of TF32 where the kernels may use it, which PyTorch does not for every shape."""
+        backends: Any = torch.backends
+        allows_tf32 = dtype == torch.float32 and backends.cudnn.conv.fp32_precision == "tf32"
+        return 2**-10 if allows_tf32 else super().eps(dtype)
 
     def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
         """Maps, a weight, gates that are half open."""

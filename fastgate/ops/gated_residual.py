@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgate.ops import inputs
+from fastgate.ops.choices import Kind
 from fastgate.ops.dispatch import register, tensor_obstacle, transforms_active
 from fastgate.ops.means import remember_means
 
@@ -168,7 +169,7 @@ class GatedResidual(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class ResidualCall:
+class ResidualCall(Kind):
     """A kind of call, for :mod:`fastgate.ops.choices`; sizes of the maps, dtypes by name."""
 
     operation: ClassVar[str] = "gated_residual"

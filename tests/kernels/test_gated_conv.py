@@ -13,6 +13,7 @@ from fastgate.functional import gated_conv2d
 from tests.kernels.compare import assert_close_to_oracle, poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("ieee")
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks into Triton's interpreter")
 
 FORMS = (None, "sample", "batch", "pairs")
@@ -90,7 +91,7 @@ def run(
     return results
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype, times: float = 2) -> None:
     # rounded to the dtype first: all three paths see the same numbers
     tensors = {name: None if t is None else t.to(dtype) for name, t in case.tensors().items()}
     dy = case.gradient().to(dtype)
@@ -107,7 +108,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
         cancels = {name: f"terms of {name}" for name in ("din_gate", "dout_gate") if terms[name] is not None}
         for results in (kernel, plain, oracle):
             results |= {key: terms[name] for name, key in cancels.items()}
-    assert_close_to_oracle(kernel, plain, oracle, cancels=cancels)
+    assert_close_to_oracle(kernel, plain, oracle, cancels=cancels, times=times)
 
 
 @pytest.mark.parametrize("out_form", FORMS, ids=lambda form: f"out-{form}")
@@ -541,17 +542,17 @@ BIG = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("case", BIG)
 def test_large_shapes(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+    check(case, dtype, times=4)  # sums of thousands of products in another order than cuDNN's; 2.4 on an H200
 
 
 @pytest.mark.gpu
-def test_tf32_where_pytorch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_where_pytorch_allows_it() -> None:
     case = Case((64, 64, 16, 16), 64, in_form="pairs", out_form=None)
     tensors, dy = case.tensors(), case.gradient()
     exact = run("torch", case, torch.float64, tensors, dy)
     errors = {}
     for precision in ("ieee", "tf32"):
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        torch.backends.cudnn.conv.fp32_precision = precision  # `ieee` puts back what was there
         found = run("triton", case, torch.float32, tensors, dy)
         errors[precision] = {
             name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in ("y", "dx", "dweight")

@@ -23,6 +23,7 @@ from fastgate.ops.gate_head import HeadCall
 from fastgate.ops.gated_conv import ConvCall
 from fastgate.ops.gated_residual import ResidualCall
 
+pytestmark = pytest.mark.usefixtures("ieee")
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of kernels
 X = torch.ones(2)
@@ -32,7 +33,7 @@ TIMES = {"torch": 100.0, "fast": 50.0, "slow": 200.0, "even": 96.0, "wrong": 1.0
 
 
 @dataclass(frozen=True)
-class Doubling:
+class Doubling(choices.Kind):
     """A made-up operation: twice x."""
 
     operation: ClassVar[str] = "doubling"
@@ -130,6 +131,15 @@ def test_a_bad_candidate_is_ruled_out_for_good(
     only = Doubling((name,))
     with pytest.warns(UserWarning):
         assert choices.choose(only, X) == "torch"
+
+
+def test_what_rounding_allows_is_the_kinds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Doubling, "eps", lambda self, dtype: 0.1)
+    assert choices.choose(Doubling(("wrong",)), X) == "wrong"
+    conv = KINDS["conv forward pairs"]
+    assert conv.eps(torch.float32) == torch.finfo(torch.float32).eps
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # `ieee` puts back what was there
+    assert conv.eps(torch.float32) == 2**-10 and conv.eps(torch.float16) == torch.finfo(torch.float16).eps
 
 
 def test_too_little_memory_is_not_remembered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from fastgate.models.block import ResidualBlock
 from fastgate.ops.means import known_means, remember_means
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("ieee")
 
 
 def with_means(x: Tensor | None = None) -> Tensor:
