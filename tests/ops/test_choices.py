@@ -23,7 +23,6 @@ from fastgate.ops.gate_head import HeadCall
 from fastgate.ops.gated_conv import ConvCall
 from fastgate.ops.gated_residual import ResidualCall
 
-pytestmark = pytest.mark.usefixtures("ieee")
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of kernels
 X = torch.ones(2)
@@ -133,6 +132,7 @@ def test_a_bad_candidate_is_ruled_out_for_good(
         assert choices.choose(only, X) == "torch"
 
 
+@pytest.mark.usefixtures("ieee")
 def test_what_rounding_allows_is_the_kinds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Doubling, "eps", lambda self, dtype: 0.1)
     assert choices.choose(Doubling(("wrong",)), X) == "wrong"
@@ -337,6 +337,7 @@ KINDS = {
 }
 
 
+@pytest.mark.usefixtures("ieee")
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_runs_and_its_kernel_is_right(name: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels in Triton's interpreter (as compiled on a GPU)."""
@@ -349,6 +350,7 @@ def test_every_kind_runs_and_its_kernel_is_right(name: str, clock: Clock, monkey
     assert 0 <= choice.differences["triton"] < 1e-2
 
 
+@pytest.mark.usefixtures("ieee")
 def test_the_operations_take_what_is_chosen(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -378,6 +380,7 @@ def test_the_operations_take_what_is_chosen(clock: Clock, monkeypatch: pytest.Mo
         torch.testing.assert_close(got, exact, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("ieee")
 def test_every_way_of_the_convolution_has_the_same_gradients(clock: Clock) -> None:
     from fastgate.ops.gated_conv import GatedConv2d, Ways, gated_conv2d_torch
 
