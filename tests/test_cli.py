@@ -78,6 +78,12 @@ def test_env_in_a_fresh_process() -> None:
     described = json.loads(result.stdout)
     assert described["versions"]["torch"] == torch.__version__.split("+")[0] or described["versions"]["torch"]
     assert described["cpu_cores"] >= 1
+    assert described["choices"].keys() == {"folder", "count"}
+
+
+def test_tune_says_that_a_cpu_has_nothing_to_measure() -> None:
+    result = run_cli("tune", "--network", "resnet8", "--device", "cpu")
+    assert (result.returncode, result.stdout.count("a rule says")) == (0, 1), result.stderr
 
 
 def foreign_network(folder: Path) -> Path:
@@ -89,6 +95,10 @@ def foreign_network(folder: Path) -> Path:
     ("arguments", "message"),
     [
         pytest.param(["train"], "--preset: expected one of demo", id="no-preset"),
+        pytest.param(
+            ["tune", "--batch-size", "1"], "expected a batch size of 2 and an image size of 1", id="tune-batch"
+        ),
+        pytest.param(["tune", "--precision", "int8"], "precision: expected one of auto", id="tune-precision"),
         pytest.param(["train", "--preset", "imagenet"], "preset: expected one of demo", id="unknown-preset"),
         pytest.param(["train", "--preset", "demo", "--estimator", "x"], "estimator: expected one of", id="estimator"),
         pytest.param(["train", "--preset", "demo", "--epochs", "many"], "epochs: expected a value of type", id="int"),

@@ -2,9 +2,13 @@
 
 The first eager call of a kind runs every candidate on random inputs of that kind. One that differs from the PyTorch
 meaning, raises, or gives what is not finite is ruled out with a warning; the others are timed in turns, and the fastest
-is taken if it gains 5 % on PyTorch. What was found is remembered in the process and, a file for each kind, in the
-user's cache folder (`FASTGATE_CACHE`, else `fastgate` in the system's place for caches), under a name made of all that
-it depends on: device, driver, versions, the kernels' sources, modes of the libraries.
+is taken if it gains 5 % on PyTorch. They are timed as launched one by one, where the host may be the limit (on an H200
+a residual of a CIFAR network takes PyTorch 50 us of kernels and 160 us of launches, ours 23 and 600), and as replayed
+from a CUDA graph; the second is what counts inside :func:`for_graphs`.
+
+What was found is remembered in the process and, a file for each kind, in the user's cache folder (`FASTGATE_CACHE`,
+else `fastgate` in the system's place for caches), under a name made of all that it depends on: device, driver,
+versions, the kernels' sources, modes of the libraries.
 
 Nothing is measured while a graph is captured, inside :func:`looking_up`, or with `FASTGATE_TUNE=off`: what is known is
 then used, and where nothing is, PyTorch. What is compiled, traced, transformed or watched by a dispatch mode (fake
@@ -37,6 +41,7 @@ from fastgate.ops.dispatch import transforms_active
 REFERENCE = "torch"
 FORMAT = "fastgate-choice"
 VERSION = 1
+MODES = ("eager", "captured")
 
 # a candidate leaves PyTorch behind only if it takes at most this share of its time
 _MARGIN = 0.95
@@ -76,14 +81,14 @@ class Choice:
     """What was found for a kind of call.
 
     Attributes:
-        chosen: the candidate to take.
-        microseconds: per call, by candidate; of those that gave right results.
+        chosen: the candidate to take, "eager" and "captured".
+        microseconds: per call, "eager" and "captured", by candidate; of those that gave right results.
         differences: the largest one from the float64 meaning, by candidate, as a share of the largest value.
         refused: why a candidate is never taken.
     """
 
-    chosen: str
-    microseconds: dict[str, float]
+    chosen: dict[str, str]
+    microseconds: dict[str, dict[str, float]]
     differences: dict[str, float]
     refused: dict[str, str]
 
@@ -91,18 +96,18 @@ class Choice:
 class Timer(Protocol):
     """Tells the microseconds of calls on a device, one after the other."""
 
-    def __call__(self, calls: Sequence[Call]) -> Callable[[], float]:
-        """Prepare them; what is returned times them once, per call."""
+    def __call__(self, calls: Sequence[Call]) -> Callable[[], dict[str, float]]:
+        """Prepare them; what is returned times them once, "eager" and "captured", per call."""
 
 
-class GraphTimer:
-    """Calls captured in a CUDA graph, between events: kernels without the cost of launching them."""
+class CudaTimer:
+    """Calls between events: launched one by one, and captured in a CUDA graph, which is the kernels alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __call__(self, calls: Sequence[Call]) -> Callable[[], float]:
-        """Capture the calls; each timing replays them."""
+    def __call__(self, calls: Sequence[Call]) -> Callable[[], dict[str, float]]:
+        """Capture the calls; each timing runs and replays them."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -121,21 +126,28 @@ class GraphTimer:
             current.wait_stream(stream)
             graph.replay()
 
-        def time() -> float:
-            with torch.cuda.device(self._device):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                return float(start.elapsed_time(end)) * 1e3 / len(calls)
+        def run() -> None:
+            for call in calls:
+                call()
 
-        return time
+        def time(function: Callable[[], None]) -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) * 1e3 / len(calls)
+
+        def times() -> dict[str, float]:
+            with torch.cuda.device(self._device):
+                return {"eager": time(run), "captured": time(graph.replay)}
+
+        return times
 
 
 def make_timer(device: torch.device) -> Timer | None:
     """What times calls on a device; None where nothing is measured."""
-    return GraphTimer(device) if device.type == "cuda" else None
+    return CudaTimer(device) if device.type == "cuda" else None
 
 
 class _Memory:
@@ -148,6 +160,7 @@ class _Memory:
 
 
 _memory = _Memory()
+_graphs: ContextVar[bool] = ContextVar("graphs", default=False)
 _look_up_only: ContextVar[bool] = ContextVar("look_up_only", default=False)
 _collected: ContextVar[dict[Kind, None] | None] = ContextVar("collected", default=None)
 
@@ -163,7 +176,7 @@ def choose(kind: Kind, *tensors: Tensor | None) -> str:
         collected[kind] = None
     elif choice is None and _may_measure():
         choice = find(kind, device)
-    return REFERENCE if choice is None else choice.chosen
+    return REFERENCE if choice is None else choice.chosen["captured" if _graphs.get() else "eager"]
 
 
 def find(kind: Kind, device: torch.device) -> Choice:
@@ -226,7 +239,8 @@ def measure(kind: Kind, device: torch.device) -> Choice:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             choice = _measure(kind, device, timer)
     except torch.OutOfMemoryError:
-        return Choice(REFERENCE, {}, {}, dict.fromkeys(kind.candidates(), "not enough memory to measure it"))
+        refused = dict.fromkeys(kind.candidates(), "not enough memory to measure it")
+        return Choice(dict.fromkeys(MODES, REFERENCE), {}, {}, refused)
     _write(_context(device), kind, choice)
     return choice
 
@@ -239,7 +253,7 @@ def _measure(kind: Kind, device: torch.device, timer: Timer) -> Choice:
     differences: dict[str, float] = {}
     allowed: list[float] = []
     refused: dict[str, str] = {}
-    timings: dict[str, Callable[[], float]] = {}
+    timings: dict[str, Callable[[], dict[str, float]]] = {}
     for name in (REFERENCE, *kind.candidates()):
         try:
             got = kind.run(name, _copied(first))
@@ -265,14 +279,20 @@ def _measure(kind: Kind, device: torch.device, timer: Timer) -> Choice:
             warnings.warn(
                 f"{kind.operation}: {name!r} is not used on this device: {refused[name]} ({kind})", stacklevel=2
             )
-    microseconds: dict[str, list[float]] = {name: [] for name in timings}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in timings}
     for _ in range(_ROUNDS):
         for name, time in timings.items():  # in turns, so that all share the board's clocks
-            microseconds[name].append(time())
-    medians = {name: round(statistics.median(values), 2) for name, values in microseconds.items()}
-    fastest = min(medians, key=medians.__getitem__)
-    gains = medians[fastest] <= _MARGIN * medians[REFERENCE]
-    return Choice(fastest if gains else REFERENCE, medians, differences, refused)
+            rounds[name].append(time())
+    medians = {
+        name: {mode: round(statistics.median(times[mode] for times in found), 2) for mode in MODES}
+        for name, found in rounds.items()
+    }
+    return Choice({mode: _fastest(medians, mode) for mode in MODES}, medians, differences, refused)
+
+
+def _fastest(microseconds: Mapping[str, Mapping[str, float]], mode: str) -> str:
+    name = min(microseconds, key=lambda name: microseconds[name][mode])
+    return name if microseconds[name][mode] <= _MARGIN * microseconds[REFERENCE][mode] else REFERENCE
 
 
 def _copied(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -426,13 +446,13 @@ def _parse(record: Mapping[str, Any]) -> Choice:
     if record["format"] != FORMAT or record["version"] != VERSION:
         raise ValueError(f"expected {FORMAT} version {VERSION}, got {record['format']!r} {record['version']!r}")
     choice = Choice(
-        str(record["chosen"]),
-        {str(name): float(us) for name, us in record["microseconds"].items()},
+        {mode: str(record["chosen"][mode]) for mode in MODES},
+        {str(name): {mode: float(us[mode]) for mode in MODES} for name, us in record["microseconds"].items()},
         {str(name): float(off) for name, off in record["differences"].items()},
         {str(name): str(why) for name, why in record["refused"].items()},
     )
-    if choice.chosen != REFERENCE and choice.chosen not in choice.microseconds:
-        raise ValueError(f"expected a choice that was measured, got {choice.chosen!r}")
+    if unknown := set(choice.chosen.values()) - {REFERENCE, *choice.microseconds}:
+        raise ValueError(f"expected a choice that was measured, got {unknown.pop()!r}")
     return choice
 
 
@@ -458,6 +478,16 @@ def pin(records: Iterable[Mapping[str, Any]]) -> None:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"choices: expected records that fastgate wrote, got one with {error!r}") from error
     _memory.pinned, _memory.used, _memory.found = pinned, used, {}
+
+
+@contextmanager
+def for_graphs(captured: bool = True) -> Iterator[None]:
+    """What is called inside is captured in CUDA graphs, or warms up for that: kernels count, launches do not."""
+    token = _graphs.set(captured)
+    try:
+        yield
+    finally:
+        _graphs.reset(token)
 
 
 @contextmanager

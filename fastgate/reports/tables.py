@@ -164,23 +164,23 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
 def print_choices(tuned: Sequence[Tuned], console: Console | None = None) -> None:
     """Print what was measured of each kind of call: times by implementation, the choice, the largest difference."""
     console = console or Console()
-    table = Table(title="microseconds per call, largest difference from float64")
-    for column in ("operation", "call", "takes"):
+    table = Table(
+        title="microseconds per call, in a CUDA graph and launched one by one; largest difference from float64"
+    )
+    for column in ("operation", "call"):
         table.add_column(column)
-    for column in ("torch", "triton", "gain", "difference"):
-        table.add_column(column, justify="right")
+    for mode in ("in a graph", "eager"):
+        for column in (f"{mode}: torch", "triton"):
+            table.add_column(column, justify="right")
+        table.add_column("takes")
+    table.add_column("difference", justify="right")
     for kind, choice in tuned:
-        times = [choice.microseconds.get(name) for name in ("torch", "triton")]
-        gain = times[0] / times[1] if times[0] and times[1] else None
+        cells = []
+        for mode in ("captured", "eager"):
+            times = (choice.microseconds.get(name, {}).get(mode) for name in ("torch", "triton"))
+            cells += [*("" if us is None else f"{us:.1f}" for us in times), choice.chosen[mode]]
         off = choice.differences.get("triton")
-        table.add_row(
-            kind.operation,
-            kind.describe(),
-            choice.chosen,
-            *("" if us is None else f"{us:.1f}" for us in times),
-            "" if gain is None else f"{gain:.2f}x",
-            "" if off is None else f"{off:.1e}",
-        )
+        table.add_row(kind.operation, kind.describe(), *cells, "" if off is None else f"{off:.1e}")
     console.print(table)
     for kind, choice in tuned:
         for name, why in choice.refused.items():

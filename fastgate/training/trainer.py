@@ -124,6 +124,7 @@ class Trainer:
             _deferred_interrupt() as interrupted,
             closing(EnergyMeter(self.device)) as meter,
             choices.looking_up(),  # what is chosen fixes the order of sums: see _choose_kernels
+            choices.for_graphs(self.training_step.graphs is not None),
         ):
             while self.epoch < self.recipe.epochs:
                 window = meter.window("train")

@@ -30,6 +30,9 @@ X = torch.ones(2)
 # microseconds that the stand-in tells of each candidate
 TIMES = {"torch": 100.0, "fast": 50.0, "slow": 200.0, "even": 96.0, "wrong": 1.0, "raises": 1.0, "nan": 1.0, "odd": 1.0}
 
+# where they differ in a CUDA graph
+CAPTURED = {"slow": 20.0}
+
 
 @dataclass(frozen=True)
 class Doubling(choices.Kind):
@@ -66,13 +69,13 @@ class Clock:
     def __init__(self) -> None:
         self.measured = 0
 
-    def __call__(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+    def __call__(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], dict[str, float]]:
         self.measured += 1
         RUNS.clear()
         for call in calls:
             call()
         (name,) = set(RUNS)
-        return lambda: TIMES[name]
+        return lambda: {"eager": TIMES[name], "captured": CAPTURED.get(name, TIMES[name])}
 
 
 @pytest.fixture
@@ -166,7 +169,7 @@ def test_a_damaged_file_is_measured_anew(clock: Clock, monkeypatch: pytest.Monke
     (file,) = choices.folder().iterdir()
     whole = file.read_text()
     other = json.loads(whole) | {"version": 0}
-    gone, elsewhere = whole.replace('"chosen": "fast"', '"chosen": "gone"'), whole.replace('"size": 8', '"size": 9')
+    gone, elsewhere = whole.replace('"eager": "fast"', '"eager": "gone"'), whole.replace('"size": 8', '"size": 9')
     for text in ("", whole[:50], "[]", "null", gone, elsewhere, json.dumps(other)):
         file.write_text(text)
         forget(monkeypatch)
@@ -225,6 +228,15 @@ def test_look_up_only(how: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
 
 
+def test_graphs_have_choices_of_their_own(clock: Clock) -> None:
+    assert choices.choose(Doubling(), X) == "fast"
+    with choices.for_graphs():
+        assert choices.choose(Doubling(), X) == "slow"
+        with choices.for_graphs(False):
+            assert choices.choose(Doubling(), X) == "fast"
+    assert clock.measured == 3
+
+
 def test_an_unknown_setting_is_an_error(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTGATE_TUNE", "maybe")
     with pytest.raises(ValueError, match="FASTGATE_TUNE: expected on or off, got 'maybe'"):
@@ -253,12 +265,12 @@ def test_what_is_recorded_is_pytorchs_alone(clock: Clock) -> None:
 def test_pinned_choices_come_first(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     choices.choose(Doubling(), X)
     records = json.loads(json.dumps(choices.used()))
-    assert [record["chosen"] for record in records] == ["fast"]
-    records[0] |= {"chosen": "slow"}
+    assert [record["chosen"] for record in records] == [{"eager": "fast", "captured": "slow"}]
+    records[0] |= {"chosen": {"eager": "slow", "captured": "torch"}}
     choices.pin(records)
     assert choices.choose(Doubling(), X) == "slow" and clock.measured == 3
-    assert [record["chosen"] for record in choices.used()] == ["slow"]
-    for bad in ([{}], [records[0] | {"chosen": "gone"}], [None]):
+    assert json.loads(json.dumps(choices.used())) == records
+    for bad in ([{}], [records[0] | {"chosen": {"eager": "gone", "captured": "torch"}}], [None]):
         with pytest.raises(ValueError, match="choices: expected records that fastgate wrote"):
             choices.pin(bad)
 
@@ -342,7 +354,9 @@ KINDS = {
 def test_every_kind_runs_and_its_kernel_is_right(name: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels in Triton's interpreter (as compiled on a GPU)."""
     kind = KINDS[name]
-    monkeypatch.setattr(choices, "make_timer", lambda device: lambda calls: calls[0]() and (lambda: 1.0))
+    monkeypatch.setattr(
+        choices, "make_timer", lambda device: lambda calls: calls[0]() and (lambda: {"eager": 1.0, "captured": 1.0})
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choice = choices.find(kind, DEVICE)

@@ -29,10 +29,10 @@ class Clock:
         self.times: list[float] = []
         self.factor = factor
 
-    def __call__(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+    def __call__(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], dict[str, float]]:
         us = 10.0 if len(self.times) % 2 == 0 else 10.0 * self.factor
         self.times.append(us)
-        return lambda: us
+        return lambda: {"eager": us, "captured": us}
 
 
 def run_torch(kind: Any, run: Callable[..., Any], candidate: str, values: dict[str, Any]) -> Any:
@@ -57,7 +57,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float
 
 
 def taken(folder: Path) -> list[str]:
-    return [record["chosen"] for record in json.loads((folder / "choices.json").read_text())]
+    return [record["chosen"]["eager"] for record in json.loads((folder / "choices.json").read_text())]
 
 
 def test_a_run_writes_what_it_takes_and_a_resumed_one_keeps_to_it(
