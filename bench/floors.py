@@ -229,14 +229,18 @@ def executions(
     """([(instructions, how many warps execute them)], the hot loop).
 
     The hot loop runs as often as the launch's multiply-adds take, or without any as `loaded` bytes take; a loop around
-    it, the weight gradient's, once for each sample of each tile; the rest once.
+    it, the weight gradient's, once for each sample of each tile; the rest once, but for what the last program of each
+    tile alone runs, whose time is latency (the gate head has one for all samples): it is counted where it is run.
     """
     warps = math.prod(launch.grid) * launch.options["num_warps"]
+    ending = sass.ending(code)
+    last = launch.options["num_warps"] * (math.prod(launch.grid[:2]) if "TILE" in launch.arguments else 1)
+    code = [each for each in code if each not in ending]
     hot = sass.hot_loop(code)
     samples = [body for body in sass.loops(code) if hot and body is not hot and set(hot) < set(body)]
     around = [each for each in code if each not in hot and any(each in body for body in samples)]
     rest = [each for each in code if each not in hot and each not in around]
-    runs = [(rest, float(warps))]
+    runs = [(rest, float(warps)), (ending, float(last))]
     if samples:
         turns = launch.arguments["n_samples"] * launch.grid[0] * launch.grid[1] * launch.options["num_warps"]
         runs.append((around, turns))

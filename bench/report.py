@@ -91,7 +91,8 @@ def relative_times(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> di
     dense = {identity[1:4]: by["dense"]["us"] for identity, by in rows.items() if "dense" in by}
     for (op, kind, case, mode, fraction), by_provider in rows.items():
         for provider in ("fastgate", "auto"):
-            if op == "gated_conv" and kind not in _REAL and provider in by_provider:
+            there = provider in by_provider and (kind, case, mode) in dense
+            if op == "gated_conv" and kind not in _REAL and there:
                 found[kind, case, mode, provider][fraction] = by_provider[provider]["us"] / dense[kind, case, mode]
     return dict(found)
 

@@ -182,6 +182,19 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
     return [[instructions[i] for i in sorted(body)] for body in bodies.values()]
 
 
+def ending(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """What follows the atomic that counts finished programs: what the last one alone runs, but for a few."""
+    following = successors(instructions)
+    todo = [j for i, each in enumerate(instructions) if each.name.startswith("ATOM") for j in following[i]]
+    reached: set[int] = set()
+    while todo:
+        at = todo.pop()
+        if at not in reached:
+            reached.add(at)
+            todo += following[at]
+    return [instructions[i] for i in sorted(reached)]
+
+
 def hot_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
     """The innermost loop with tensor-core instructions, or where there are none, with the most loads; else nothing."""
     bodies = loops(instructions)

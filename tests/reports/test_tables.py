@@ -26,8 +26,8 @@ def test_choices_are_a_line_per_kind_of_call() -> None:
     (line,) = [line for line in printed(choice).splitlines() if "gated_residual" in line]
     cells = [cell.strip() for cell in line.split("│")]
     assert cells[1:-1] == [
-        "gated_residual", "256x16x32x32 bfloat16, NHWC, layer gate, backward", "45.1", "23.1", "triton", "160.0", "600.0",
-        "torch", "3.1e-03",
+        "gated_residual", "256x16x32x32 bfloat16, NHWC, layer gate, backward", "45.1", "23.1", "triton", "160.0",
+        "600.0", "torch", "3.1e-03",
     ]  # fmt: skip
 
 
