@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastgate.ops import choices
 from fastgate.ops.gate_head import HeadCall
 from fastgate.ops.gated_residual import ResidualCall
+from fastgate.training import distributed
 from fastgate.training.data import load_dataset
 from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY
@@ -79,3 +81,25 @@ def test_a_run_writes_what_it_takes_and_a_resumed_one_keeps_to_it(
     clock = measured(0.5, "second")
     Trainer(RECIPE, digits, tmp_path, resume=True).fit()
     assert taken(tmp_path) == first and clock.times == []
+
+
+def test_of_several_processes_the_first_decides(
+    measured: Callable[[float, str], Clock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = load_dataset("digits")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    measured(2.0, "first")
+    trainer = Trainer(RECIPE, digits, first)
+    trainer._choose_kernels()
+    records = choices.used()
+    clock = measured(0.5, "second")  # another process, which would choose otherwise
+    trainer = Trainer(RECIPE, digits, second)
+    monkeypatch.setattr(distributed, "from_main", lambda make: json.loads(json.dumps(records)))
+    trainer._choose_kernels()
+    with choices.looking_up():
+        trainer.model.train()(torch.rand(RECIPE.batch_size, *digits.image_size))
+        trainer.model(torch.rand(3, *digits.image_size))  # what was not foreseen is PyTorch's, everywhere
+    assert clock.times == [] and json.loads(json.dumps(choices.used())) == json.loads(json.dumps(records))
+    assert not (second / "choices.json").exists()  # the first one writes
