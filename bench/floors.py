@@ -235,11 +235,10 @@ def executions(
     warps = math.prod(launch.grid) * launch.options["num_warps"]
     ending = sass.ending(code)
     last = launch.options["num_warps"] * (math.prod(launch.grid[:2]) if "TILE" in launch.arguments else 1)
-    code = [each for each in code if each not in ending]
-    hot = sass.hot_loop(code)
+    hot = sass.hot_loop(code, without=ending)
     samples = [body for body in sass.loops(code) if hot and body is not hot and set(hot) < set(body)]
     around = [each for each in code if each not in hot and any(each in body for body in samples)]
-    rest = [each for each in code if each not in hot and each not in around]
+    rest = [each for each in code if each not in hot and each not in around and each not in ending]
     runs = [(rest, float(warps)), (ending, float(last))]
     if samples:
         turns = launch.arguments["n_samples"] * launch.grid[0] * launch.grid[1] * launch.options["num_warps"]

@@ -183,21 +183,35 @@ def loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def ending(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """What follows the atomic that counts finished programs: what the last one alone runs, but for a few."""
+    """What can only follow the atomic that counts finished programs: what the last one alone runs, but for a few."""
     following = successors(instructions)
-    todo = [j for i, each in enumerate(instructions) if each.name.startswith("ATOM") for j in following[i]]
+    preceding: list[list[int]] = [[] for _ in instructions]
+    for i, after in enumerate(following):
+        for j in after:
+            preceding[j].append(i)
+    counts = [i for i, each in enumerate(instructions) if each.name.startswith("ATOM")]
+    after, before = _reached(counts, following), _reached(counts, preceding)
+    return [instructions[i] for i in sorted(after - before - set(counts))]
+
+
+def _reached(start: Iterable[int], edges: Sequence[Sequence[int]]) -> set[int]:
     reached: set[int] = set()
+    todo = [j for i in start for j in edges[i]]
     while todo:
         at = todo.pop()
         if at not in reached:
             reached.add(at)
-            todo += following[at]
-    return [instructions[i] for i in sorted(reached)]
+            todo += edges[at]
+    return reached
 
 
-def hot_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """The innermost loop with tensor-core instructions, or where there are none, with the most loads; else nothing."""
-    bodies = loops(instructions)
+def hot_loop(instructions: Sequence[Instruction], without: Iterable[Instruction] = ()) -> list[Instruction]:
+    """The innermost loop with tensor-core instructions, or where there are none, with the most loads; else nothing.
+
+    Loops that lie in `without` do not count.
+    """
+    left_out = set(without)
+    bodies = [body for body in loops(instructions) if not set(body) <= left_out]
     multiplying = [body for body in bodies if macs(body) > 0]
     innermost = [body for body in multiplying if not any(set(other) < set(body) for other in multiplying)]
     if innermost:
