@@ -44,7 +44,7 @@ def network(gating: str) -> nn.Module:
 
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_all_that_a_network_calls_is_measured(gating: str, clock: Clock) -> None:
-    model, x = network(gating), torch.randn(4, 3, 8, 8)
+    model, x = network(gating), torch.randn(2, 3, 6, 6)
     tuned = fg.tune(model, x)
     operations = {kind.operation for kind, _ in tuned}
     assert operations == {"gate_head", "gated_residual" if gating == "layer" else "gated_conv2d"}
@@ -64,7 +64,7 @@ def test_all_that_a_network_calls_is_measured(gating: str, clock: Clock) -> None
 
 
 def test_the_network_stays_as_it_is(clock: Clock) -> None:
-    model, x = network("layer").train(), torch.randn(4, 3, 8, 8)
+    model, x = network("layer").train(), torch.randn(2, 3, 6, 6)
     state, images, numbers = copy.deepcopy(model.state_dict()), x.clone(), torch.get_rng_state()
     with torch.no_grad():
         fg.tune(model, x)
@@ -81,7 +81,7 @@ def test_a_network_of_ones_own_with_its_inputs(clock: Clock) -> None:
         seen.extend(kinds)
         return kinds
 
-    x = torch.randn(2, 3, 33, 33)
+    x = torch.randn(2, 3, 16, 16)
     tuned = fg.tune(model, {"x": x}, modes=["eval"], progress=progress)
     assert tuned != [] and set(seen) >= {kind for kind, _ in tuned}
     assert not any(kind.training for kind, _ in tuned if kind.operation == "gate_head")
@@ -90,12 +90,12 @@ def test_a_network_of_ones_own_with_its_inputs(clock: Clock) -> None:
 
 def test_autocast_is_the_callers(clock: Clock) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        tuned = fg.tune(network("layer"), torch.randn(4, 3, 8, 8), modes=["train"])
+        tuned = fg.tune(network("layer"), torch.randn(2, 3, 6, 6), modes=["train"])
     assert {kind.branch_dtype for kind, _ in tuned if isinstance(kind, ResidualCall)} == {"bfloat16"}
 
 
 def test_bad_modes_and_devices_where_rules_decide() -> None:
-    model, x = network("layer"), torch.randn(4, 3, 8, 8)
+    model, x = network("layer"), torch.randn(2, 3, 6, 6)
     with pytest.raises(ValueError, match="modes: expected 'train' and 'eval', got 'test'"):
         fg.tune(model, x, modes=["test"])
     if not torch.cuda.is_available():

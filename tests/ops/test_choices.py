@@ -1,9 +1,7 @@
 """What `auto` takes on a GPU, with a stand-in for the GPU's clock and made-up candidates."""
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -283,47 +281,36 @@ def test_collecting_measures_nothing(clock: Clock) -> None:
     assert list(kinds) == [Doubling(), Doubling(size=9)] and clock.measured == 3
 
 
-WRITER = """
-import sys, torch
-from tests.ops.test_choices import Clock, Doubling, X
-from fastgate.ops import choices
-choices.make_timer = lambda device: Clock()
-print("ready", flush=True)
-sys.stdin.readline()
-for size in range(8, 8 + int(sys.argv[1])):
-    assert choices.choose(Doubling(size=size), X) == "fast"
-    choices._memory = choices._Memory()
-    print(size, flush=True)
-"""
+def write_choices(started: Any, count: int) -> None:
+    """What a process does that meets many kinds of calls."""
+    started.set()
+    for size in range(8, 8 + count):
+        choices._memory = choices._Memory()
+        assert choices.choose(Doubling(size=size), X) == "fast"
 
 
-def start_writer(folder: Path, count: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "FASTGATE_CACHE": str(folder)}, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-
-
-def test_two_processes_at_once_and_one_that_is_killed(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    writers = [start_writer(tmp_path, 30), start_writer(tmp_path, 30), start_writer(tmp_path, 10**6)]
+def test_two_processes_at_once_and_one_that_is_killed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")  # with this process' clock and folder
+    started = [fork.Event() for _ in range(3)]
+    writers = [
+        fork.Process(target=write_choices, args=(event, count))
+        for event, count in zip(started, (30, 30, 10**6), strict=True)
+    ]
     for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        writer.stdin.write("\n")
-        writer.stdin.flush()
+        writer.start()
+    for event in started:
+        assert event.wait(60)
     for writer in writers[:2]:
-        writer.communicate()
-        assert writer.returncode == 0
+        writer.join(60)
+        assert writer.exitcode == 0
     time.sleep(0.05)  # anywhere in its work
     writers[2].kill()
-    writers[2].communicate()
-    monkeypatch.setenv("FASTGATE_CACHE", str(tmp_path))
+    writers[2].join()
+    forget(monkeypatch)
     for size in range(8, 38):
         assert choices.choose(Doubling(size=size), X) == "fast"
     assert clock.measured == 0
-    for file in tmp_path.glob("choice-*.json"):  # whole, all of them
+    for file in choices.folder().glob("choice-*.json"):  # whole, all of them
         choices._parse(json.loads(file.read_text()))
 
 
