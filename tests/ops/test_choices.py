@@ -351,6 +351,11 @@ def test_every_kind_runs_and_its_kernel_is_right(name: str, clock: Clock, monkey
     assert 0 <= choice.differences["triton"] < 1e-2
 
 
+def test_two_samples_in_training_are_pytorchs() -> None:
+    assert HeadCall(2, 8, 4, 4, 5, 3, "float32", False, "map", True, True, True).candidates() == ()
+    assert HeadCall(2, 8, 4, 4, 5, 3, "float32", False, "map", False, True, True).candidates() == ("triton",)
+
+
 @pytest.mark.usefixtures("ieee")
 def test_the_operations_take_what_is_chosen(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
