@@ -8,8 +8,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/fastgate train --preset demo
 
-# tests of one group share what takes long to make, so they run in one process
-PARALLEL := $(BIN)/pytest -n 2 --dist loadgroup
+# the tests of one file share what takes long to make: they run in one process, one after the other
+PARALLEL := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(PARALLEL) -m "not slow"

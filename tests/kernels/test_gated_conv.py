@@ -390,7 +390,13 @@ def test_a_program_takes_several_samples(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("x_last", [False, True], ids=["nchw", "channels-last"])
-@pytest.mark.parametrize(("in_form", "out_form"), [("pairs", "sample"), ("batch", "pairs"), (None, None)])
+@pytest.mark.parametrize(
+    ("in_form", "out_form"),
+    [
+        ("batch", "pairs"),
+        *(pytest.param(*forms, marks=pytest.mark.slow) for forms in (("pairs", "sample"), (None, None))),
+    ],
+)
 def test_opcheck(in_form: str | None, out_form: str | None, x_last: bool) -> None:
     case = Case((2, 3, 4, 4), 4, stride=2, in_form=in_form, out_form=out_form, x_last=x_last)
     ops, tensors = torch.ops.fastgate, case.tensors()

@@ -16,8 +16,6 @@ from fastgate.training import pipeline
 from tests.training.runs import run_cli, send_when_written, start_cli
 from tests.training.votes import CAST, cast_votes
 
-pytestmark = pytest.mark.xdist_group("reproduce")
-
 # one epoch: that the numbers mean something is not looked at here
 SHORT = {"epochs": 1, "network": "resnet8"}
 OPTIONS = ["--epochs", "1", "--network", "resnet8", "--device", "cpu"]

@@ -87,7 +87,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 # the large ones once: closed, cut and open blocks side by side
 CASES = [
-    pytest.param(name, mode, marks=[pytest.mark.slow] if name == "timm-resnet50" else [], id=f"{name}-{mode}")
+    pytest.param(name, mode, marks=[pytest.mark.slow] if "50" in name else [], id=f"{name}-{mode}")
     for name in NETWORKS
     for mode in ("mixed", "random", "none")
     if mode == "mixed" or "50" not in name

@@ -19,8 +19,6 @@ from fastgate.training.pipeline import Run, train
 from tests.reports.browser import CHROMIUM, inspect_page
 from tests.training.runs import TINY
 
-pytestmark = pytest.mark.xdist_group("html")
-
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 

@@ -20,8 +20,6 @@ from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY, checkpoint_state, differences, run_cli
 from tests.training.votes import cast_votes
 
-pytestmark = pytest.mark.xdist_group("controls")
-
 CIFAR = (3, 32, 32)
 # a target that leaves random sub-networks something to choose from
 ALL = replace(TINY, network="resnet14", epochs=2, control=",".join(CONTROLS), open_until=0.0, settle_at=0.5)

@@ -24,8 +24,6 @@ from tests.training.runs import (
     start_parallel,
 )
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 # Sums are taken in other parts, in fp64. Before the first update gradients differ by roundings alone (seen: 4e-15 of
 # the largest one), which twenty steps multiply (seen: 2e-13); statistics of half a batch are off by 1e-2 at once.
 AT_ONCE, LATER = 1e-12, 1e-9
@@ -171,6 +169,7 @@ def assert_finished(folder: Path, processes: int) -> None:
     assert [path.name for path in folder.rglob(".*")] == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_which_resumes_on_one_and_on_two(tmp_path: Path) -> None:
     folder, program = tmp_path / "run", tmp_path / "dying.py"
     program.write_text(DYING)
