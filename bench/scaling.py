@@ -35,6 +35,7 @@ from torch import Tensor
 
 import fastgate as fg
 from bench.machine import describe_machine
+from fastgate import processes
 from fastgate.cli import resolve_device
 from fastgate.files import write_atomically
 from fastgate.ops.synchronization import synchronized
@@ -52,7 +53,7 @@ def make_steps(recipe: Recipe, device: torch.device) -> dict[str, tuple[int, Cal
     torch.manual_seed(recipe.seed)
     model = build_network(recipe, _IMAGE, _CLASSES).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    network, count = distributed.parallel(model), distributed.count()
+    network, count = distributed.parallel(model), processes.count()
 
     def step(x: Tensor, y: Tensor, statistics_of: Callable[[], AbstractContextManager[None]]) -> None:
         with statistics_of():
@@ -89,7 +90,7 @@ def measure(recipe: Recipe, device: torch.device, steps: int, rounds: int) -> di
             _finish(device)
             if turn:
                 seconds[name].append((time.perf_counter() - started) / steps)
-                cpu_seconds[name].append(float(distributed.all_sum(cpu)) / steps)
+                cpu_seconds[name].append(float(processes.all_sum(cpu)) / steps)
     return {
         name: {
             "images": images,
@@ -106,7 +107,7 @@ def _finish(device: torch.device) -> None:
     """Wait for this device's work, then for the other processes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    distributed.wait()
+    processes.wait()
 
 
 def print_table(runs: dict[str, dict[str, Any]]) -> None:
@@ -115,11 +116,11 @@ def print_table(runs: dict[str, dict[str, Any]]) -> None:
     for column in ("processes", "way", "images", "seconds", "CPU seconds", "images/s", "faster"):
         table.add_column(column, justify="left" if column == "way" else "right")
     order = sorted(runs, key=int)
-    for processes in order:
-        for name, row in runs[processes]["rows"].items():
+    for count in order:
+        for name, row in runs[count]["rows"].items():
             faster = row["images_per_second"] / runs[order[0]]["rows"][name]["images_per_second"]
             cells = [f"{row[key]:.4g}" for key in ("images", "seconds", "cpu_seconds")]
-            table.add_row(processes, name, *cells, f"{row['images_per_second']:,.0f}", f"{faster:.2f}x")
+            table.add_row(count, name, *cells, f"{row['images_per_second']:,.0f}", f"{faster:.2f}x")
     Console().print(table)
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     given = parser.parse_args()
     with distributed.joined():
         device = torch.device(resolve_device(given.device))
-        if given.batch_size < distributed.count():
+        if given.batch_size < processes.count():
             raise ValueError(f"--batch-size: expected one for each process at least, got {given.batch_size}")
         recipe = Recipe(
             network=given.network, gating=given.gating, batch_size=given.batch_size, precision=given.precision
@@ -169,13 +170,13 @@ def main() -> None:
             "load_before_and_after": [load[0], os.getloadavg()[0]],
             "environment": describe_machine(),
         }
-        if not distributed.is_main():
+        if not processes.is_main():
             return
         kept = ("network", "gating", "batch_size", "precision", "steps", "rounds")
         options = {name: getattr(given, name) for name in kept}
-        runs = {str(distributed.count()): run}
+        runs = {str(processes.count()): run}
         if given.output is not None:
-            runs = add_run(given.output, options, distributed.count(), run)
+            runs = add_run(given.output, options, processes.count(), run)
         print_table(runs)
 
 

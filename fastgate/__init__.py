@@ -10,10 +10,14 @@ if TYPE_CHECKING:  # for type checkers and editors
     from fastgate.losses import activation, budget, polarization
     from fastgate.models.attachment import attach
     from fastgate.models.layout import register_block
+    from fastgate.optim import parameter_groups
+    from fastgate.pruning.commitment import commit
     from fastgate.pruning.compaction import compact
     from fastgate.pruning.comparison import compare
+    from fastgate.pruning.config import SearchConfig
     from fastgate.pruning.costs import flops, gate_costs, macs
     from fastgate.pruning.decisions import Decisions, decide, freeze
+    from fastgate.pruning.search import GateSearch
     from fastgate.pruning.storage import load, save
     from fastgate.tuning import tune
 
@@ -27,10 +31,14 @@ _HOMES = {
     "fastgate.losses": ("activation", "budget", "polarization"),
     "fastgate.models.attachment": ("attach",),
     "fastgate.models.layout": ("register_block",),
+    "fastgate.optim": ("parameter_groups",),
+    "fastgate.pruning.commitment": ("commit",),
     "fastgate.pruning.compaction": ("compact",),
     "fastgate.pruning.comparison": ("compare",),
+    "fastgate.pruning.config": ("SearchConfig",),
     "fastgate.pruning.costs": ("flops", "gate_costs", "macs"),
     "fastgate.pruning.decisions": ("Decisions", "decide", "freeze"),
+    "fastgate.pruning.search": ("GateSearch",),
     "fastgate.pruning.storage": ("load", "save"),
     "fastgate.tuning": ("tune",),
 }

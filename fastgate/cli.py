@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from fastgate import processes
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.gates import named_gates
@@ -85,20 +86,20 @@ def train(
         if preset is None:
             raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
         recipe = replace(get_preset(preset), **given)
-    folder = distributed.from_main(lambda: output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = processes.from_main(lambda: output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
     command = shlex.join(["fastgate", *sys.argv[1:]])
     run = Run(recipe, folder, data_root, download, resolve_device(device), command=command, logger=logger)
     try:
         summary = train_run(run, resume=resume)
     except (Interrupted, KeyboardInterrupt):  # the second comes from deciding or measuring, after a checkpoint
-        program = "fastgate" if distributed.count() == 1 else "torchrun ... -m fastgate"
+        program = "fastgate" if processes.count() == 1 else "torchrun ... -m fastgate"
         options = f" --data-root {data_root}" if data_root else ""
         options += f" --logger {logger}" if logger != "none" else ""
-        if distributed.is_main():
+        if processes.is_main():
             again = f"{program} train --output {folder} --resume{options}"
             typer.echo(f"stopped; everything is saved. Go on with: {again}", err=True)
         raise typer.Exit(130) from None
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     print_summary(summary)
     curves = {"gated" if recipe.gating != "none" else "unpruned": folder}

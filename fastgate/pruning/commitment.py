@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgate.gates import named_gates
 from fastgate.models.hooks import copy_network, hooked, warn_of_lost_hooks
 from fastgate.pruning.compaction import cut_frozen
+from fastgate.pruning.parallel import mark_stale, wrappers_of
 
 
 def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -18,49 +20,112 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
 
     The optimizer keeps its parameter groups, without the parameters that left. Of its state, tensors of their
     parameter's shape (momentum, Adam's moments) are cut like the parameter; everything else is kept. So training goes
-    on as that of the frozen network would. Call it between two steps: gradients of cut parameters are dropped. Losses
+    on as that of the frozen network would. Wrappers of `DistributedDataParallel` have to be made anew: those that are
+    stale say so in their next forward. Call it between two steps: gradients of cut parameters are dropped. Losses
     that are means over a model's gates are from then on means over those that are left.
 
     Args:
         model: a network with gates, some or all frozen.
-        optimizer: of this network's parameters, all or some.
+        optimizer: of this network's parameters, all or some; it may hold others too.
 
     Returns:
         The same model, unless it is itself one closed block: then what is left of that.
 
     Raises:
-        ValueError: parameters of another network, state that cannot be cut, or a frozen gate whose block cannot be cut
-            (see :func:`fastgate.compact`). Model and optimizer are then as they were.
+        ValueError: an optimizer of another network, parameters that are sharded, state that cannot be cut, or a frozen
+            gate whose block cannot be cut (see :func:`fastgate.compact`). Model and optimizer are then as they were.
     """
-    # a parameter that stands at several places has several names, of which some may leave
-    names: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    if foreign := sum(p not in names for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"optimizer: expected parameters of this model, got {foreign} others; commit with the optimizer that "
-            "trains this model"
-        )
+    _check_whole(model)
+    names = _names(model)
+    _check_own(names, optimizer)
     shapes = {name: parameter.shape for parameter, known_as in names.items() for name in known_as}
-    state = {name: entries for parameter, entries in optimizer.state.items() for name in names[parameter]}
+    state = {name: entries for parameter, entries in optimizer.state.items() for name in names.get(parameter, ())}
+    foreign = {parameter: entries for parameter, entries in optimizer.state.items() if parameter not in names}
     # copies are cut first: what cannot be cut is found out before anything has changed
     left = {name: parameter.shape for name, parameter in _cut_copy(model, {}).items()}
     moved = {key: _cut_copy(model, values) for key, values in _split_state(state, shapes, left).items()}
 
-    hooks = hooked(model)
+    hooks, wrappers = hooked(model), wrappers_of(model)
     model = cut_frozen(model)
     warn_of_lost_hooks(hooks, model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in optimizer.param_groups:
-        kept = [next((n for n in names[parameter] if n in parameters), None) for parameter in group["params"]]
-        group["params"] = [parameters[name] for name in kept if name is not None]
+        kept = []
+        for parameter in group["params"]:
+            stays = next((n for n in names.get(parameter, ()) if n in parameters), None)
+            kept += [parameters[stays]] if stays is not None else [] if parameter in names else [parameter]
+        group["params"] = kept
     optimizer.state.clear()
+    optimizer.state.update(foreign)
     for name, entries in state.items():
         if name in parameters:
             optimizer.state[parameters[name]] = {
                 key: moved[key][name] if _is_like(value, shapes[name]) else value for key, value in entries.items()
             }
+    for wrapper in wrappers if shapes != {name: parameter.shape for name, parameter in parameters.items()} else ():
+        mark_stale(wrapper)
     return model
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Find out at the start of a run what :func:`commit` would stumble over in the middle of it.
+
+    Raises:
+        ValueError: gate parameters that the optimizer does not train, parameters that are sharded, an optimizer of
+            another network, or state that cannot be cut where this network's channel gates may cut.
+    """
+    _check_whole(model)
+    names = _names(model)
+    _check_own(names, optimizer)
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    gates = dict(named_gates(model))
+    missed = [p for gate in gates.values() for p in gate.parameters() if p.requires_grad and p not in trained]
+    if missed:
+        raise ValueError(
+            f"optimizer: expected the parameters of all gates, got one without {len(missed)} tensors of the "
+            f"{len(gates)} gates; make it after fastgate.attach, for example "
+            "torch.optim.SGD(fastgate.parameter_groups(model), lr=0.1)"
+        )
+    if optimizer.state and any(gate.gates > 1 for gate in gates.values()):
+        state = {name: entries for p, entries in optimizer.state.items() for name in names.get(p, ())}
+        shapes = {name: parameter.shape for parameter, known_as in names.items() for name in known_as}
+        _split_state(state, shapes, {name: parameter.shape for name, parameter in _halved(model).items()})
+
+
+def _halved(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name in a copy of the model in which every gate of several channels has closed some of them."""
+    copied = copy_network(model)
+    for _, gate in named_gates(copied):
+        if gate.gates > 1:
+            gate.freeze(torch.arange(gate.gates) % 2 == 0)
+    return dict(cut_frozen(copied).named_parameters(remove_duplicate=False))
+
+
+def _names(model: nn.Module) -> dict[Tensor, list[str]]:
+    """The names of every parameter: one that stands at several places has several, of which some may leave."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, of FSDP or tensor parallelism
+            raise ValueError(
+                f"model: expected whole parameters, got {name!r} sharded over several processes; use "
+                "DistributedDataParallel, whose processes all hold the whole network"
+            )
+
+
+def _check_own(names: Mapping[Tensor, list[str]], optimizer: torch.optim.Optimizer) -> None:
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(parameter not in names for parameter in held)
+    if foreign and foreign == len(held):
+        raise ValueError(
+            f"optimizer: expected parameters of this model, got {foreign} others; commit with the optimizer that "
+            "trains this model"
+        )
 
 
 def _is_like(value: Any, shape: torch.Size) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgate import processes
 from fastgate.files import write_atomically
 from fastgate.gates import Gate, named_gates
 from fastgate.modes import eval_mode
@@ -211,6 +212,19 @@ def _collected(gates: Mapping[str, Gate]) -> Iterator[dict[str, list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def merge_decisions(decisions: Decisions) -> Decisions:
+    """The decisions over the samples of all processes, from those over each one's own."""
+    if processes.count() == 1:
+        return decisions
+    samples = int(processes.all_sum(torch.tensor(decisions.samples)))
+    gates = {}
+    for name, gate in decisions.items():
+        rows = int(processes.all_sum(torch.tensor(gate.rows)))
+        mean = processes.all_sum((gate.mean * gate.rows).round()) / rows
+        gates[name] = GateDecision(mean, mean > decisions.threshold, rows)
+    return Decisions(gates, decisions.threshold, samples)
 
 
 def freeze(model: nn.Module, decisions: Mapping[str, GateDecision]) -> nn.Module:

@@ -1,7 +1,6 @@
-"""The processes of a run under torchrun: how they join, what only one of them does, and what they add up.
+"""The processes of a run under torchrun: how they join and end, and what of a machine each of them has.
 
-Everything here is for one process what its name says with nobody else around; nothing then touches
-`torch.distributed`. What changes inside the network is in :mod:`fastgate.ops.synchronization`.
+What they tell each other is in :mod:`fastgate.processes`.
 """
 
 import atexit
@@ -9,40 +8,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgate.gates import named_gates
-from fastgate.pruning.decisions import Decisions, GateDecision
-
-T = TypeVar("T")
+from fastgate.processes import count, wait
 
 _HOW_TO_GO_ON = "what was saved last is whole: go on with --output RUN --resume, on any number of processes"
 
 
 class ProcessLost(RuntimeError):
     """Another process of the run is gone: this one cannot go on."""
-
-
-def count() -> int:
-    """The number of processes of this run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process' number, from 0."""
-    return dist.get_rank() if count() > 1 else 0
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
-    return rank() == 0
 
 
 @contextmanager
@@ -118,23 +99,6 @@ def own_device(device: str) -> str:
     return f"cuda:{local}"
 
 
-def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, where alone it is called; what it raises is raised everywhere."""
-    if count() == 1:
-        return make()
-    made: list[Any] = [None, None]
-    if is_main():
-        try:
-            made[0] = make()
-        except Exception as error:
-            made[1] = error
-    dist.broadcast_object_list(made, device=torch.device("cpu"))
-    if made[1] is not None:
-        raise made[1]
-    result: T = made[0]
-    return result
-
-
 @contextmanager
 def first_of_node() -> Iterator[None]:
     """Let one process of each node through the block first, then the others: what it downloads they find."""
@@ -144,33 +108,6 @@ def first_of_node() -> Iterator[None]:
     yield
     if first:
         wait()
-
-
-def wait() -> None:
-    """Wait for all processes to come here."""
-    any_process(False)
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(all_sum(torch.tensor(float(flag))))
-
-
-def all_sum(x: Tensor) -> Tensor:
-    """The sum of x over the processes, without gradient."""
-    if count() > 1:
-        x = x.clone()
-        dist.all_reduce(x)
-    return x
-
-
-def average(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means over the processes by name, float tensors of any shapes."""
-    if count() == 1 or not values:
-        return dict(values)
-    flat = all_sum(torch.cat([value.reshape(-1) for value in values.values()])) / count()
-    parts = flat.split([value.numel() for value in values.values()])
-    return {name: part.reshape(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
 def parallel(model: nn.Module) -> nn.Module:
@@ -187,33 +124,3 @@ def parallel(model: nn.Module) -> nn.Module:
     # running statistics are the same everywhere, or made so at the end of an epoch; the option's name is changing
     network.broadcast_buffers = False
     return network
-
-
-def share_buffers(model: nn.Module) -> None:
-    """Give every process the main one's buffers, running statistics of batch norms among them."""
-    if count() > 1:
-        for buffer in model.buffers():
-            received = buffer.clone(memory_format=torch.contiguous_format)
-            dist.broadcast(received, 0)
-            buffer.copy_(received)
-
-
-def merge_decisions(decisions: Decisions) -> Decisions:
-    """The decisions over the samples of all processes, from those over each one's own."""
-    if count() == 1:
-        return decisions
-    samples = int(all_sum(torch.tensor(decisions.samples)))
-    gates = {}
-    for name, gate in decisions.items():
-        rows = int(all_sum(torch.tensor(gate.rows)))
-        mean = all_sum((gate.mean * gate.rows).round()) / rows
-        gates[name] = GateDecision(mean, mean > decisions.threshold, rows)
-    return Decisions(gates, decisions.threshold, samples)
-
-
-def gather(value: T) -> list[T]:
-    """The values of all processes, by their numbers; plain objects."""
-    values: list[Any] = [value] * count()
-    if count() > 1:
-        dist.all_gather_object(values, value)
-    return values

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastgate import processes
 from fastgate.gates import named_gates
 from fastgate.models.resnet import resnet
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.decisions import GateDecision, freeze
-from fastgate.training import distributed
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Batches
 from fastgate.training.presets import Recipe, recipe_from_dict
@@ -100,6 +100,6 @@ def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.floa
             sums[0] += (scores.argmax(1) == y).sum()
             sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
     if batches.shard[1] > 1:
-        sums = distributed.all_sum(sums)
+        sums = processes.all_sum(sums)
     correct, loss = (sums / len(batches.images)).tolist()
     return {"accuracy": correct, "loss": loss}

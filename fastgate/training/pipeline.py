@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastgate import processes
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.pruning.compaction import compact
@@ -64,9 +65,9 @@ class Run:
 def start_trainer(run: Run, dataset: Dataset, *, resume: bool) -> Trainer:
     """A trainer for the run; of a new run the folder is made, once everything else about it has proved possible."""
     title = None if run.control is None else f"{run.recipe.network} {run.control}"
-    logger = open_logger(run.logger, run.folder) if distributed.is_main() else None
+    logger = open_logger(run.logger, run.folder) if processes.is_main() else None
     trainer = Trainer(run.recipe, dataset, run.folder, resume=resume, title=title, logger=logger)
-    if not resume and distributed.is_main():
+    if not resume and processes.is_main():
         run.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "recipe": asdict(run.recipe),
@@ -97,7 +98,7 @@ def check_folder(run: Run, *, resume: bool) -> Run:
             )
         return run.recipe
 
-    return replace(run, recipe=distributed.from_main(find_recipe))
+    return replace(run, recipe=processes.from_main(find_recipe))
 
 
 def read_config(folder: Path) -> Recipe:
@@ -133,7 +134,7 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
     test = trainer.batches(dataset.test)
     if not trainer.search.gates:
         _save_network(trainer.model, run)
-        return distributed.from_main(
+        return processes.from_main(
             lambda: _write_summary(run, dataset, {"unpruned": trainer.model}, {"unpruned": trainer}, None)
         )
 
@@ -162,7 +163,7 @@ def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
     networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
     for gate in trainer.search.live.values():
         gate.unfreeze()  # the gated row is timed as it trained: with its heads
-    return distributed.from_main(
+    return processes.from_main(
         lambda: _write_summary(run, dataset, networks, trainers, decisions, gated=gated, difference=difference)
     )
 
@@ -181,12 +182,12 @@ def train_control(kind: str, run: Run, dataset: Dataset, decisions: Decisions, w
     folder = run.folder / f"{CONTROL_PREFIX}{kind}"
     recipe = control_recipe(kind, run.recipe, dataset.image_size, dataset.num_classes, wanted)
     control = replace(run, recipe=recipe, folder=folder, control=kind)
-    resume = resume and distributed.from_main((folder / CONFIG).exists)
+    resume = resume and processes.from_main((folder / CONFIG).exists)
     trainer = start_trainer(check_folder(control, resume=resume), dataset, resume=resume)
     if trainer.search.gates and not trainer.search.over:
         if kind == "random":
             decisions = draw_decisions(decisions, trainer.search.macs_of, wanted, trainer.search.macs, recipe.seed)
-        if distributed.is_main():
+        if processes.is_main():
             decisions.to_json(folder / DECISIONS)
         trainer.make_final({name: gate.open for name, gate in decisions.items()})
     trainer.fit()
@@ -196,17 +197,17 @@ def train_control(kind: str, run: Run, dataset: Dataset, decisions: Decisions, w
 def _final_decisions(trainer: Trainer, folder: Path) -> Decisions:
     """The decisions of the settle epoch if there was one, else those of the trained gates over the training images."""
     path = folder / DECISIONS
-    stored = distributed.from_main(lambda: Decisions.from_json(path) if trainer.search.over and path.exists() else None)
+    stored = processes.from_main(lambda: Decisions.from_json(path) if trainer.search.over and path.exists() else None)
     if stored is not None:
         return stored
     decisions = trainer.decide()
-    if distributed.is_main():
+    if processes.is_main():
         decisions.to_json(path)
     return decisions
 
 
 def _save_network(network: nn.Module, run: Run) -> None:
-    if distributed.is_main():
+    if processes.is_main():
         written = datetime.now(UTC).isoformat(timespec="seconds")
         save(network, run.folder / NETWORK, metadata={"recipe": json.dumps(asdict(run.recipe)), "written": written})
 
@@ -245,7 +246,7 @@ def _write_summary(
         "image_size": list(dataset.image_size),
         "images_trained": run.recipe.epochs * len(any_trainer.train_batches) * run.recipe.batch_size,
         "device": run.device,
-        "processes": distributed.count(),
+        "processes": processes.count(),
         "precision": str(any_trainer.dtype).removeprefix("torch."),
         "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {_LATENCY_BATCH}",
         "energy": any_trainer.history[-1].get("energy"),

@@ -5,7 +5,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastgate.training import distributed
+from fastgate import processes
 
 
 class RunProgress:
@@ -19,7 +19,7 @@ class RunProgress:
     """
 
     def __init__(self, title: str, total_steps: int, done_steps: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=not distributed.is_main())
+        self.console = console or Console(stderr=True, quiet=not processes.is_main())
         self.title = title
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate import losses, schedules
+from fastgate import losses, processes, schedules
 from fastgate.gates import named_gates
 from fastgate.pruning.commitment import commit, unanimous
 from fastgate.pruning.costs import gate_costs, macs, total_cost
@@ -52,7 +52,7 @@ class Search:
         self._capacity = sum(int(count.sum()) for count in parameters.values())
         self._parameters = {name: count.to(device, torch.float32) for name, count in parameters.items()}
         # measured costs differ from process to process
-        self._set_costs(*distributed.from_main(self._measure_costs))
+        self._set_costs(*processes.from_main(self._measure_costs))
 
     def _measure_costs(self) -> tuple[dict[str, Tensor], int]:
         """What the target is a share of: what each gate (channel) costs, and the whole network."""

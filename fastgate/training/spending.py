@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgate import processes
 from fastgate.energy import Energy
 from fastgate.energy.sums import add_devices, add_energies, add_known
-from fastgate.training import distributed
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Spending:
     def add(self, energy: Energy) -> None:
         """Add a window of work, which every process has metered on its own device."""
         machine = platform.node()
-        energy = add_energies(distributed.gather((machine, energy)))
+        energy = add_energies(processes.gather((machine, energy)))
         self.seconds += energy.seconds
         parts = [(self.per_device, self.microjoules), (energy.per_device, energy.microjoules)]
         self.per_device = add_devices(parts)

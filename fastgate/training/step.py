@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgate.training import distributed
+from fastgate import processes
 from fastgate.training.search import Search
 
 # what an epoch adds up beside the decisions of every gate
@@ -161,7 +161,7 @@ class TrainingStep:
         self.scaler.update()
         with torch.no_grad():
             # sums are averaged over the processes, each of which sees its share of the batch
-            parts["correct"] = (scores.argmax(1) == y).sum(dtype=torch.float32) * distributed.count()
+            parts["correct"] = (scores.argmax(1) == y).sum(dtype=torch.float32) * processes.count()
             parts |= {f"gate:{name}": mean for name, mean in means.items()}
             torch._foreach_add_([self.sums[name] for name in parts], list(parts.values()))
 

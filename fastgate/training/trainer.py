@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgate import processes
 from fastgate.energy import EnergyMeter
 from fastgate.files import write_atomically
 from fastgate.ops import choices
@@ -87,7 +88,7 @@ class Trainer:
         if resume:
             self._restore()
         # several processes exchange statistics and gradients inside the step
-        captures = self.device.type == "cuda" and distributed.count() == 1
+        captures = self.device.type == "cuda" and processes.count() == 1
         graphs = CudaGraphs(self.device) if captures else None
         self.training_step = TrainingStep(
             self.model, self.search, self.optimizer, self.scaler, self.dtype, self.sums, graphs
@@ -97,7 +98,7 @@ class Trainer:
         self, images: ImageSet, batch_size: int = 500, *, augment: bool = False, shared: bool = False
     ) -> Batches:
         """Batches of a split, in the memory format of this run; `shared` ones are this process' part of them."""
-        shard = (distributed.rank(), distributed.count()) if shared else (0, 1)
+        shard = (processes.rank(), processes.count()) if shared else (0, 1)
         if not augment:  # every process has one
             batch_size = min(batch_size, max(len(images) // shard[1], 1))
         return Batches(
@@ -135,7 +136,7 @@ class Trainer:
                         with synchronized(batch_norms=self.recipe.sync_batch_norms):
                             self._train_epoch(progress, interrupted)
                         if not self.recipe.sync_batch_norms:
-                            distributed.share_buffers(self.model)
+                            processes.share_buffers(self.model)
                 except Interrupted:
                     self.spending.add(window.result)
                     self._check_finite(self.sums["loss"])
@@ -161,7 +162,7 @@ class Trainer:
             return
         if self.search.settles_at(self.epoch):
             decisions = self.decide()
-            if distributed.is_main():
+            if processes.is_main():
                 decisions.to_json(self.folder / "decisions.json")
             self.make_final({name: gate.open for name, gate in decisions.items()})
         else:
@@ -187,14 +188,14 @@ class Trainer:
             if file.exists():
                 choices.pin(json.loads(file.read_text()))
             evaluated = self.batches(self.dataset.test, shared=True).batch_size
-            for mode, size in (("train", self.recipe.batch_size // distributed.count()), ("eval", evaluated)):
+            for mode, size in (("train", self.recipe.batch_size // processes.count()), ("eval", evaluated)):
                 x = torch.rand(size, *self.dataset.image_size, device=self.device)
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                     tune(self.model, x.contiguous(memory_format=torch.channels_last), modes=[mode])
             write_atomically(file, json.dumps(choices.used(), indent=1) + "\n")
             return choices.used()
 
-        choices.pin(distributed.from_main(measure))
+        choices.pin(processes.from_main(measure))
 
     def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
         schedule = self._schedule()
@@ -206,8 +207,8 @@ class Trainer:
             progress.step()
             if self.device.type == "cpu":  # a GPU would have to be waited for: there the epoch's end is soon enough
                 self._check_finite(self.sums["loss"])
-            alone = self.device.type == "cpu" or distributed.count() == 1  # GPUs of several processes wait here
-            if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and distributed.any_process(bool(interrupted)):
+            alone = self.device.type == "cpu" or processes.count() == 1  # GPUs of several processes wait here
+            if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and processes.any_process(bool(interrupted)):
                 raise Interrupted
 
     def _schedule(self) -> Tensor:
@@ -243,7 +244,7 @@ class Trainer:
         evaluation = Spending()
         evaluation.add(window.result)
         self._check_finite(torch.tensor(evaluated["loss"]))
-        sums = distributed.average(self.sums)
+        sums = processes.average(self.sums)
         means = {name: sums[f"gate:{name}"] / steps for name in self.search.live}
         record = {
             "epoch": self.epoch + 1,
@@ -262,7 +263,7 @@ class Trainer:
         for value in self.sums.values():
             value.zero_()  # a captured step adds to these very tensors
         # metrics first: a kill between the two repeats the epoch, and its line is then replaced
-        if distributed.is_main():
+        if processes.is_main():
             write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
         if self.logger is not None:
             self.logger.log(record)
@@ -314,14 +315,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "sums": distributed.average(self.sums),
+            "sums": processes.average(self.sums),
             "spending": asdict(self.spending),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        if distributed.is_main():
+        if processes.is_main():
             save_checkpoint(self.folder / "checkpoint.pt", state)
-        distributed.wait()  # nobody leaves, or ends, before it is whole
+        processes.wait()  # nobody leaves, or ends, before it is whole
 
     def _restore(self) -> None:
         path = self.folder / "checkpoint.pt"

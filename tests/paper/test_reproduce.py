@@ -14,7 +14,7 @@ from fastgate.paper.targets import TARGETS, plan_target
 from fastgate.reports.paper_tables import write_result
 from fastgate.training import pipeline
 from tests.training.runs import run_cli, send_when_written, start_cli
-from tests.training.votes import CAST, cast_votes
+from tests.votes import CAST, cast_votes
 
 # one epoch: that the numbers mean something is not looked at here
 SHORT = {"epochs": 1, "network": "resnet8"}

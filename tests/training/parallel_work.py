@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastgate as fg
+from fastgate import processes
 from fastgate.energy import Energy
 from fastgate.ops.synchronization import synchronized
 from fastgate.training import distributed
@@ -56,7 +57,7 @@ def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) 
             for key, parameter in trainer.model.named_parameters():
                 if parameter.grad is not None:
                     gradients[f"epoch {trainer.epoch} {key}"] = parameter.grad.clone()
-        if stop and (trainer.epoch, trainer.step) == STOP and distributed.rank() == distributed.count() - 1:
+        if stop and (trainer.epoch, trainer.step) == STOP and processes.rank() == processes.count() - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     trainer.optimizer.register_step_pre_hook(watch)
@@ -64,16 +65,16 @@ def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) 
         trainer.fit()
     except Interrupted:
         return
-    states = distributed.gather(trainer.model.state_dict())
+    states = processes.gather(trainer.model.state_dict())
     agree = all(torch.equal(state[key], value) for state in states for key, value in states[0].items())
-    if distributed.is_main():
+    if processes.is_main():
         torch.save({"gradients": gradients, "state": states[0], "agree": agree}, folder / "record.pt")
 
 
 def batch_norms(path: Path) -> None:
     """Outputs and gradients of batch norms over 8 samples, shared among the processes."""
     found: dict[str, list[Tensor]] = {}
-    part = slice(distributed.rank() * 8 // distributed.count(), (distributed.rank() + 1) * 8 // distributed.count())
+    part = slice(processes.rank() * 8 // processes.count(), (processes.rank() + 1) * 8 // processes.count())
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for shape in ((8, 5), (8, 5, 3, 4)):
             for affine in (True, False):
@@ -86,36 +87,36 @@ def batch_norms(path: Path) -> None:
                 with synchronized():
                     y = F.batch_norm(x, *running, *weights, training=True)
                     y.backward(grad[part])
-                rows = [torch.cat(distributed.gather(rows)) for rows in (y.detach(), x.grad)]
-                sums = [distributed.all_sum(weight.grad) for weight in weights]
+                rows = [torch.cat(processes.gather(rows)) for rows in (y.detach(), x.grad)]
+                sums = [processes.all_sum(weight.grad) for weight in weights]
                 found[f"{dtype} {len(shape)} {affine}"] = [*rows, *sums, *running]
-    if distributed.is_main():
+    if processes.is_main():
         torch.save(found, path)
 
 
 def converted_head() -> list[Tensor]:
     """Logits, gradients and statistics of a gate head that has been converted; of three samples one process has one."""
     gate = fg.LayerGate(4, init_logit=None)
-    if distributed.count() > 1:
+    if processes.count() > 1:
         gate = nn.SyncBatchNorm.convert_sync_batchnorm(gate)
     x = torch.linspace(-2, 3, 3 * 4 * 4).sin().reshape(3, 4, 2, 2)
-    own = [slice(0, 3)] if distributed.count() == 1 else [slice(0, 1), slice(1, 3)]
-    x = x[own[distributed.rank()]].clone().requires_grad_()
+    own = [slice(0, 3)] if processes.count() == 1 else [slice(0, 1), slice(1, 3)]
+    x = x[own[processes.rank()]].clone().requires_grad_()
     gate(x)
     gate.logits.square().sum().backward()
-    rows = [torch.cat(distributed.gather(rows)) for rows in (gate.logits.detach(), x.grad)]
-    gradients = [distributed.all_sum(parameter.grad) for parameter in gate.parameters()]
+    rows = [torch.cat(processes.gather(rows)) for rows in (gate.logits.detach(), x.grad)]
+    gradients = [processes.all_sum(parameter.grad) for parameter in gate.parameters()]
     return [*rows, *gradients, gate.bn.running_mean, gate.bn.running_var]
 
 
 def frozen_by_the_main_process() -> bool:
     """Whether DistributedDataParallel's broadcast of buffers makes all processes compute the same network."""
     gate = fg.ChannelGate(4, init_logit=1.0)
-    network = DistributedDataParallel(gate) if distributed.count() > 1 else gate
-    if distributed.is_main():
+    network = DistributedDataParallel(gate) if processes.count() > 1 else gate
+    if processes.is_main():
         gate.freeze(torch.tensor([True, False, True, False]))
     network(torch.ones(2, 4, 2, 2))
-    return distributed.gather(gate.decisions.tolist()) == [[[1, 0, 1, 0]] * 2] * distributed.count()
+    return processes.gather(gate.decisions.tolist()) == [[[1, 0, 1, 0]] * 2] * processes.count()
 
 
 def refusal() -> str:
@@ -132,7 +133,7 @@ def refusal() -> str:
 def joules() -> float | None:
     """What a run has used in a window in which each process meters a GPU of its own, and in one with the processor."""
     spending = Spending()
-    for device, used in ((f"GPU-{distributed.rank()}", 3), ("cpu:package-0", 4)):
+    for device, used in ((f"GPU-{processes.rank()}", 3), ("cpu:package-0", 4)):
         spending.add(Energy("train", 1.0, None, {device: used}, {device: "rapl"}, used * 1_000_000, 0.1, ()))
     return spending.joules
 
@@ -142,22 +143,22 @@ def main() -> None:
     with distributed.joined():
         batch_norms(out / "batch_norms.pt")
         facts = {
-            "processes": distributed.count(),
+            "processes": processes.count(),
             "refusal": refusal(),
             "joules": joules(),
             "frozen": frozen_by_the_main_process(),
         }
-        if distributed.is_main():
+        if processes.is_main():
             (out / "facts.json").write_text(json.dumps(facts))
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
         torch.manual_seed(0)
-        torch.save(converted_head(), out / f"head-{distributed.rank()}.pt")
+        torch.save(converted_head(), out / f"head-{processes.rank()}.pt")
         if len(sys.argv) > 2:
             for name in ("layer", "channel"):
-                if distributed.is_main():
+                if processes.is_main():
                     shutil.copytree(Path(sys.argv[2]) / f"{name}-stopped", out / f"{name}-resumed")
-                distributed.wait()
+                processes.wait()
                 train(name, out / f"{name}-resumed", resume=True)
             return
         for name in _ALL:

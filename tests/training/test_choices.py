@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastgate import processes
 from fastgate.ops import choices
 from fastgate.ops.gate_head import HeadCall
 from fastgate.ops.gated_residual import ResidualCall
-from fastgate.training import distributed
 from fastgate.training.data import load_dataset
 from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY
@@ -96,7 +96,7 @@ def test_of_several_processes_the_first_decides(
     records = choices.used()
     clock = measured(0.5, "second")  # another process, which would choose otherwise
     trainer = Trainer(RECIPE, digits, second)
-    monkeypatch.setattr(distributed, "from_main", lambda make: json.loads(json.dumps(records)))
+    monkeypatch.setattr(processes, "from_main", lambda make: json.loads(json.dumps(records)))
     trainer._choose_kernels()
     with choices.looking_up():
         trainer.model.train()(torch.rand(RECIPE.batch_size, *digits.image_size))

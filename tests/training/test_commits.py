@@ -20,7 +20,7 @@ from fastgate.training.networks import evaluate, load_network
 from fastgate.training.pipeline import Run, train
 from fastgate.training.trainer import Interrupted, Trainer
 from tests.training.runs import TINY, TINY_OPTIONS, checkpoint_state, differences, run_cli
-from tests.training.votes import cast_votes
+from tests.votes import cast_votes
 
 # with chosen votes the gates of the first and the last block are committed after four epochs, the other after six
 EARLY = replace(TINY, epochs=7, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)

@@ -18,7 +18,7 @@ from fastgate.training.pipeline import Run, train
 from fastgate.training.presets import CONTROLS, get_preset
 from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY, checkpoint_state, differences, run_cli
-from tests.training.votes import cast_votes
+from tests.votes import cast_votes
 
 CIFAR = (3, 32, 32)
 # a target that leaves random sub-networks something to choose from

@@ -13,7 +13,7 @@ from fastgate.training import pipeline, search
 from fastgate.training.equality import NotEqual
 from fastgate.training.pipeline import Run, train
 from tests.training.runs import TINY
-from tests.training.votes import cast_votes
+from tests.votes import cast_votes
 
 
 @pytest.fixture(scope="module")

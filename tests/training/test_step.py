@@ -16,7 +16,7 @@ from fastgate.training.step import CudaGraphs
 from fastgate.training.trainer import Interrupted, NonFiniteLoss, Trainer
 from tests.training.runs import TINY, checkpoint_state, differences
 from tests.training.tape import HostReads, Tapes
-from tests.training.votes import cast_votes
+from tests.votes import cast_votes
 
 # every step differs from the one before in learning rate, target and a weight; with chosen votes one epoch is held
 # open, three are alive, two follow a commit, and one is settled

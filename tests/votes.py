@@ -5,19 +5,19 @@ libraries and the number of threads. What the votes decide, what the target allo
 around it stay real. In another process: `code=CAST`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastgate.pruning import search
 from fastgate.pruning.decisions import Decisions, GateDecision
-from fastgate.training import search
 
 # the first epoch (from 1) in which all samples agree on the gates of the first and the last stage
 AGREED_IN = 4
 
-CAST = "from tests.training.votes import cast_votes; cast_votes()"
+CAST = "from tests.votes import cast_votes; cast_votes()"
 
 
 def vote(name: str, gates: int, epoch: int) -> list[float]:
@@ -36,20 +36,22 @@ def vote(name: str, gates: int, epoch: int) -> list[float]:
 
 def cast_votes(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
     """Let every search see these votes, at the start of each epoch and where it decides over the training images."""
-    enter, decide = search.Search.enter, search.decide
+    find, decide = search.GateSearch._find_unanimous, search.decide
 
-    def enter_by_vote(self: search.Search, epoch: int, history: Sequence[Any]) -> dict[str, torch.Tensor]:
-        lines = range(1, len(history) + 1)
-        votes = [{"gates": {name: vote(name, gate.gates, i) for name, gate in self.gates.items()}} for i in lines]
-        return enter(self, epoch, votes)
+    def find_by_vote(self: search.GateSearch, epoch: int) -> Decisions:
+        self._recent.clear()
+        self._recent.extend(
+            {name: vote(name, gate.gates, i) for name, gate in self.gates.items()} for i in range(1, epoch + 1)
+        )
+        return find(self, epoch)
 
-    def decide_by_vote(model: nn.Module, batches: Any) -> Decisions:
-        asked = decide(model, batches)
+    def decide_by_vote(model: nn.Module, batches: Any, **options: Any) -> Decisions:
+        asked = decide(model, batches, **options)
         means = {
             name: torch.tensor(vote(name, len(gate.open), AGREED_IN), dtype=torch.float64)
             for name, gate in asked.items()
         }
         return Decisions({name: GateDecision(mean, mean > 0.5) for name, mean in means.items()}, samples=asked.samples)
 
-    set_attribute(search.Search, "enter", enter_by_vote)
+    set_attribute(search.GateSearch, "_find_unanimous", find_by_vote)
     set_attribute(search, "decide", decide_by_vote)

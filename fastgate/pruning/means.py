@@ -1,0 +1,53 @@
+"""Mean decisions of gates over the steps of an epoch, added up where the gates are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EpochMeans:
+    """Adds up vectors of mean decisions without waiting for their device.
+
+    It adds in place, to the same tensors in every epoch: a step that was captured in a CUDA graph does it again.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._steps: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, means: Tensor) -> None:
+        """Add a step's means, of all gates in a row."""
+        if self._sum is None or self._steps is None:
+            self._sum, self._steps = torch.zeros_like(means), torch.zeros((), device=means.device)
+        if self._sum.device != means.device:
+            self._sum, self._steps = self._sum.to(means.device), self._steps.to(means.device)
+        self._sum += means
+        self._steps += 1
+
+    @property
+    def empty(self) -> bool:
+        """Whether no step has been added since the last :meth:`clear`; waits for the device."""
+        return self._steps is None or not bool(self._steps)
+
+    def split(self, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The means so far, a vector of each of these sizes, float64 on the CPU."""
+        if self._sum is None or self._steps is None:
+            raise ValueError("means: expected a step, got none yet")
+        return (self._sum / self._steps).cpu().double().split(list(sizes))
+
+    def clear(self) -> None:
+        """Begin anew."""
+        if self._sum is not None and self._steps is not None:
+            self._sum.zero_()
+            self._steps.zero_()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"sum": self._sum, "steps": self._steps}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        self._sum, self._steps = (None if x is None else x.clone() for x in (state["sum"], state["steps"]))

@@ -1,0 +1,543 @@
+"""The search for the gates to keep, inside any training loop.
+
+It knows a network, its optimizer and a number of epochs. Gates are held open at first (*open*), then live while the
+target falls to what was asked for (*search*): one that all samples agree on becomes *final* and what it closed leaves
+the network and the optimizer. At a set epoch the rest is decided so that the target is met (*settled*), and a plain,
+smaller network trains on.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate import losses, processes, schedules
+from fastgate.gates import Gate, named_gates
+from fastgate.models.hooks import copy_network
+from fastgate.ops import synchronization
+from fastgate.pruning.commitment import check_optimizer, commit, unanimous
+from fastgate.pruning.compaction import compact
+from fastgate.pruning.config import WEIGHTS, Phase, SearchConfig
+from fastgate.pruning.costs import gate_costs, macs, total_cost
+from fastgate.pruning.decisions import Decisions, GateDecision, decide, freeze, merge_decisions
+from fastgate.pruning.equality import check_equal, hold_open
+from fastgate.pruning.means import EpochMeans
+from fastgate.pruning.parallel import unwrapped, wrappers_of
+from fastgate.pruning.probe import example_of
+from fastgate.pruning.targets import lowest_share, meet_target, within_reach
+from fastgate.values import Forward, device_of, tensors_in, with_tensors
+
+_STATE_VERSION = 1
+
+
+class GateSearch:
+    """The life of a network's gates over a run; see the module.
+
+        search = fastgate.GateSearch(model, example_inputs, optimizer, epochs=90)
+        for epoch in range(90):
+            search.begin_epoch(epoch, loader)
+            for i, (x, y) in enumerate(loader):
+                loss = criterion(model(x), y) + search.loss(i / len(loader))
+                ...
+        small = search.compact(loader)
+
+    Under `DistributedDataParallel` all processes make the same calls; gate means and decisions are those of all
+    samples. Where :meth:`begin_epoch` returns names, wrap the network again: a wrapper that is stale says so.
+
+    Args:
+        model: a network with gates, or a wrapper of one; it and the optimizer are cut in place.
+        example_inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
+        optimizer: that trains the network and its gates; see :func:`fastgate.parameter_groups`.
+        epochs: of the whole run.
+        config: default `SearchConfig()`.
+        forward: `(model, inputs) -> outputs`, for networks that are called otherwise; it gets whole batches.
+
+    Attributes:
+        gates: all gates of the run, by name, in forward order.
+        final: decisions that are final, bool `[gates]`, by name.
+        epoch: that has begun last; -1 before the first.
+        costs: what each gate (channel) costs, int64 `[gates]` by name, and `total`, of the whole network.
+        macs: of one example with every gate open; `gate_macs` of each gate (channel).
+        macs_training: of one example in the network as it is now; closed branches of live gates are computed too.
+        difference: the largest one that cutting the network has made to its outputs.
+
+    Raises:
+        ValueError: no gates, an optimizer made before the gates were added, parameters that are sharded over processes,
+            or a target that no decisions reach.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        epochs: int,
+        config: SearchConfig | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs: expected a positive number, got {epochs}")
+        self.model = unwrapped(model)
+        self.optimizer = optimizer
+        self.epochs = epochs
+        self.config = config or SearchConfig()
+        self.gates: dict[str, Gate] = dict(named_gates(self.model))
+        if not self.gates:
+            raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
+        check_optimizer(self.model, optimizer)
+        self.final: dict[str, Tensor] = {}
+        self.epoch = -1
+        self.difference = 0.0
+        self._forward = forward
+        self._example = example_of(self.model, example_inputs)
+        self._weights = [schedules.parse(getattr(self.config, name)) for name in WEIGHTS]
+        self._recent: deque[dict[str, list[float]]] = deque(maxlen=self.config.commit_after or 1)
+        self._epoch_means = EpochMeans()
+        self._settled_means: dict[str, Tensor] = {}  # what the samples said when the rest was decided
+        self._samples = 0
+        self._checked_state = False
+        self._awaited: bool | None = None  # whether a wrapper waits for gradients of heads that do not run
+        self._on_device: dict[str, Any] = {}
+        self.macs = self.macs_training = macs(self.model, self._example, forward=forward)
+        self.gate_macs = gate_costs(self.model, self._example, forward=forward)
+        self._parameters = gate_costs(self.model, self._example, "params", forward=forward)
+        self._capacity = sum(int(count.sum()) for count in self._parameters.values())
+        # measured costs differ from process to process
+        measured = self.config.cost == "latency"
+        self._set_costs(*(processes.from_main(self._measure) if measured else self._measure()))
+
+    def _measure(self) -> tuple[dict[str, Tensor], int]:
+        """What the target is a share of: what each gate (channel) costs, and the whole network."""
+        cost = self.config.cost
+        if cost == "macs":
+            return self.gate_macs, self.macs
+        costs = gate_costs(self.model, self._example, cost, forward=self._forward)
+        return costs, total_cost(self.model, self._example, cost, forward=self._forward)
+
+    def _set_costs(self, costs: dict[str, Tensor], total: int) -> None:
+        self.costs, self.total = costs, total
+        self._on_device = {}
+        target, lowest = self.config.target, lowest_share(costs, total)
+        if target is not None and target < lowest:
+            raise ValueError(
+                f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 (below that is what gates cannot "
+                f"remove), got {target}"
+            )
+
+    # ---- what is known -----------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """Where the run is."""
+        if len(self.final) == len(self.gates):
+            return Phase.SETTLED
+        return Phase.OPEN if self.epoch < round(self.config.open_until * self.epochs) else Phase.SEARCH
+
+    @property
+    def live(self) -> dict[str, Gate]:
+        """The gates whose decisions are not final, by name."""
+        return {name: gate for name, gate in self.gates.items() if name not in self.final}
+
+    @property
+    def configuration(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Which gates are final, and which of the others held open: while it stays, every step is the same."""
+        return frozenset(self.final), frozenset(name for name, gate in self.live.items() if gate.frozen)
+
+    @property
+    def decisions(self) -> Decisions:
+        """The final decisions, with what the samples said where they were asked."""
+        gates = {
+            name: GateDecision(self._settled_means.get(name, opened.double()), opened)
+            for name, opened in ((name, self.final[name]) for name in self.gates if name in self.final)
+        }
+        return Decisions(gates, samples=self._samples)
+
+    # ---- the life of a run -------------------------------------------------------------------------------------------
+
+    def begin_epoch(
+        self, epoch: int, calibration: Iterable[Any] | None = None, *, forward: Forward | None = None
+    ) -> list[str]:
+        """Hold gates open, let them live, or make decisions final, as the epoch asks for; call it before each epoch.
+
+        Model and optimizer may be cut in place. The same epoch again (a run resumed in the middle of it) does nothing.
+        Random numbers that the calibration data take are given back.
+
+        Args:
+            epoch: from 0.
+            calibration: batches to decide over, see :func:`fastgate.decide`; each process its own part. Needed in the
+                epoch in which the rest is decided.
+            forward: in place of the search's own.
+
+        Returns:
+            Names of the gates that have become final.
+
+        Raises:
+            ValueError: an epoch left out, one whose loss had no part of the search, no calibration data where they are
+                needed, or an optimizer whose state cannot be cut. Nothing has changed then.
+            NotEqual: the cut network computes something else.
+        """
+        if epoch == self.epoch:
+            return []
+        if epoch != self.epoch + 1:
+            raise ValueError(
+                f"epoch: expected {max(self.epoch, 0)} or {self.epoch + 1}, got {epoch}; call begin_epoch before every "
+                "epoch, and load_state_dict before the first one of a run that goes on"
+            )
+        settles = self._settles_at(epoch)
+        if settles and calibration is None:
+            raise ValueError(
+                f"calibration: expected batches in epoch {epoch}, in which the rest of the gates is decided, got none; "
+                "pass a loader of training images"
+            )
+        if not self._checked_state and self.optimizer.state and self.config.compact_training:
+            check_optimizer(self.model, self.optimizer)
+            self._checked_state = True
+        self._end_epoch()
+        self.epoch = epoch
+        if self.phase is Phase.SETTLED:
+            return []
+        if self.phase is Phase.OPEN:
+            hold_open(self.model)
+            return []
+        for gate in self.live.values():
+            if gate.frozen:
+                gate.unfreeze()
+        forward = forward or self._forward
+        with _random_state_kept(device_of(self.model)):
+            if settles and calibration is not None:
+                batches = _FirstKept(calibration)
+                decisions = self._decide(batches, forward)
+                return self._finalize(decisions, batches.first, forward)
+            found = self._find_unanimous(epoch)
+            inputs = None if calibration is None or not found else next(iter(calibration), None)
+            return self._finalize(found, inputs, forward)
+
+    def _settles_at(self, epoch: int) -> bool:
+        settle_at = self.config.settle_at
+        return self.phase is not Phase.SETTLED and settle_at is not None and epoch >= round(settle_at * self.epochs)
+
+    def _end_epoch(self) -> None:
+        """Note the epoch's mean decisions, for :meth:`_find_unanimous`."""
+        if self.phase is Phase.SEARCH and self.epoch >= 0:
+            if self._epoch_means.empty:
+                raise ValueError(
+                    f"loss: epoch {self.epoch} had none of this search, so that its gates learned nothing; add "
+                    "search.loss(progress) to the loss of every step"
+                )
+            self._recent.append({name: mean.tolist() for name, mean in self._means().items()})
+        self._epoch_means.clear()
+        self._awaited = None
+
+    def _find_unanimous(self, epoch: int) -> Decisions:
+        """Decisions that all samples of the last `commit_after` epochs agree on and that the target allows."""
+        config, found = self.config, {}
+        if config.commit_after is not None:
+            # while the target falls, gates are open because it asks for that: only closed ones are decided then
+            searching = epoch - round(config.open_until * self.epochs)
+            fallen = epoch - math.ceil(config.anneal_until * self.epochs)
+            steady = searching if config.target is None else fallen
+            found = {
+                name: opened
+                for name, opened in unanimous(list(self._recent)).items()
+                if name not in self.final and (steady if opened.any() else searching) >= config.commit_after
+            }
+            if config.target is not None:
+                found = within_reach(found, self.final, self.costs, config.target, self.total)
+        return Decisions({name: GateDecision(opened.double(), opened) for name, opened in found.items()})
+
+    def decide(self, calibration: Iterable[Any], *, forward: Forward | None = None) -> Decisions:
+        """Decisions of all gates over the batches, with a target those that meet it; final ones stay as they are.
+
+        Nothing changes. Of several processes each has batches of its own: together they decide.
+        """
+        with _random_state_kept(device_of(self.model)):
+            return self._decide(calibration, forward or self._forward)
+
+    def _decide(self, calibration: Iterable[Any], forward: Forward | None) -> Decisions:
+        found, samples = dict(self.decisions), 0
+        if self.live:
+            processes.share_buffers(self.model)  # every process asks the same network
+            asked = merge_decisions(decide(self.model, calibration, forward=forward))
+            found, samples = {**asked, **found}, asked.samples
+        decisions = Decisions({name: found[name] for name in self.gates}, samples=samples)
+        if self.config.target is None:
+            return decisions
+        return meet_target(decisions, self.costs, self.config.target, self.total, held=self.final)
+
+    def finalize(self, decisions: Mapping[str, GateDecision], inputs: Any = None) -> list[str]:
+        """Make decisions of some or all gates final now, whatever the epoch; see :meth:`begin_epoch` for the rest.
+
+        Args:
+            decisions: by gate.
+            inputs: a batch on which the cut network is compared with the frozen one; default: the example inputs.
+        """
+        with _random_state_kept(device_of(self.model)):
+            return self._finalize(decisions, inputs, self._forward)
+
+    def _finalize(self, decisions: Mapping[str, GateDecision], batch: Any, forward: Forward | None) -> list[str]:
+        new = {name: decision for name, decision in decisions.items() if name not in self.final}
+        for name, decision in new.items():
+            self.gates[name].freeze(decision.open)
+        if new and self.config.compact_training:
+            frozen = copy_network(self.model)
+            self._cut()
+            cut = copy_network(self.model)
+            hold_open(frozen, cut)
+            inputs = self._inputs_of(batch, forward)
+            self.difference = max(self.difference, check_equal(frozen, cut, inputs, forward))
+        self.final.update({name: decision.open for name, decision in new.items()})
+        self._on_device = {}
+        self._settled_means.update({name: decision.mean for name, decision in new.items()})
+        self._samples = max(self._samples, getattr(decisions, "samples", 0))
+        return list(new)
+
+    def _inputs_of(self, batch: Any, forward: Forward | None) -> Any:
+        """What a batch of calibration data gives the network, or random numbers like the example."""
+        if batch is not None:
+            return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
+        generator = torch.Generator().manual_seed(0)
+        return with_tensors(
+            self._example,
+            [
+                torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x
+                for x in tensors_in(self._example)
+            ],
+        )
+
+    def _cut(self) -> None:
+        """Let frozen gates and what they closed leave the network and the optimizer."""
+        commit(self.model, self.optimizer)
+        self.macs_training = macs(self.model, self._example, forward=self._forward)
+
+    def compact(self, calibration: Iterable[Any] | None = None, *, forward: Forward | None = None) -> nn.Module:
+        """The compact network, a plain one without gates; the network in training stays as it is.
+
+        Args:
+            calibration: batches to decide over those gates that are not final; not needed where all are.
+            forward: in place of the search's own.
+
+        Raises:
+            ValueError: no calibration data where they are needed.
+            NotEqual: it does not compute what the frozen network computes.
+        """
+        if not any(named_gates(self.model)):
+            return copy_network(self.model)
+        forward = forward or self._forward
+        frozen = copy_network(self.model)
+        batch = None
+        if self.live:
+            if calibration is None:
+                raise ValueError(
+                    f"calibration: expected batches to decide over {len(self.live)} gates that are not final, got "
+                    "none; pass a loader of training images"
+                )
+            batches = _FirstKept(calibration)
+            decisions = self.decide(batches, forward=forward)
+            freeze(frozen, {name: decisions[name] for name, _ in named_gates(frozen)})
+            batch = batches.first
+        small = compact(frozen)
+        difference = check_equal(frozen, small, self._inputs_of(batch, forward), forward)
+        self.difference = max(self.difference, difference)
+        return small
+
+    # ---- the losses --------------------------------------------------------------------------------------------------
+
+    def loss(self, progress: float = 0.0) -> Tensor:
+        """The search's part of a step's loss, a scalar with graph: add it to that of the task, after the forward.
+
+        Zero where no gate is live. Under :func:`torch.no_grad` nothing is noted.
+
+        Args:
+            progress: the share of the epoch that is done, 0 to 1.
+        """
+        if self.epoch < 0:
+            raise ValueError("loss: expected begin_epoch before the first step, got none; call it before every epoch")
+        terms = self.terms(self.weights(self.epoch + progress))
+        total = torch.zeros((), device=device_of(self.model))
+        for weight, term in terms.values():
+            total = total + weight * term
+        return total + self._untrained() if torch.is_grad_enabled() else total
+
+    def weights(self, epoch: float) -> list[float]:
+        """What :meth:`terms` has to know of an epoch (fractions count): the losses' weights, then the target."""
+        target = self.config.target_at(epoch / self.epochs)
+        return [*(weight(epoch) for weight in self._weights), 1.0 if target is None else target]
+
+    def terms(self, weights: Iterable[Any]) -> dict[str, tuple[Any, Tensor]]:
+        """The gate losses of the last forward by name, each with its weight; none where no gate is live.
+
+        Nothing waits for the device: with :meth:`weights` in a tensor on it, a step can be captured in a CUDA graph.
+        The mean decisions are noted, unless gradients are off.
+        """
+        live = {name: gate for name, gate in self.live.items() if not gate.frozen}
+        if not live:
+            return {}
+        inside = synchronization.processes() > 1
+        with nullcontext() if inside else synchronization.synchronized(batch_norms=False):
+            means = self._joined(losses.gate_means(live.items()))
+        if torch.is_grad_enabled():
+            self._epoch_means.add(means.joined.detach())
+        polarization, activation, budget, capacity, target = weights
+        terms = {
+            "polarization": (polarization, losses.polarization(means)),
+            "activation": (activation, losses.activation(means)),
+        }
+        if self.config.target is not None:
+            costs, parameters = self._device_costs(means.joined.device)
+            terms["budget"] = (budget, losses.budget(means, target, costs, total=self.total))
+            terms["capacity"] = (capacity, losses.capacity(means, parameters, total=self._capacity))
+        return terms
+
+    def _joined(self, live: Mapping[str, Tensor]) -> losses.GateMeans:
+        """The means of all gates of the run, in forward order, from those of the live ones."""
+        device = next(iter(live.values())).device
+        final = self._placed("final", self.final, device) if self.final else {}
+        return losses.GateMeans({name: live[name] if name in live else final[name] for name in self.gates})
+
+    def _device_costs(self, device: torch.device) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        return self._placed("costs", self.costs, device), self._placed("parameters", self._parameters, device)
+
+    def _placed(self, kind: str, values: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+        """The values as fp32 on a device, copied there once."""
+        kept = self._on_device.get(kind)
+        if kept is None or next(iter(kept.values())).device != device:
+            kept = self._on_device[kind] = {name: x.to(device, torch.float32) for name, x in values.items()}
+        return kept
+
+    def _untrained(self) -> Tensor | float:
+        """Zero, from the parameters of heads that do not run: `DistributedDataParallel` waits for their gradients."""
+        if self._awaited is None:
+            self._awaited = any(not wrapper.find_unused_parameters for wrapper in wrappers_of(self.model))
+        if not self._awaited:
+            return 0.0
+        idle = [p for _, gate in named_gates(self.model) if gate.frozen for p in gate.parameters() if p.requires_grad]
+        return sum((0.0 * p.sum() for p in idle), start=0.0)
+
+    # ---- what is told and kept ---------------------------------------------------------------------------------------
+
+    def _means(self) -> dict[str, Tensor]:
+        """The mean decision of every gate over the steps of this epoch so far, float64 `[gates]` on the CPU."""
+        means = {name: opened.double() for name, opened in self.final.items()}
+        open_ones = {name: gate for name, gate in self.live.items() if gate.frozen}
+        means |= {name: torch.ones(gate.gates, dtype=torch.float64) for name, gate in open_ones.items()}
+        if len(means) < len(self.gates):
+            if self._epoch_means.empty:
+                raise ValueError("metrics: expected a step whose loss has search.loss(progress) in it, got none yet")
+            sizes = [gate.gates for gate in self.gates.values()]
+            parts = self._epoch_means.split(sizes)
+            means |= {name: part for name, part in zip(self.gates, parts, strict=True) if name not in means}
+        return {name: means[name] for name in self.gates}
+
+    def metrics(self) -> dict[str, Any]:
+        """What to log of this epoch: numbers, strings and lists of numbers.
+
+        `phase`; `target` now asked for (a share of `cost`); `open_ratio`, the share of open gates (channels);
+        `polarization` (Eq. 8); `macs` of one example with the mean decisions of the epoch's steps so far;
+        `macs_training` in the network as it is; `frozen`, whether no gate is live; `max_abs_difference` that cutting
+        has made; `gates`, mean decisions by gate.
+
+        Raises:
+            ValueError: gates are live and no step has been made in this epoch.
+        """
+        means = self._means()
+        closed = sum(float((self.gate_macs[name] * (1 - mean)).sum()) for name, mean in means.items())
+        return {
+            "phase": str(self.phase),
+            "target": self.config.target_at((max(self.epoch, 0) + 1) / self.epochs),
+            "open_ratio": float(torch.cat(list(means.values())).mean()),
+            "polarization": float(torch.stack([(mean * (1 - mean)).mean() for mean in means.values()]).mean()),
+            "macs": round(self.macs - closed),
+            "macs_training": self.macs_training,
+            "frozen": all(gate.frozen for gate in self.gates.values()),
+            "max_abs_difference": self.difference,
+            "gates": {name: mean.tolist() for name, mean in means.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the search beside the network and the optimizer; `torch.load` takes it as weights.
+
+        Save it together with `model.state_dict()` and `optimizer.state_dict()`.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "epochs": self.epochs,
+            "config": asdict(self.config),
+            "epoch": self.epoch,
+            "final": dict(self.final),
+            "means": dict(self._settled_means),
+            "samples": self._samples,
+            "recent": list(self._recent),
+            "epoch_means": self._epoch_means.state(),
+            "costs": dict(self.costs),
+            "total": self.total,
+            "difference": self.difference,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Bring this freshly made search, its network and its optimizer to the shape that they had.
+
+        Call it first, then `model.load_state_dict` and `optimizer.load_state_dict`, whose tensors then fit. Wrappers of
+        the network are to be made after it.
+
+        Raises:
+            ValueError: the state of another network, of another configuration, or a search that has begun.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"state: expected that of a GateSearch, version {_STATE_VERSION}, got {state.get('version')!r}"
+            )
+        if self.epoch >= 0 or self.final:
+            raise ValueError(
+                "load_state_dict: expected a search that has not begun, got one in epoch "
+                f"{self.epoch}; make network, optimizer and search anew"
+            )
+        ours = {"epochs": self.epochs, **asdict(self.config)}
+        theirs = {"epochs": state["epochs"], **state["config"]}
+        if odd := [name for name in ours if ours[name] != theirs.get(name)]:
+            raise ValueError(
+                f"state: expected that of a search with the same epochs and config, got another {', '.join(odd)}"
+            )
+        sizes = {name: gate.gates for name, gate in self.gates.items()}
+        if sizes != {name: len(cost) for name, cost in state["costs"].items()}:
+            raise ValueError("state: expected that of a search of the same gates, got one of another network")
+        # measured costs differ from time to time: a run that goes on keeps those it began with
+        self._set_costs({name: cost.cpu() for name, cost in state["costs"].items()}, state["total"])
+        self.epoch, self.difference, self._samples = state["epoch"], state["difference"], state["samples"]
+        self.final = {name: opened.cpu() for name, opened in state["final"].items()}
+        self._settled_means = {name: mean.cpu() for name, mean in state["means"].items()}
+        self._recent.extend(state["recent"])
+        self._epoch_means.restore(state["epoch_means"])
+        for name, opened in self.final.items():
+            self.gates[name].freeze(opened)
+        if self.final and self.config.compact_training:
+            self._cut()
+        if self.phase is Phase.OPEN and self.epoch >= 0:
+            hold_open(self.model)
+
+
+class _FirstKept:
+    """Batches that pass through once, of which the first is kept."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self.first: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if self.first is None:
+                self.first = batch
+            yield batch
+
+
+def _random_state_kept(device: torch.device | None) -> AbstractContextManager[None]:
+    """Give back the random numbers that are drawn inside."""
+    kept: AbstractContextManager[None] = torch.random.fork_rng(
+        [] if device is None or device.type != "cuda" else [device]
+    )
+    return kept
