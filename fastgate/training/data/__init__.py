@@ -1,0 +1,120 @@
+"""Images to train and evaluate on, behind one interface: :class:`Data`, which :func:`load_data` picks by name.
+
+- `"digits"`, `"cifar10"`, `"cifar100"` live on the training device as uint8, where batches are cropped, flipped and
+  normalised: :class:`Dataset`.
+- `"folder:PATH"` are own images, read and cropped in worker processes, flipped, coloured and normalised in batches on
+  the training device: :class:`~fastgate.training.data.folder.Folder`.
+
+A :class:`Data` has a `name`, `image_size` (C, H, W), `num_classes`, `class_names` (or None), `mean` and `std` per
+channel and `splits`, the numbers of images of "train", "test" and, where images were held out, "validation". Its
+batches are `(x float32 [B, C, H, W], y int64 [B])`, x normalised, both on the training device:
+
+- `training(batch_size, seed=0, shard=(0, 1), channels_last=False)`: the training images, shuffled and augmented. Order
+  and augmentation depend on the seed, the epoch and the place in the epoch alone, so that `start_at(epoch, step)` gives
+  what a run saw there that was never interrupted, with any number of workers.
+- `evaluation(split, batch_size, shard=(0, 1), channels_last=False)`: every image of a split once, in order, without
+  augmentation.
+
+Both are loaders with `batch_size`, `samples`, `shard` and a length: :class:`Loader`.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastgate.training.data.augmentation import Augmentation, check_channels, crop_and_flip
+from fastgate.training.data.interface import Data, Loader, TrainingLoader
+from fastgate.training.data.resident import Batches, Dataset, ImageSet
+from fastgate.training.data.sources import DATASETS, load_dataset
+
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Batches",
+    "Data",
+    "Dataset",
+    "ImageSet",
+    "Loader",
+    "TrainingLoader",
+    "crop_and_flip",
+    "load_data",
+    "load_dataset",
+]
+
+
+def load_data(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    download: bool = False,
+    validation: float = 0,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    workers: int | None = None,
+    augmentation: Augmentation | None = None,
+) -> Data:
+    """Load a data set by its name.
+
+    Args:
+        name: one of :data:`DATASETS`, see :func:`load_dataset`, or `"folder:PATH"`, see
+            :class:`~fastgate.training.data.folder.Folder`.
+        root: where CIFAR lies; a relative PATH of a folder is one inside it.
+        download: let torchvision download CIFAR into `root` if it is not there.
+        validation: number of training images to hold out, or a share of them below 1; always the same ones.
+        device: that batches are on.
+        image_size: pixels of an image's sides, None for 224. Of folders alone: the others come in one size.
+        mean, std: per channel, of images scaled to 0..1: the recipe of the weights to start from. None takes the data
+            set's own, and ImageNet's for folders.
+        workers: processes that read images, 0 to read them in this one; None takes a processor each, up to 8. Of
+            folders alone.
+        augmentation: how training images are varied. Of folders alone.
+
+    Raises:
+        ValueError: an unknown name, an option that the data set has no use for, or what the data set refuses.
+        FileNotFoundError: the data are not there.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "folder" and path:
+        if download:
+            raise ValueError(f"download: expected cifar10 or cifar100, which are known, got {name!r}; leave it out")
+        from fastgate.training.data.folder import Folder
+
+        return Folder(
+            Path(root or "") / Path(path).expanduser(),
+            name=name,
+            validation=validation,
+            device=device,
+            image_size=224 if image_size is None else image_size,
+            mean=mean,
+            std=std,
+            workers=workers,
+            augmentation=augmentation,
+        )
+    if name not in DATASETS:
+        raise ValueError(f"dataset: expected one of {', '.join(DATASETS)} or folder:PATH, got {name!r}{_meant(name)}")
+    for option, value in (("image_size", image_size), ("workers", workers), ("augmentation", augmentation)):
+        if value is not None:
+            raise ValueError(
+                f"{option}: expected none for {name}, whose images are in memory, of one size and augmented in one "
+                f"way, got {value}; leave it out, or use folder:PATH"
+            )
+    data = load_dataset(name, root, download=download, validation=validation, device=device)
+    channels = data.image_size[0]
+    return replace(
+        data,
+        mean=data.mean if mean is None else check_channels("mean", mean, channels),
+        std=data.std if std is None else check_channels("std", std, channels),
+    )
+
+
+def _meant(name: str) -> str:
+    if Path(name).is_dir():
+        return f"; did you mean 'folder:{name}'?"
+    near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
