@@ -62,7 +62,7 @@ class SearchConfig:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
         for name in ("commit_after", "round_to"):
             value = getattr(self, name)
-            if value is not None and (int(value) != value or value < 1):
+            if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name}: expected a positive whole number or None, got {value}")
         if not self.open_until <= self.anneal_until <= (1 if self.settle_at is None else self.settle_at):
             raise ValueError(

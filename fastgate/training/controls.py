@@ -3,14 +3,14 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastgate.pruning.decisions import Decisions, GateDecision
 from fastgate.pruning.targets import meet_target
-from fastgate.training.presets import Recipe
+from fastgate.training.matching import match_macs as match_network
+from fastgate.training.recipe import Recipe, change
 
 # how far the plain network of equal MACs may be from the compact one
 _TOLERANCE = 0.01
@@ -20,7 +20,7 @@ def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_cla
     """The recipe of a control, the run's own but for the network.
 
     Args:
-        kind: one of :data:`~fastgate.training.presets.CONTROLS`.
+        kind: one of :data:`~fastgate.training.recipe.CONTROLS`.
         recipe: the gated run's.
         image_size: (C, H, W).
         num_classes: of the data set.
@@ -30,24 +30,29 @@ def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_cla
         ValueError: no plain network has the wanted MACs within 1 %.
     """
     if kind == "unpruned":
-        return replace(recipe, gating="none", control="none")
+        return change(recipe, gating="none", control="none")
     if kind == "equal-macs":
-        return match_macs(replace(recipe, gating="none", control="none"), image_size, num_classes, wanted)
+        return match_macs(change(recipe, gating="none", control="none"), image_size, num_classes, wanted)
     # a gated network whose gates are all final before the first epoch: what they close is gone by then
-    return replace(recipe, control="none", compact_training=True)
+    return change(recipe, control="none", compact_training=True)
 
 
 def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
-    """A plain network of the wanted MACs within 1 %: by its depth as far as that goes, the rest by its widths.
+    """A plain network of the wanted MACs within 1 %, from scratch: by its depth as far as that goes, then its widths.
 
     The depth is the one that comes closest at the recipe's widths; where whole channels cannot make up for the rest,
     the next one. Of the widths at which a depth is within 1 %, those are taken whose stages are scaled most alike.
 
     Raises:
-        ValueError: none has the wanted MACs within 1 %.
+        ValueError: none has the wanted MACs within 1 %, or depth and widths of the network cannot be chosen.
     """
-    full = recipe.stage_widths
-    counts = {depth: _count(depth, full, image_size, num_classes) for depth in range(8, recipe.depth + 1, 6)}
+    if recipe.model.cifar_depth is None:
+        name = match_network(recipe.model.network, num_classes, image_size, wanted, tolerance=_TOLERANCE)
+        return change(recipe, network=name, weights="none")
+    full = recipe.model.stage_widths
+    counts = {
+        depth: _count(depth, full, image_size, num_classes) for depth in range(8, recipe.model.cifar_depth + 1, 6)
+    }
     for depth in sorted(counts, key=lambda each: abs(math.log(counts[each] / wanted))):
         scale = math.sqrt(wanted / counts[depth])
         ranges = [range(max(1, math.floor(scale * width * 0.8)), math.ceil(scale * width * 1.2) + 2) for width in full]
@@ -58,10 +63,10 @@ def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, want
         ]
         if near:
             widths = min(near, key=lambda each: _unevenness(each, full, scale))
-            return replace(recipe, network=f"resnet{depth}", widths=",".join(map(str, widths)))
+            return change(recipe, network=f"resnet{depth}", widths=",".join(map(str, widths)), weights="none")
     raise ValueError(
         f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, found none; ask for "
-        "another target_macs"
+        "another target"
     )
 
 

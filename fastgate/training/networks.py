@@ -1,7 +1,7 @@
 """The network of a run: built from its recipe, loaded from its checkpoint, evaluated."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,35 +12,74 @@ from torch import nn
 
 from fastgate import processes
 from fastgate.gates import named_gates
+from fastgate.models.attachment import attach
 from fastgate.models.resnet import resnet
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.decisions import GateDecision, freeze
 from fastgate.training.checkpoint import load_checkpoint
-from fastgate.training.data import Batches
-from fastgate.training.presets import Recipe, recipe_from_dict
+from fastgate.training.recipe import Recipe, recipe_from_dict
+from fastgate.training.zoo import Network, find_network
+from fastgate.values import Forward, call, device_of, to_device_of
 
 
-def build_network(recipe: Recipe, image_size: Sequence[int], num_classes: int) -> nn.Module:
-    """The network of a recipe for images of `image_size` (C, H, W), gated as the recipe says."""
-    channels, height, width = image_size
-    build = partial(
-        resnet, recipe.depth, num_classes, in_channels=channels, widths=recipe.stage_widths, shortcut=recipe.shortcut
+def find_plain(recipe: Recipe, in_channels: int, num_classes: int, *, weights: str | None = None) -> Network:
+    """The network of a recipe without its gates, with its weights or others, and what goes with them."""
+    model = recipe.model
+    if model.cifar_depth is None:
+        return find_network(model.network, num_classes, weights=weights or model.weights, in_channels=in_channels)
+    return find_network(
+        model.network,
+        num_classes,
+        weights=weights or model.weights,
+        in_channels=in_channels,
+        options={"widths": model.stage_widths, "shortcut": model.shortcut},
     )
-    if recipe.gating == "none":
-        return build()
+
+
+def build_network(
+    recipe: Recipe, image_size: Sequence[int], num_classes: int, *, model: nn.Module | None = None
+) -> nn.Module:
+    """The network of a recipe for images of `image_size` (C, H, W), gated as the recipe says.
+
+    Args:
+        recipe: of the run.
+        image_size: (C, H, W).
+        num_classes: of the data set.
+        model: the network without its gates, where it is there already; it is gated in place.
+    """
+    channels, height, width = image_size
+    gates = recipe.gates
     options: dict[str, Any] = {
-        "hidden_features": recipe.hidden_features,
-        "estimator": recipe.estimator,
-        "window": recipe.window,
-        "init_logit": recipe.init_logit,
-        "temperature": recipe.temperature,
+        "hidden_features": gates.hidden_features,
+        "estimator": gates.estimator,
+        "window": gates.window,
+        "init_logit": gates.init_logit,
+        "temperature": gates.temperature,
     }
-    if recipe.gating == "channel":
-        options["depth"] = recipe.gate_depth
-        if recipe.gate_input == "flatten":
-            options["spatial_size"] = (height, width)
-    return build(gating=recipe.gating, position=recipe.position, **options)
+    if gates.gating == "channel":
+        options["depth"] = gates.gate_depth
+    if model is not None or recipe.model.cifar_depth is None or recipe.model.weights != "none":
+        if gates.gating == "channel" and gates.gate_input == "flatten":
+            raise ValueError(
+                "gate_input: flatten is for CIFAR networks without weights, whose maps are known; expected pool for "
+                f"{recipe.model.network}"
+            )
+        plain = find_plain(recipe, channels, num_classes).model if model is None else model
+        return plain if gates.gating == "none" else attach(plain, gates.gating, gates.position, **options)
+    build = partial(
+        resnet,
+        recipe.model.cifar_depth,
+        num_classes,
+        in_channels=channels,
+        widths=recipe.model.stage_widths,
+        shortcut=recipe.model.shortcut,
+    )
+    if gates.gating == "none":
+        return build()
+    if gates.gating == "channel" and gates.gate_input == "flatten":
+        options["spatial_size"] = (height, width)
+    return build(gating=gates.gating, position=gates.position, **options)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -60,16 +99,27 @@ def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None 
     Args:
         checkpoint: the file.
         decisions: of all gates of the run, to freeze those that are still there with.
+
+    Raises:
+        ValueError: the file is none, is damaged, or its network cannot be built from its recipe.
     """
     state = load_checkpoint(checkpoint)
-    recipe = recipe_from_dict(state["recipe"])
-    model = build_network(recipe, state["image_size"], state["num_classes"])
+    try:
+        recipe, size, classes = recipe_from_dict(state["recipe"]), state["image_size"], state["num_classes"]
+        final = state["search"]["final"] if state["search"] is not None else {}
+    except KeyError as error:
+        raise ValueError(
+            f"{checkpoint}: expected the checkpoint of a run of this version, got none of {error}"
+        ) from error
+    # its weights come from the checkpoint
+    plain = find_plain(recipe, size[0], classes, weights="none").model if recipe.model.weights != "none" else None
+    model = build_network(recipe, size, classes, model=plain)
     gates = dict(named_gates(model))
     if decisions is not None:
         freeze(copy.deepcopy(model), decisions)  # refuses those of another network
-    for name, opened in state["search"]["decided"].items():
+    for name, opened in final.items():
         gates[name].freeze(opened)
-    if recipe.compact_training:
+    if recipe.search.compact_training:
         model = cut_frozen(model)
     model.load_state_dict(state["model"])
     if decisions is not None:
@@ -78,28 +128,47 @@ def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None 
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Accuracy and mean cross-entropy over the batches, in eval mode; the mode is restored.
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    num_classes: int | None = None,
+    forward: Forward | None = None,
+) -> dict[str, float]:
+    """Accuracy and mean cross-entropy over batches of (inputs, labels), in eval mode; the mode is restored.
 
     Of batches that are shared among processes all have to be evaluated at the same time.
 
+    Args:
+        model: gives scores `[N, classes]`.
+        batches: moved to the model's device.
+        dtype: of the forward pass.
+        num_classes: of the data set, where it is known.
+        forward: `(model, inputs) -> scores`, for networks that are called otherwise.
+
     Raises:
-        ValueError: the network has another number of classes than the data set.
+        ValueError: the network has another number of classes than the data set, or there are no batches.
     """
-    device = batches.images.labels.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device_of(model))
+    samples = 0
     with eval_mode(model):
-        for x, y in batches:
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                scores = model(x)
-            if scores.shape[1] != batches.dataset.num_classes:
+        for batch in batches:
+            x, y = to_device_of(model, batch)
+            with torch.autocast(y.device.type, dtype, enabled=dtype is not torch.float32):
+                scores = call(model, x, forward)
+            if num_classes is not None and scores.shape[1] != num_classes:
                 raise ValueError(
-                    f"model: it has {scores.shape[1]} classes, but {batches.dataset.name} has "
-                    f"{batches.dataset.num_classes}; use the data set it was trained on"
+                    f"model: it has {scores.shape[1]} classes, but the data set has {num_classes}; use the data set it "
+                    "was trained on"
                 )
             sums[0] += (scores.argmax(1) == y).sum()
             sums[1] += F.cross_entropy(scores.float(), y, reduction="sum")
-    if batches.shard[1] > 1:
+            samples += len(y)
+    if getattr(batches, "shard", (0, 1))[1] > 1:
         sums = processes.all_sum(sums)
-    correct, loss = (sums / len(batches.images)).tolist()
+        samples = int(processes.all_sum(torch.tensor(samples)))
+    if not samples:
+        raise ValueError("batches: expected at least one, got none")
+    correct, loss = (sums / samples).tolist()
     return {"accuracy": correct, "loss": loss}

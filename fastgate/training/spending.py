@@ -1,7 +1,7 @@
 """Seconds and joules of an epoch, kept over interruptions, and of a run; of all its processes together."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +48,11 @@ class Spending:
         return None if not self.microjoules or None in self.per_device.values() else self.microjoules / 1e6
 
 
-def describe_epoch(train: Spending, evaluation: Spending, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds and joules of an epoch for its line of metrics; `total` adds up this and all earlier epochs."""
-    seconds = train.seconds + evaluation.seconds + (history[-1]["seconds"]["total"] if history else 0.0)
+def describe_epoch(train: Spending, evaluation: Spending, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds and joules of an epoch for its line of metrics; `total` adds them to `seconds` and `joules` before."""
+    seconds = train.seconds + evaluation.seconds + before["seconds"]
     joules = {"train": train.joules, "eval": evaluation.joules}
-    total = add_known([*joules.values(), history[-1].get("joules", {}).get("total") if history else 0.0])
+    total = add_known([*joules.values(), before["joules"]])
     return {
         "seconds": {"train": train.seconds, "eval": evaluation.seconds, "total": seconds},
         "joules": {**joules, "total": total},

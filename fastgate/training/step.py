@@ -1,23 +1,21 @@
 """One step of training; on CUDA it is captured in a CUDA graph and replayed."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgate import processes
-from fastgate.training.search import Search
-
-# what an epoch adds up beside the decisions of every gate
-SUMS = ("loss", "task", "polarization", "activation", "budget", "capacity", "correct")
+from fastgate.pruning.search import GateSearch
+from fastgate.values import Forward, call, tensors_in, with_tensors
 
 # steps of a phase before its capture: kernels are compiled and libraries make their workspaces in them
 _WARMUP_STEPS = 3
 
 Call = Callable[[], None]
+# (outputs, targets) -> scalar; where a batch is no pair, the whole batch takes the place of the targets
+Measure = Callable[[Any, Any], Tensor]
 
 
 class Graphs(Protocol):
@@ -53,66 +51,91 @@ class CudaGraphs:
         return replay
 
 
+def can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step can be: a fused one takes a learning rate and a loss scale that the device knows."""
+    return isinstance(optimizer, torch.optim.SGD | torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
+
+
 class TrainingStep:
-    """Forward, gate losses, backward, update of the weights, and the epoch's sums, for one batch.
+    """Forward, loss of the task, gate losses, backward, update of the weights, and the epoch's sums, for one batch.
 
     What differs from step to step comes in tensors, and what lasts from step to step stays where it is, so that the
-    step can be captured: in each phase of the search (gates held open, alive, some or all final) after a few steps.
-    A capture that fails is a warning; the run then goes on without.
+    step can be captured: in each configuration of the search (gates held open, alive, some or all final) after a few
+    steps. A capture that fails is a warning; the run then goes on without. A batch of another size runs as it is.
 
     Args:
         model: the network; `network` is what runs it forward, which several processes wrap anew in every epoch.
-        search: of its gates.
-        optimizer: SGD; on CUDA fused, which takes a learning rate and a loss scale that only the device knows.
+        optimizer: of the network; to be captured it is a fused one, see :func:`can_be_captured`.
+        loss_fn: (outputs, targets) -> scalar.
+        search: of the network's gates, if it has any.
         scaler: of the loss.
         dtype: of the forward pass.
-        sums: scalars by name, :data:`SUMS`, and `[gates]` by `gate:` and name; added to in place.
+        measures: what else is summed up, by name.
+        forward: for networks that are called otherwise.
         graphs: captures the step; None runs it as it is.
+
+    Attributes:
+        sums: of the epoch, scalars by name: "loss", "task", the gate losses, and the measures.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        search: Search,
-        optimizer: torch.optim.SGD,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Measure,
+        search: GateSearch | None,
         scaler: torch.amp.GradScaler,
         dtype: torch.dtype,
-        sums: Mapping[str, Tensor],
+        *,
+        measures: Mapping[str, Measure] | None = None,
+        forward: Forward | None = None,
+        device: torch.device,
         graphs: Graphs | None = None,
     ) -> None:
         self.network = model
-        self.search = search
         self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.search = search
         self.scaler = scaler
         self.dtype = dtype
-        self.sums = sums
+        self.measures = dict(measures or {})
         self.graphs = graphs
-        self._learning_rate = torch.zeros((), device=search.device)
-        self._phase: object = None
-        self._steps = 0  # of this phase
+        self._forward = forward
+        self._device = device
+        gate_losses = ("polarization", "activation", "budget", "capacity") if search is not None else ()
+        self.sums = {name: torch.zeros((), device=device) for name in ("loss", "task", *gate_losses, *self.measures)}
+        self._learning_rate = torch.zeros((), device=device)
+        self._configuration: object = None
+        self._steps = 0  # of this configuration
         self._inputs: list[Tensor] = []
+        self._batch: Any = None
         self._replay: Call | None = None
 
     @property
     def captured(self) -> bool:
-        """Whether the next step of this phase is a replay."""
+        """Whether the next step is a replay."""
         return self.graphs is not None and self._replay is not None
 
     def schedule(self, learning_rate: float, epoch: float) -> list[float]:
         """The numbers of a step: the learning rate, and those of the search at an epoch (fractions count)."""
-        return [learning_rate, *self.search.schedule(epoch)]
+        return [learning_rate, *(self.search.weights(epoch) if self.search is not None else ())]
 
-    def __call__(self, x: Tensor, y: Tensor, schedule: Tensor) -> None:
-        """Train on images `[N, C, H, W]` with labels `[N]`; `schedule` are the numbers of :meth:`schedule`."""
-        if self._phase != self.search.phase:
-            self._begin_phase()
+    def __call__(self, batch: Any, schedule: Tensor) -> None:
+        """Train on a batch on the step's device; `schedule` are the numbers of :meth:`schedule`."""
+        configuration = self.search.configuration if self.search is not None else ()
+        if self._configuration != configuration:
+            self._begin_configuration(configuration)
         self._steps += 1
         if self.graphs is None:
-            self._compute(x, y, schedule)
+            self._compute(batch, schedule)
             return
+        values = [*tensors_in(batch), schedule]
         if self._steps == 1:
-            self._inputs = [x.clone(), y.clone(), schedule.clone()]
-        for place, value in zip(self._inputs, (x, y, schedule), strict=True):
+            self._batch, self._inputs = batch, [value.clone() for value in values]
+        if [value.shape for value in values] != [place.shape for place in self._inputs]:
+            self.graphs.run(lambda: self._compute(batch, schedule))
+            return
+        for place, value in zip(self._inputs, values, strict=True):
             place.copy_(value)
         if self._steps <= _WARMUP_STEPS:
             self.graphs.run(self._compute_inputs)
@@ -121,15 +144,17 @@ class TrainingStep:
             self._replay = self._capture(self.graphs)
         self._replay()
 
-    def _begin_phase(self) -> None:
+    def _begin_configuration(self, configuration: object) -> None:
         """What was captured is of another network: start anew, with an optimizer that is ready for a capture."""
-        self._phase, self._steps, self._replay = self.search.phase, 0, None
+        self._configuration, self._steps, self._replay = configuration, 0, None
+        fused = bool(self.optimizer.defaults.get("fused"))
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate
-            if not self.optimizer.defaults["fused"]:
+            if fused or isinstance(self.optimizer, torch.optim.SGD):  # others read it on the host
+                group["lr"] = self._learning_rate
+            if not fused:
                 continue
             group["fused"] = True  # a checkpoint from a CPU has it otherwise
-            for parameter in group["params"] if group["momentum"] else []:
+            for parameter in group["params"] if group.get("momentum") else []:
                 # a first step would have no place in a graph; and if fp16 overflows in it, the fused kernel leaves
                 # its buffers uninitialised
                 state, buffer = self.optimizer.state[parameter], torch.zeros_like(parameter)
@@ -147,28 +172,55 @@ class TrainingStep:
             return self._compute_inputs
 
     def _compute_inputs(self) -> None:
-        self._compute(*self._inputs)
+        self._compute(with_tensors(self._batch, self._inputs[:-1]), self._inputs[-1])
 
-    def _compute(self, x: Tensor, y: Tensor, schedule: Tensor) -> None:
-        self._learning_rate.copy_(schedule[0])
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            scores = self.network(x)
-        means = self.search.means()
-        parts = self._losses(scores.float(), y, means, schedule[1:])
+    def _compute(self, batch: Any, schedule: Tensor) -> None:
+        self._set_learning_rate(schedule[0])
+        inputs, targets = split_batch(batch)
+        with torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            outputs = call(self.network, inputs, self._forward)
+        outputs = _as_fp32(outputs) if self.dtype is not torch.float32 else outputs
+        parts = self._losses(outputs, targets, schedule[1:])
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(parts["loss"]).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
-            # sums are averaged over the processes, each of which sees its share of the batch
-            parts["correct"] = (scores.argmax(1) == y).sum(dtype=torch.float32) * processes.count()
-            parts |= {f"gate:{name}": mean for name, mean in means.items()}
-            torch._foreach_add_([self.sums[name] for name in parts], list(parts.values()))
+            parts |= {name: measure(outputs, targets).float() for name, measure in self.measures.items()}
+            torch._foreach_add_([self.sums[name] for name in parts], [part.detach() for part in parts.values()])
 
-    def _losses(self, scores: Tensor, y: Tensor, means: Mapping[str, Tensor], schedule: Tensor) -> dict[str, Tensor]:
-        task = total = F.cross_entropy(scores, y)
+    def _set_learning_rate(self, value: Tensor) -> None:
+        self._learning_rate.copy_(value)
+        for group in self.optimizer.param_groups:
+            if group["lr"] is not self._learning_rate:
+                group["lr"] = float(value)
+
+    def _losses(self, outputs: Any, targets: Any, weights: Tensor) -> dict[str, Tensor]:
+        task = total = self.loss_fn(outputs, targets)
         parts = {"task": task}
-        for name, (weight, loss) in self.search.penalties(means, schedule).items():
+        for name, (weight, loss) in (self.search.terms(weights) if self.search is not None else {}).items():
             parts[name] = loss
             total = total + weight * loss
         return {"loss": total, **parts}
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """A batch's inputs and targets: the items of a pair; of anything else the batch itself is both.
+
+    Raises:
+        TypeError: a tuple or list that is no pair.
+    """
+    if not isinstance(batch, Sequence):
+        return batch, batch
+    if len(batch) != 2:
+        raise TypeError(
+            f"train_loader: expected batches that are (inputs, targets) or mappings, got {type(batch).__name__} of "
+            f"{len(batch)} items; let its collate_fn make pairs"
+        )
+    return batch[0], batch[1]
+
+
+def _as_fp32(outputs: Any) -> Any:
+    """Outputs of half precision as fp32, in which losses are computed."""
+    halves = (torch.float16, torch.bfloat16)
+    return with_tensors(outputs, [x.float() if x.dtype in halves else x for x in tensors_in(outputs)])

@@ -1,34 +1,26 @@
-"""The training loop: epochs of SGD with gate losses, checkpoints that resume bit-identically, metrics per epoch."""
+"""The training loop: epochs of any network on any batches, with gates that are searched, and runs that can go on."""
 
-import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgate import processes
-from fastgate.energy import EnergyMeter
-from fastgate.files import write_atomically
 from fastgate.ops import choices
 from fastgate.ops.synchronization import synchronized
-from fastgate.pruning.decisions import Decisions
+from fastgate.pruning.costs import macs
+from fastgate.pruning.search import GateSearch
 from fastgate.training import distributed
-from fastgate.training.checkpoint import load_checkpoint, save_checkpoint
-from fastgate.training.data import Batches, Dataset, ImageSet
-from fastgate.training.loggers import TensorBoardLogger
-from fastgate.training.networks import build_network, evaluate, resolve_precision
-from fastgate.training.presets import Recipe, recipe_from_dict
-from fastgate.training.progress import RunProgress
-from fastgate.training.search import Search
-from fastgate.training.spending import Spending, describe_epoch
-from fastgate.training.step import SUMS, CudaGraphs, TrainingStep
-from fastgate.tuning import tune
+from fastgate.training.callbacks import Callback, Checkpoints, MetricsFile
+from fastgate.training.checkpoint import load_checkpoint
+from fastgate.training.run_folder import CHECKPOINT
+from fastgate.training.step import CudaGraphs, Measure, TrainingStep, can_be_captured
+from fastgate.values import Forward, device_of, tensors_in, to_device_of
 
 # how often processes with GPUs ask each other whether one was interrupted: for that they wait
 _STEPS_BETWEEN_QUESTIONS = 50
@@ -43,177 +35,208 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Trainer:
-    """One run of one recipe in one folder.
+    """Trains a network on batches, and its gates where a search is given.
 
-    Writes `config.json`, `metrics.jsonl` (one line per epoch) and `checkpoint.pt`. Every epoch ends in a checkpoint, a
-    Ctrl-C writes one in the middle of an epoch; from either, a resumed run ends with the same weights, bit by bit on a
-    CPU, as an undisturbed one.
+    Every epoch ends in a record, a dictionary of what it came to, and where there is a folder in a line of its
+    `metrics.jsonl` and in its `checkpoint.pt`. A Ctrl-C writes a checkpoint in the middle of an epoch. From either, a
+    run that goes on (:meth:`restore`) ends with the same weights, bit by bit on a CPU, as an undisturbed one, provided
+    that the batches of an epoch are the same again: those of a loader that has `start_at(epoch, step)`, or that draws
+    from torch's random numbers alone, as `DataLoader` does (its batches are then read and thrown away up to the step).
 
-    Under torchrun every process has a trainer and takes its share of every batch; up to rounding they compute what one
-    process computes, and checkpoints know nothing of their number. The first one writes.
+    Under torchrun every process has a trainer with its own share of every batch; up to rounding they compute what one
+    process computes. The first one writes.
+
+    Args:
+        model: any network, on its device.
+        optimizer: of its parameters; those of gates too, see :func:`fastgate.parameter_groups`.
+        train_loader: batches with a length, `(inputs, targets)` or mappings (keyword arguments of the network).
+        loss_fn: (outputs, targets) -> scalar, a mean over the batch; for a mapping its targets are the whole batch.
+        epochs: of the run.
+        search: of the network's gates.
+        calibration: batches that gates are decided over; default: those of training.
+        evaluate: the network -> numbers by name, after every epoch.
+        callbacks: see :class:`~fastgate.training.callbacks.Callback`.
+        folder: where metrics and checkpoints are written; None writes nothing.
+        learning_rate: epoch (fractions count) -> learning rate; None leaves it to the optimizer and callbacks.
+        measures: what else is averaged over an epoch's steps, (outputs, targets) -> scalar, by name.
+        example_inputs: (C, H, W) or example inputs, to count the MACs of a network without a search.
+        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
+        dtype: of the forward pass; half precisions by autocast, fp16 with a loss scaler.
+        sync_batch_norms: batch norms take the statistics of all processes.
+        compile: let `torch.compile` compile the network.
+
+    Attributes:
+        epoch, step: what is trained next, from 0.
+        device: of the network.
+        records: of the epochs that this trainer has trained.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        dataset: Dataset,
-        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_loader: Any,
+        loss_fn: Measure,
         *,
-        resume: bool = False,
-        title: str | None = None,
-        logger: TensorBoardLogger | None = None,
+        epochs: int,
+        search: GateSearch | None = None,
+        calibration: Iterable[Any] | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, Any]] | None = None,
+        callbacks: Sequence[Callback] = (),
+        folder: Path | str | None = None,
+        learning_rate: Callable[[float], float] | None = None,
+        measures: Mapping[str, Measure] | None = None,
+        example_inputs: Any = None,
+        forward: Forward | None = None,
+        dtype: torch.dtype = torch.float32,
+        sync_batch_norms: bool = True,
+        compile: bool = False,
     ) -> None:
-        self.recipe = recipe
-        self.title = title or f"{recipe.network} {'plain' if recipe.gating == 'none' else recipe.gating}"
-        self.dataset = dataset
-        self.folder = folder
-        self.logger = logger
-        self.device = dataset.train.labels.device
-        self.dtype = resolve_precision(recipe.precision, self.device)
-        # on two CPU cores (AMD EPYC, torch 2.15, ResNet-20, batch 256) channels_last is 1.4x faster than NCHW
-        self.channels_last = True
-        self.train_batches = self.batches(dataset.train, recipe.batch_size, augment=True, shared=True)
-        torch.manual_seed(recipe.seed)
-        self.model = build_network(recipe, dataset.image_size, dataset.num_classes).to(self.device)
-        self.model.to(memory_format=torch.channels_last)
-        self.search = Search(recipe, self.model, dataset.image_size, self.device)
-        self.optimizer = self._build_optimizer()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        if not isinstance(train_loader, Sized) or not len(train_loader):
+            raise ValueError(
+                f"train_loader: expected batches with a length of 1 or more, got {type(train_loader).__name__}"
+                f"{f' of length {len(train_loader)}' if isinstance(train_loader, Sized) else ' without one'}"
+            )
+        if epochs < 1:
+            raise ValueError(f"epochs: expected a positive number, got {epochs}")
+        if search is not None and (search.model is not model or search.epochs != epochs):
+            raise ValueError(
+                f"search: expected one of this network over {epochs} epochs, got one of "
+                f"{'this' if search.model is model else 'another'} network over {search.epochs}"
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.train_loader = train_loader
+        self.epochs = epochs
+        self.search = search
+        self.calibration = train_loader if calibration is None else calibration
+        self.evaluate = evaluate
+        self.folder = None if folder is None else Path(folder)
+        self.learning_rate = learning_rate
+        self.dtype = dtype
+        self.device = device_of(model) or torch.device("cpu")
         self.epoch = 0
         self.step = 0
-        self.sums = self._new_sums()
-        self.spending = Spending()
-        self.history: list[dict[str, Any]] = []
-        self._chosen_for: object = None  # the phase of the search that kernels were chosen for
-        if resume:
-            self._restore()
+        self.records: list[dict[str, Any]] = []
+        self.callbacks = [*callbacks]
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            have = {type(callback) for callback in callbacks}
+            self.callbacks += [kind(self.folder) for kind in (MetricsFile, Checkpoints) if kind not in have]
+        self.macs = search.macs if search is not None else None
+        if search is None and example_inputs is not None:
+            self.macs = macs(model, example_inputs, forward=forward)
+        self._totals = {"macs": 0, "all_open": 0}  # of forward passes in training
+        self._images = 0  # of this epoch so far, of this process
+        self._sync_batch_norms = sync_batch_norms
+        self._compile = compile
+        self._epoch_rng: dict[str, Any] | None = None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         # several processes exchange statistics and gradients inside the step
-        captures = self.device.type == "cuda" and processes.count() == 1
-        graphs = CudaGraphs(self.device) if captures else None
+        captures = self.device.type == "cuda" and processes.count() == 1 and can_be_captured(optimizer)
         self.training_step = TrainingStep(
-            self.model, self.search, self.optimizer, self.scaler, self.dtype, self.sums, graphs
+            model,
+            optimizer,
+            loss_fn,
+            search,
+            self.scaler,
+            dtype,
+            measures=measures,
+            forward=forward,
+            device=self.device,
+            graphs=CudaGraphs(self.device) if captures else None,
         )
 
-    def batches(
-        self, images: ImageSet, batch_size: int = 500, *, augment: bool = False, shared: bool = False
-    ) -> Batches:
-        """Batches of a split, in the memory format of this run; `shared` ones are this process' part of them."""
-        shard = (processes.rank(), processes.count()) if shared else (0, 1)
-        if not augment:  # every process has one
-            batch_size = min(batch_size, max(len(images) // shard[1], 1))
-        return Batches(
-            self.dataset,
-            images,
-            batch_size,
-            augment=augment,
-            seed=self.recipe.seed,
-            channels_last=self.channels_last,
-            shard=shard,
-        )
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """What this epoch's steps add up to, by name."""
+        return self.training_step.sums
 
     def fit(self) -> None:
         """Train to the last epoch.
 
         Raises:
             NonFiniteLoss: the loss became infinite or NaN.
-            Interrupted: Ctrl-C; the state is saved.
+            Interrupted: Ctrl-C; the state is saved, where there is a folder.
         """
-        steps = len(self.train_batches)
-        done = self.epoch * steps + self.step
-        with (
-            RunProgress(self.title, self.recipe.epochs * steps, done) as progress,
-            _deferred_interrupt() as interrupted,
-            closing(EnergyMeter(self.device)) as meter,
-            choices.looking_up(),  # what is chosen fixes the order of sums: see _choose_kernels
-            choices.for_graphs(self.training_step.graphs is not None),
-        ):
-            while self.epoch < self.recipe.epochs:
-                window = meter.window("train")
-                try:
-                    with window:
-                        self._enter_phase()
-                        self._choose_kernels()
-                        with synchronized(batch_norms=self.recipe.sync_batch_norms):
-                            self._train_epoch(progress, interrupted)
-                        if not self.recipe.sync_batch_norms:
+        self._tell("on_fit_begin")
+        try:
+            with (
+                _deferred_interrupt() as interrupted,
+                choices.looking_up(),  # what is chosen fixes the order of sums: see callbacks.KernelChoices
+                choices.for_graphs(self.training_step.graphs is not None),
+            ):
+                while self.epoch < self.epochs:
+                    try:
+                        self._tell("on_epoch_begin")
+                        self._begin_epoch()
+                        self._tell("on_train_begin")
+                        with synchronized(batch_norms=self._sync_batch_norms):
+                            self._train_epoch(interrupted)
+                        if not self._sync_batch_norms:
                             processes.share_buffers(self.model)
-                except Interrupted:
-                    self.spending.add(window.result)
-                    self._check_finite(self.sums["loss"])
-                    self._save_checkpoint()
-                    raise
-                self.spending.add(window.result)
-                record = self._end_epoch(meter)
-                joules = record["joules"]["train"]
-                progress.note(
-                    f"epoch {self.epoch}/{self.recipe.epochs} loss {record['train']['loss']:.4f} "
-                    f"accuracy {record['eval']['accuracy']:.4f} ({record['eval']['split']}) "
-                    f"open {record['open_ratio']:.3f} MACs {record['macs'] / self.search.macs:.3f}"
-                    + ("" if joules is None else f" energy {joules:.0f} J")
-                )
+                    except Interrupted:
+                        self._tell("on_train_end")
+                        self._check_finite(self.sums["loss"])
+                        self._tell("on_interrupt")
+                        raise
+                    self._tell("on_train_end")
+                    self._end_epoch()
+        finally:
+            self._tell("on_fit_end")
 
-    def decide(self) -> Decisions:
-        """Decisions of the gates over the training images, without augmentation; with a target those that meet it."""
-        return self.search.decide(self.batches(self.dataset.train, shared=True), self.dtype)
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
 
-    def _enter_phase(self) -> None:
-        """At the start of an epoch: hold the gates open, let them live, or make decisions final, as the epoch asks."""
-        if self.step or self.search.over:
-            return
-        if self.search.settles_at(self.epoch):
-            decisions = self.decide()
-            if processes.is_main():
-                decisions.to_json(self.folder / "decisions.json")
-            self.make_final({name: gate.open for name, gate in decisions.items()})
-        else:
-            self.make_final(self.search.enter(self.epoch, self.history))
+    def _begin_epoch(self) -> None:
+        """The gates' part of an epoch."""
+        if self.search is not None:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                self.search.begin_epoch(self.epoch, self.calibration)
 
-    def make_final(self, decisions: Mapping[str, Tensor]) -> None:
-        """Freeze gates for good, bool `[gates]` by name; what they close leaves the network if the recipe says so."""
-        if decisions:
-            x, _ = next(iter(self.batches(self.dataset.test)))
-            self.search.make_final(decisions, self.optimizer, x)
-
-    def _choose_kernels(self) -> None:
-        """Measure the operations of the network that it is in this phase, in the first process, for all of them.
-
-        What is chosen is written to the run folder: a resumed run takes it from there.
-        """
-        if choices.make_timer(self.device) is None or not self.search.gates or self.search.phase == self._chosen_for:
-            return
-        self._chosen_for = self.search.phase
-        file = self.folder / "choices.json"
-
-        def measure() -> list[dict[str, Any]]:
-            if file.exists():
-                choices.pin(json.loads(file.read_text()))
-            evaluated = self.batches(self.dataset.test, shared=True).batch_size
-            for mode, size in (("train", self.recipe.batch_size // processes.count()), ("eval", evaluated)):
-                x = torch.rand(size, *self.dataset.image_size, device=self.device)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-                    tune(self.model, x.contiguous(memory_format=torch.channels_last), modes=[mode])
-            write_atomically(file, json.dumps(choices.used(), indent=1) + "\n")
-            return choices.used()
-
-        choices.pin(processes.from_main(measure))
-
-    def _train_epoch(self, progress: RunProgress, interrupted: list[bool]) -> None:
+    def _train_epoch(self, interrupted: list[bool]) -> None:
         schedule = self._schedule()
         self.model.train()
-        self.training_step.network = distributed.parallel(self.model)
-        for x, y in self.train_batches.start_at(self.epoch, self.step):
-            self.training_step(x, y, schedule[self.step])
+        network = distributed.parallel(self.model)
+        self.training_step.network = torch.compile(network) if self._compile else network  # type: ignore[assignment]
+        for batch in self._batches():
+            self.training_step(batch, schedule[self.step])
             self.step += 1
-            progress.step()
+            self._images += _count_samples(batch)
+            self._tell("on_step_end")
             if self.device.type == "cpu":  # a GPU would have to be waited for: there the epoch's end is soon enough
                 self._check_finite(self.sums["loss"])
             alone = self.device.type == "cpu" or processes.count() == 1  # GPUs of several processes wait here
             if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and processes.any_process(bool(interrupted)):
                 raise Interrupted
 
+    def _batches(self) -> Iterator[Any]:
+        """The epoch's batches from the next step on, on the network's device."""
+        loader: Any = self.train_loader
+        if hasattr(loader, "start_at"):
+            yield from loader.start_at(self.epoch, self.step)
+            return
+        for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.epoch)
+                break
+        goes_on, now = self.step > 0 and self._epoch_rng is not None, _random_state(self.device)
+        if goes_on:
+            _set_random_state(self._epoch_rng, self.device)
+        else:
+            self._epoch_rng = now
+        first = self.step
+        for i, batch in enumerate(loader):
+            if i < first:
+                continue
+            if i == first and goes_on:
+                _set_random_state(now, self.device)
+            yield to_device_of(self.model, batch)
+
     def _schedule(self) -> Tensor:
         """The numbers that the steps of this epoch take, a row for each, all copied to the device at once."""
-        steps = len(self.train_batches)
+        steps = len(self.train_loader)
         rows = [
             self.training_step.schedule(self._learning_rate_at(step), self.epoch + step / steps)
             for step in range(steps)
@@ -223,128 +246,116 @@ class Trainer:
         return table.to(self.device, non_blocking=True)
 
     def _learning_rate_at(self, step: int) -> float:
-        return self.recipe.learning_rate_at(self.epoch + (step + 0.5) / len(self.train_batches))
+        if self.learning_rate is None:
+            return float(self.optimizer.param_groups[0]["lr"])
+        return self.learning_rate(self.epoch + (step + 0.5) / len(self.train_loader))
 
-    def _check_finite(self, total: Tensor) -> None:
-        if not torch.isfinite(total):
-            kept = self.folder / "checkpoint.pt"
-            last = f"the last good checkpoint is {kept}" if kept.exists() else "no epoch was finished before"
+    def _check_finite(self, total: Any) -> None:
+        if not torch.isfinite(torch.as_tensor(total)):
+            kept = None if self.folder is None else self.folder / CHECKPOINT
+            last = f"the last good checkpoint is {kept}" if kept and kept.exists() else "no epoch was saved before"
             raise NonFiniteLoss(
-                f"the loss is not finite in epoch {self.epoch + 1} by step {self.step}; {last}. Lower learning_rate "
-                f"({self.recipe.learning_rate}), raise warmup_epochs, or use precision fp32"
+                f"the loss is not finite in epoch {self.epoch + 1} by step {self.step}; {last}. Lower the learning "
+                f"rate ({self._learning_rate_at(0):g}), warm it up for longer, or use fp32"
             )
 
-    def _end_epoch(self, meter: EnergyMeter) -> dict[str, Any]:
+    def _end_epoch(self) -> None:
         self._check_finite(self.sums["loss"])
-        steps = len(self.train_batches)
-        split = "test" if self.dataset.validation is None else "validation"
-        images = self.dataset.test if self.dataset.validation is None else self.dataset.validation
-        with meter.window("eval") as window:
-            evaluated = evaluate(self.model, self.batches(images, shared=True), self.dtype)
-        evaluation = Spending()
-        evaluation.add(window.result)
-        self._check_finite(torch.tensor(evaluated["loss"]))
+        steps = len(self.train_loader)
+        record: dict[str, Any] = {"epoch": self.epoch + 1}
+        if self.evaluate is not None:
+            self._tell("on_eval_begin")
+            record["eval"] = dict(self.evaluate(self.model))
+            self._tell("on_eval_end")
+            self._check_finite(record["eval"].get("loss", 0.0))
         sums = processes.average(self.sums)
-        means = {name: sums[f"gate:{name}"] / steps for name in self.search.live}
-        record = {
-            "epoch": self.epoch + 1,
-            "train": {
-                **{name: float(sums[name]) / steps for name in SUMS[:-1]},
-                "accuracy": float(sums["correct"]) / (steps * self.recipe.batch_size),
-            },
-            "eval": {"split": split, **evaluated},
-            **self.search.describe(means),
-            "macs_training": self._macs_so_far(steps * self.recipe.batch_size),
-            "learning_rate": self._learning_rate_at(steps - 1),
-            **describe_epoch(self.spending, evaluation, self.history),
-        }
-        self.history.append(record)
-        self.epoch, self.step, self.spending = self.epoch + 1, 0, Spending()
+        record["train"] = {name: float(value) / steps for name, value in sums.items()}
+        record |= self._describe_search()
+        record["learning_rate"] = self._learning_rate_at(steps - 1)
+        self.epoch, self.step, self._images, self._epoch_rng = self.epoch + 1, 0, 0, None
         for value in self.sums.values():
             value.zero_()  # a captured step adds to these very tensors
-        # metrics first: a kill between the two repeats the epoch, and its line is then replaced
-        if processes.is_main():
-            write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
-        if self.logger is not None:
-            self.logger.log(record)
-        self._save_checkpoint()
-        return record
+        self.records.append(record)
+        self._tell("on_epoch_end", record)
 
-    def _macs_so_far(self, images: int) -> dict[str, int]:
-        """MACs of training, forward passes: per image now, in all epochs so far, and in all with every gate open."""
-        before = self.history[-1]["macs_training"] if self.history else {"total": 0, "all_open_total": 0}
+    def _describe_search(self) -> dict[str, Any]:
+        """The epoch's gates and MACs; a network without gates is open and never settles anything."""
+        described: dict[str, Any] = {
+            "open_ratio": 1.0, "polarization": 0.0, "macs": self.macs, "frozen": False, "max_abs_difference": 0.0,
+            "gates": {}, "macs_training": self.macs,
+        }  # fmt: skip
+        if self.search is not None:
+            described = self.search.metrics()
+        if self.macs is not None:
+            images = self._images * processes.count()
+            self._totals["macs"] += described["macs_training"] * images
+            self._totals["all_open"] += self.macs * images
+            described["macs_training"] = {
+                "per_image": described["macs_training"],
+                "total": self._totals["macs"],
+                "all_open_total": self._totals["all_open"],
+            }
+        return described
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` goes on from: tensors, numbers, strings and containers of these."""
         return {
-            "per_image": self.search.macs_training,
-            "total": before["total"] + self.search.macs_training * images,
-            "all_open_total": before["all_open_total"] + self.search.macs * images,
-        }
-
-    def _new_sums(self) -> dict[str, Tensor]:
-        sums = {name: torch.zeros((), device=self.device) for name in SUMS}
-        return sums | {
-            f"gate:{name}": torch.zeros(gate.gates, device=self.device) for name, gate in self.search.gates.items()
-        }
-
-    def _build_optimizer(self) -> torch.optim.SGD:
-        recipe = self.recipe
-        in_gates = {id(p) for gate in self.search.gates.values() for p in gate.parameters()}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.model.parameters() if id(p) not in in_gates]},
-            {
-                "params": [p for p in self.model.parameters() if id(p) in in_gates],
-                "weight_decay": recipe.gate_weight_decay,
-            },
-        ]
-        return torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov and recipe.momentum > 0,
-            weight_decay=recipe.weight_decay,
-            fused=True if self.device.type == "cuda" else None,
-        )
-
-    def _save_checkpoint(self) -> None:
-        state = {
-            "recipe": asdict(self.recipe),
-            "image_size": list(self.dataset.image_size),
-            "num_classes": self.dataset.num_classes,
-            "search": self.search.state(),
+            "search": None if self.search is None else self.search.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "images": self._images,
+            "totals": dict(self._totals),
             "sums": processes.average(self.sums),
-            "spending": asdict(self.spending),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "callbacks": {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+            "random": _random_state(self.device),
+            "epoch_random": self._epoch_rng,
         }
-        if processes.is_main():
-            save_checkpoint(self.folder / "checkpoint.pt", state)
-        processes.wait()  # nobody leaves, or ends, before it is whole
 
-    def _restore(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return  # killed before the first epoch was saved: start over
-        state = load_checkpoint(path, self.device)
-        if recipe_from_dict(state["recipe"]) != self.recipe:
-            raise ValueError(f"{path}: it belongs to another recipe than {self.folder / 'config.json'}")
-        self.search.restore(state["search"], self.optimizer)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, with a network, an optimizer and a search that are freshly made."""
+        if self.search is not None:
+            self.search.load_state_dict(state["search"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        # checkpoints written before energy was metered know their seconds only
-        unmetered = {"seconds": state.get("seconds"), "microjoules": None, "error_bound_joules": None}
-        self.sums, self.spending = state["sums"], Spending(**state.get("spending", unmetered))
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
-        metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        self.history = [record for record in map(json.loads, lines) if record["epoch"] <= self.epoch]
+        self._images, self._totals = state["images"], dict(state["totals"])
+        for name, value in self.sums.items():
+            value.copy_(state["sums"][name])
+        for callback in self.callbacks:
+            if kept := state["callbacks"].get(type(callback).__name__):
+                callback.load_state_dict(kept)
+        self._epoch_rng = state["epoch_random"]
+        _set_random_state(state["random"], self.device)
+
+    def restore(self) -> bool:
+        """Go on from the folder's checkpoint; False where there is none: killed before the first epoch was saved."""
+        if self.folder is None:
+            raise ValueError("folder: expected the folder of the run to go on with, got none")
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return False
+        self.load_state_dict(load_checkpoint(path, self.device))
+        return True
+
+
+def _count_samples(batch: Any) -> int:
+    return max((len(x) for x in tensors_in(batch) if x.dim()), default=0)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def _set_random_state(state: Mapping[str, Any] | None, device: torch.device) -> None:
+    if state is None:
+        return
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 @contextmanager

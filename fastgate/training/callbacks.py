@@ -1,0 +1,272 @@
+"""What happens beside a training: a base class with every event, and what the command line hangs on it."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastgate import processes
+from fastgate.energy import EnergyMeter
+from fastgate.files import write_atomically
+from fastgate.ops import choices
+from fastgate.pruning.config import Phase
+from fastgate.training.checkpoint import save_checkpoint
+from fastgate.training.loggers import TensorBoardLogger
+from fastgate.training.progress import RunProgress
+from fastgate.training.run_folder import CHECKPOINT, CHOICES, DECISIONS, METRICS, read_history
+from fastgate.training.spending import Spending, describe_epoch
+from fastgate.tuning import tune
+
+if TYPE_CHECKING:
+    from fastgate.training.trainer import Trainer
+
+
+class Callback:
+    """Events of a :class:`~fastgate.training.trainer.Trainer`, in the order of a run; each does nothing here.
+
+    Under several processes every one of them has its callbacks: only the main one's may write.
+    """
+
+    def on_fit_begin(self, trainer: "Trainer") -> None:
+        """Training begins or goes on."""
+
+    def on_epoch_begin(self, trainer: "Trainer") -> None:
+        """Before the gates' part of an epoch, also where a run goes on in the middle of one."""
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Before the first step: what the gates' part removed is gone."""
+
+    def on_step_end(self, trainer: "Trainer") -> None:
+        """After every step. On a GPU it may not have been computed yet."""
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """After the last step of an epoch, or the last before an interruption."""
+
+    def on_eval_begin(self, trainer: "Trainer") -> None:
+        """Before the evaluation."""
+
+    def on_eval_end(self, trainer: "Trainer") -> None:
+        """After it."""
+
+    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """The epoch's record is there, to add to and to write; the trainer already stands before the next epoch."""
+
+    def on_interrupt(self, trainer: "Trainer") -> None:
+        """The run was interrupted between two steps and ends."""
+
+    def on_fit_end(self, trainer: "Trainer") -> None:
+        """Training has ended, or failed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: tensors, numbers, strings, and containers of these."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+
+class Metering(Callback):
+    """Seconds and joules of training and of evaluation, in every record as `seconds`, `joules` and `energy`."""
+
+    def __init__(self) -> None:
+        self._meter: EnergyMeter | None = None
+        self._window = ExitStack()
+        self._train, self._evaluation = Spending(), Spending()
+        self._totals: dict[str, Any] = {"seconds": 0.0, "joules": 0.0}
+
+    def on_fit_begin(self, trainer: "Trainer") -> None:
+        """Make a meter."""
+        self._meter = EnergyMeter(trainer.device)
+
+    def _open(self, name: str, spending: Spending) -> None:
+        if self._meter is not None:
+            window = self._meter.window(name)
+            self._window.callback(lambda: spending.add(window.result))
+            self._window.enter_context(window)
+
+    def on_epoch_begin(self, trainer: "Trainer") -> None:
+        """Training begins."""
+        self._open("train", self._train)
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """Training ends."""
+        self._window.close()
+
+    def on_eval_begin(self, trainer: "Trainer") -> None:
+        """Evaluation begins."""
+        self._open("eval", self._evaluation)
+
+    def on_eval_end(self, trainer: "Trainer") -> None:
+        """Evaluation ends."""
+        self._window.close()
+
+    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """Add what the epoch took."""
+        record |= describe_epoch(self._train, self._evaluation, self._totals)
+        self._totals = {name: record[name]["total"] for name in ("seconds", "joules")}
+        self._train, self._evaluation = Spending(), Spending()
+
+    def on_fit_end(self, trainer: "Trainer") -> None:
+        """Give the meter back; a window that a failure left open counts for nothing."""
+        self._window.pop_all()
+        if self._meter is not None:
+            self._meter.close()
+            self._meter = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch has used so far, and the run before it."""
+        return {"train": asdict(self._train), "totals": dict(self._totals)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with both."""
+        self._train, self._totals = Spending(**state["train"]), dict(state["totals"])
+
+
+class MetricsFile(Callback):
+    """`metrics.jsonl`: a line of JSON for every epoch; and `decisions.json`, once every decision is final.
+
+    Attributes:
+        records: of all epochs of the run, those before an interruption too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: list[dict[str, Any]] = []
+
+    def on_fit_begin(self, trainer: "Trainer") -> None:
+        """Read what was written before; lines of epochs that no checkpoint has are of no account."""
+        self.records = [line for line in read_history(self.folder) if line["epoch"] <= trainer.epoch]
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Write the decisions."""
+        search = trainer.search
+        if search is not None and search.phase is Phase.SETTLED and processes.is_main():
+            text = search.decisions.to_json()
+            path = self.folder / DECISIONS
+            if not path.exists() or path.read_text() != text:
+                write_atomically(path, text)
+
+    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """Write all lines anew, before the checkpoint: a kill between the two repeats the epoch and replaces its line."""
+        self.records.append(record)
+        if processes.is_main():
+            write_atomically(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.records))
+
+
+class TensorBoard(Callback):
+    """Every record to a logger."""
+
+    def __init__(self, logger: TensorBoardLogger) -> None:
+        self.logger = logger
+
+    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """Log it, in the main process."""
+        if processes.is_main():
+            self.logger.log(record)
+
+
+class Checkpoints(Callback):
+    """`checkpoint.pt`, after every epoch and where a run is interrupted.
+
+    Args:
+        folder: of the run.
+        extra: what else is kept in it, for whoever reads it.
+    """
+
+    def __init__(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+        self.path = folder / CHECKPOINT
+        self.extra = dict(extra or {})
+
+    def _save(self, trainer: "Trainer") -> None:
+        state = {**self.extra, **trainer.state_dict()}
+        if processes.is_main():
+            save_checkpoint(self.path, state)
+        processes.wait()  # nobody leaves, or ends, before it is whole
+
+    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """Save."""
+        self._save(trainer)
+
+    def on_interrupt(self, trainer: "Trainer") -> None:
+        """Save in the middle of an epoch."""
+        self._save(trainer)
+
+
+class Progress(Callback):
+    """A line for every epoch on the standard error stream, in a terminal a live bar below them."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._bar: RunProgress | None = None
+
+    def on_fit_begin(self, trainer: "Trainer") -> None:
+        """Show the bar."""
+        steps = len(trainer.train_loader)
+        self._bar = RunProgress(self.title, trainer.epochs * steps, trainer.epoch * steps + trainer.step)
+        self._bar.__enter__()
+
+    def on_step_end(self, trainer: "Trainer") -> None:
+        """One step more."""
+        if self._bar is not None:
+            self._bar.step()
+
+    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """Say what the epoch came to."""
+        if self._bar is None:
+            return
+        parts = [f"epoch {record['epoch']}/{trainer.epochs} loss {record['train']['loss']:.4f}"]
+        if "accuracy" in record.get("eval", {}):
+            parts.append(f"accuracy {record['eval']['accuracy']:.4f} ({record['eval']['split']})")
+        if trainer.search is not None:
+            share = record["macs"] / trainer.search.macs
+            parts.append(f"{record['phase']} open {record['open_ratio']:.3f} MACs {share:.3f}")
+        if (joules := record.get("joules", {}).get("train")) is not None:
+            parts.append(f"energy {joules:.0f} J")
+        self._bar.note(" ".join(parts))
+
+    def on_fit_end(self, trainer: "Trainer") -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+class KernelChoices(Callback):
+    """Measures on a GPU which implementations the network is to use, for each configuration of its gates.
+
+    The main process does it for all. What is chosen fixes the order of sums: it is kept in `choices.json` of the run
+    folder, from where a run that goes on takes it.
+
+    Args:
+        folder: of the run.
+        image_size: (C, H, W).
+        batch_sizes: by mode, "train" and "eval", of one process.
+    """
+
+    def __init__(self, folder: Path, image_size: tuple[int, int, int], batch_sizes: dict[str, int]) -> None:
+        self.file = folder / CHOICES
+        self.image_size = image_size
+        self.batch_sizes = batch_sizes
+        self._chosen_for: object = None
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Measure, where the configuration is a new one."""
+        search = trainer.search
+        if choices.make_timer(trainer.device) is None or search is None or search.configuration == self._chosen_for:
+            return
+        self._chosen_for = search.configuration
+
+        def measure() -> list[dict[str, Any]]:
+            if self.file.exists():
+                choices.pin(json.loads(self.file.read_text()))
+            for mode, size in self.batch_sizes.items():
+                x = torch.rand(size, *self.image_size, device=trainer.device)
+                with torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype is not torch.float32):
+                    tune(trainer.model, x.contiguous(memory_format=torch.channels_last), modes=[mode])
+            write_atomically(self.file, json.dumps(choices.used(), indent=1) + "\n")
+            return choices.used()
+
+        choices.pin(processes.from_main(measure))
