@@ -1,0 +1,565 @@
+"""Networks by name: this library's CIFAR ResNets, torchvision's, timm's, and those of the user's own modules.
+
+A name may carry options as a query: `torchvision:resnet18?layers=2,1,1,1&width=0.75`. Of ResNets, `layers` are the
+blocks of each stage, `widths` its channels (in bottlenecks those that the expansion multiplies), and `width` a factor
+for all widths. torchvision's stem gets as many channels as the first stage; timm's keeps its own. CIFAR ResNets have
+their depth in the name, and take `shortcut`.
+"""
+
+import difflib
+import importlib
+import inspect
+import itertools
+import math
+import operator
+import os
+import re
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from heapq import merge
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlparse
+
+import torch
+from torch import nn
+
+from fastgate.gates import named_gates
+from fastgate.models.resnet import WIDTHS, resnet
+from fastgate.pruning.costs import macs
+from fastgate.training.weights import (
+    DAMAGED,
+    find_classifiers,
+    first_line,
+    is_fastgate_file,
+    load_weights,
+    read_weights,
+    replace_classifier,
+    replace_stem,
+    replaced_classifier,
+    summed_stem,
+)
+
+KINDS = "resnetDEPTH (CIFAR: 20, 32, 44, 56, 110, any 6n + 2), torchvision:NAME, timm:NAME or package.module:function"
+_OPTIONS = {
+    "cifar": ("width", "widths", "shortcut"),
+    "torchvision": ("layers", "width", "widths"),
+    "timm": ("layers", "width", "widths"),
+    "own": (),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what goes with it.
+
+    Attributes:
+        model: plain, in training mode, on the CPU.
+        notes: what the user should be told.
+        mean: per channel of an image in [0, 1], what the recipe of the weights subtracts; None where it is not known.
+        std: likewise, what it then divides by.
+        image_size: pixels of a side that the weights were made for; None where it is not known.
+        arguments: plain data; `find_network(**arguments)` builds the same architecture, newly initialised.
+    """
+
+    model: nn.Module
+    notes: tuple[str, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    image_size: int | None
+    arguments: dict[str, Any]
+
+
+class _Preprocessing(NamedTuple):
+    """Of the recipe that default weights come from."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
+
+
+class _Shape(NamedTuple):
+    """Of a ResNet: blocks and channels of every stage."""
+
+    layers: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name in its parts: `kind` is one of `_OPTIONS`, `base` the name there."""
+
+    kind: str
+    base: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        written = {
+            key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in self.options.items()
+        }
+        prefix = f"{self.kind}:" if self.kind in ("torchvision", "timm") else ""
+        return prefix + self.base + ("?" if written else "") + "&".join(f"{k}={v}" for k, v in written.items())
+
+
+def find_network(
+    name: str,
+    num_classes: int,
+    *,
+    weights: str | os.PathLike[str] = "none",
+    in_channels: int = 3,
+    options: Mapping[str, Any] | None = None,
+) -> Network:
+    """The network of this name, for images of `in_channels` and `num_classes`, with or without weights.
+
+    Args:
+        name: `resnet110` or `cifar:resnet110`; `torchvision:resnet18`; `timm:resnet50d`; or `package.module:function`,
+            a callable in an importable module or the current directory, called with `num_classes` and `in_channels`
+            (or `in_chans`) where it takes them. Options may follow, see :mod:`fastgate.training.zoo`.
+        num_classes: outputs. A classifier of another size is replaced.
+        weights: `"none"`; `"default"`, those that torchvision or timm recommend, downloaded once; or a .pth, .pt, .bin
+            or .safetensors file with a state dict. No code in a file is run.
+        in_channels: of the images. The first convolution is replaced where it takes others.
+        options: as in the query, in addition to it.
+
+    Raises:
+        FileNotFoundError: there is no such file of weights.
+        ValueError: an unknown name or option, a package that is missing, a function that fails, or weights that are
+            damaged or of another network.
+    """
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{argument}: expected a positive whole number, got {value!r}")
+    parsed, preprocessing = _parse(name, options), _Preprocessing()
+    if weights == "default":
+        model, notes, preprocessing = _build_pretrained(parsed, num_classes, in_channels)
+    else:
+        model, notes = _build(parsed, num_classes, in_channels)
+    if gate := next((gate for gate, _ in named_gates(model)), None):
+        raise ValueError(f"network: expected {parsed} without gates, got one with {gate!r}; return the plain network")
+    if weights not in ("none", "default"):
+        notes += _load_file(model, Path(weights), parsed, num_classes)
+    arguments = {"name": str(parsed), "num_classes": num_classes, "in_channels": in_channels}
+    return Network(model.cpu().train(), notes, *preprocessing, arguments)
+
+
+def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: int, *, tolerance: float = 0.01) -> str:
+    """The name of a plain network of the same family with the wanted MACs: its depth as far as that goes, then widths.
+
+    The depth is the one that comes closest at the network's own widths, the blocks shared out over the stages as there;
+    where whole channels cannot make up for the rest, the next one. The widths are those of all stages times one factor,
+    rounded; where that does not meet the MACs, the least uneven ones that do.
+
+    Args:
+        name: of a ResNet of this library, torchvision or timm: the deepest that is considered.
+        num_classes: outputs.
+        image_size: (C, H, W).
+        wanted: MACs, as :func:`fastgate.macs` counts them.
+        tolerance: share of `wanted` that the network may be off.
+
+    Raises:
+        ValueError: depth and widths of this network cannot be chosen, or none has the wanted MACs.
+    """
+    parsed = _parse(name, None)
+    full = _shape_of(parsed)
+    if full is None:
+        raise ValueError(
+            f"network: expected a ResNet of this library, torchvision or timm, whose depth and widths can be chosen, "
+            f"got {parsed}; there is no plain network of equal MACs for it"
+        )
+    if wanted < 1:
+        raise ValueError(f"wanted: expected a positive number of MACs, got {wanted}")
+
+    @cache
+    def count(layers: tuple[int, ...], widths: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            model, _ = _build(_with_shape(parsed, _Shape(layers, widths)), num_classes, image_size[0])
+        return macs(model, image_size)
+
+    def at_own_widths(layers: tuple[int, ...]) -> int:
+        return count(layers, full.widths)
+
+    depths = list(_depths(parsed.kind, full.layers))
+    middle = bisect_left(depths, wanted, key=at_own_widths)
+    nearest_first = merge(
+        reversed(depths[:middle]), depths[middle:], key=lambda each: abs(math.log(at_own_widths(each) / wanted))
+    )
+    for layers in nearest_first:
+        widths = _match_widths(full.widths, wanted, tolerance, lambda each, layers=layers: count(layers, each))
+        if widths is not None:
+            return str(_with_shape(parsed, _Shape(layers, widths)))
+    raise ValueError(
+        f"wanted: expected MACs that a plain network like {parsed} has within {tolerance:.0%}, got {wanted}; ask for "
+        "another number"
+    )
+
+
+def _depths(kind: str, full: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Blocks per stage of every depth up to the full one, each a block deeper than the one before."""
+    if kind == "cifar":  # its name has one number for all stages
+        yield from ((blocks,) * len(full) for blocks in range(1, full[0] + 1))
+        return
+    layers = [1] * len(full)
+    yield tuple(layers)
+    while sum(layers) < sum(full):
+        # the method of Sainte-Laguë: in proportion to the full network's blocks, with which it ends
+        layers[max(range(len(full)), key=lambda stage: full[stage] / (layers[stage] + 0.5))] += 1
+        yield tuple(layers)
+
+
+def _match_widths(
+    full: tuple[int, ...], wanted: int, tolerance: float, count: Callable[[tuple[int, ...]], int]
+) -> tuple[int, ...] | None:
+    """Channels of the stages that have the wanted MACs, scaled as evenly as whole channels allow; None if none have."""
+    factor, tried = 1.0, set()
+    while (widths := _scaled(full, factor)) not in tried:
+        if abs(count(widths) - wanted) <= tolerance * wanted:
+            return widths
+        tried.add(widths)
+        # most MACs grow with the square of the widths, so that this closes in
+        factor *= math.sqrt(wanted / count(widths))
+
+    def unevenness(widths: tuple[int, ...]) -> float:
+        return sum(math.log(width / (factor * own)) ** 2 for width, own in zip(widths, full, strict=True))
+
+    near = [range(max(1, width - 3), width + 4) for width in _scaled(full, factor)]
+    if count(tuple(each[0] for each in near)) > (1 + tolerance) * wanted:
+        return None
+    if count(tuple(each[-1] for each in near)) < (1 - tolerance) * wanted:
+        return None
+    by_unevenness = sorted(itertools.product(*near), key=unevenness)
+    return next((widths for widths in by_unevenness if abs(count(widths) - wanted) <= tolerance * wanted), None)
+
+
+def _scaled(widths: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    return tuple(max(1, round(factor * width)) for width in widths)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def _parse(name: str, options: Mapping[str, Any] | None) -> _Name:
+    text, _, query = name.partition("?")
+    try:
+        given = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError as error:
+        raise ValueError(f"network: expected options like ?layers=2,1,1,1&width=0.75, got {name!r}") from error
+    kind, colon, base = text.partition(":")
+    if not colon:
+        kind, base = "cifar", text
+        if not (re.fullmatch(r"resnet\d+", base) and _depth(base) >= 8 and _depth(base) % 6 == 2):
+            raise _unknown(name, None, base)
+    elif kind not in _OPTIONS or kind == "own":
+        kind, base = "own", text
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
+            raise _unknown(name, None, text.rpartition(":")[2])
+    elif kind == "cifar" and not re.fullmatch(r"resnet\d+", base):
+        raise _unknown(name, kind, base)
+    given += list((options or {}).items())
+    if twice := [key for i, (key, _) in enumerate(given) if key in dict(given[:i])]:
+        raise ValueError(f"network: expected every option once, got {twice[0]} twice for {name!r}")
+    for key, _ in given:
+        if key not in _OPTIONS[kind]:
+            known = ", ".join(_OPTIONS[kind]) or f"none for {base}"
+            raise ValueError(f"network: expected options among {known}, got {key!r}")
+    found = {key: _option(key, value) for key, value in given}
+    if "width" in found and "widths" in found:
+        raise ValueError(f"network: expected width (a factor) or widths (channels), got both for {name!r}")
+    return _Name(kind, base, found)
+
+
+def _option(key: str, value: Any) -> Any:
+    """The value of an option, also out of a query."""
+    if key == "shortcut":
+        return str(value)
+    try:
+        if key == "width":
+            number = float(value)
+            if 0 < number < math.inf:
+                return number
+        else:
+            numbers = tuple(operator.index(int(n) if isinstance(n, str) else n) for n in _split(value))
+            if all(number > 0 for number in numbers):
+                return numbers
+    except (TypeError, ValueError):
+        pass
+    wanted = "a positive factor such as 0.75" if key == "width" else "positive whole numbers such as 2,1,1,1"
+    raise ValueError(f"network: expected for the option {key} {wanted}, got {value!r}")
+
+
+def _split(value: Any) -> Sequence[Any]:
+    return value.split(",") if isinstance(value, str) else tuple(value)
+
+
+def _depth(base: str) -> int:
+    return int(base.removeprefix("resnet"))
+
+
+def _unknown(name: str, kind: str | None, base: str, detail: str = "") -> ValueError:
+    """The error on a name that nothing has, with those that come close among one kind or all."""
+    known = {"cifar": lambda: [f"resnet{depth}" for depth in (20, 32, 44, 56, 110)], **_LISTS}
+    by_base: dict[str, list[str]] = {}
+    for each, names in known.items():
+        if kind in (None, each):
+            for found in names():
+                by_base.setdefault(found, []).append(str(_Name(each, found)))
+    close = [full for found in difflib.get_close_matches(base, by_base) for full in by_base[found]]
+    hint = f"did you mean {', '.join(close[:4])}?" if close else "nothing known is called alike"
+    return ValueError(f"network: expected {KINDS}, got {name!r}{detail}; {hint}")
+
+
+def _torchvision_names() -> list[str]:
+    models = _package("torchvision").models
+    return list(models.list_models(module=models))  # without those in its modules: detection, segmentation, ...
+
+
+def _timm_names() -> list[str]:
+    try:
+        return list(_package("timm").list_models())
+    except ValueError:
+        return []  # not installed: nothing to suggest
+
+
+_LISTS: dict[str, Callable[[], list[str]]] = {"torchvision": _torchvision_names, "timm": _timm_names}
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"network: {name}:NAME needs the package {name} ({first_line(error)}); pip install {name}"
+        ) from error
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+
+
+def _build(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """A network without weights, and notes."""
+    build = {"cifar": _build_cifar, "torchvision": _build_torchvision, "timm": _build_timm, "own": _build_own}
+    return build[parsed.kind](parsed, num_classes, in_channels)
+
+
+def _shape_of(parsed: _Name) -> _Shape | None:
+    """Blocks and channels per stage, as the options say; None for what is no ResNet of a known package."""
+    own = _own_shape(parsed.kind, parsed.base)
+    if own is None:
+        return None
+    shape = _Shape(
+        parsed.options.get("layers", own.layers),
+        parsed.options.get("widths", _scaled(own.widths, parsed.options.get("width", 1.0))),
+    )
+    for key, values in shape._asdict().items():
+        if len(values) != len(own.widths):
+            raise ValueError(
+                f"network: expected {len(own.widths)} {key} for {parsed.base}, one per stage, got "
+                f"{','.join(map(str, values))}"
+            )
+    return shape
+
+
+def _own_shape(kind: str, base: str) -> _Shape | None:
+    if kind == "cifar":
+        return _Shape(((_depth(base) - 2) // 6,) * len(WIDTHS), WIDTHS)
+    if kind == "own":
+        return None
+    with torch.device("meta"):
+        model, _ = _build(_Name(kind, base), 1, 3)
+    package = importlib.import_module("torchvision.models" if kind == "torchvision" else "timm.models.resnet")
+    if not isinstance(model, package.ResNet):
+        return None
+    stages = _stages(model)
+    last = [stage[0].conv3 if hasattr(stage[0], "conv3") else stage[0].conv2 for stage in stages]
+    return _Shape(
+        tuple(map(len, stages)),
+        tuple(conv.out_channels // stage[0].expansion for conv, stage in zip(last, stages, strict=True)),
+    )
+
+
+def _stages(model: Any) -> list[Any]:
+    return [model.layer1, model.layer2, model.layer3, model.layer4]
+
+
+def _with_shape(parsed: _Name, shape: _Shape) -> _Name:
+    """The name of a network of the same family; what it has without options is not written out."""
+    base = f"resnet{6 * shape.layers[0] + 2}" if parsed.kind == "cifar" else parsed.base
+    own = _own_shape(parsed.kind, base)
+    options = {key: value for key, value in shape._asdict().items() if value != getattr(own, key)}
+    if "shortcut" in parsed.options:
+        options["shortcut"] = parsed.options["shortcut"]
+    return _Name(parsed.kind, base, options)
+
+
+def _shape_asked_for(parsed: _Name) -> _Shape | None:
+    """None where there are no options."""
+    if not parsed.options:
+        return None
+    shape = _shape_of(parsed)
+    if shape is None:
+        raise ValueError(f"network: expected options for a ResNet, got {parsed}, which has no stages to choose")
+    return shape
+
+
+def _build_cifar(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    shape = _shape_asked_for(parsed)
+    options = {"shortcut": parsed.options["shortcut"]} if "shortcut" in parsed.options else {}
+    widths = WIDTHS if shape is None else shape.widths
+    return resnet(_depth(parsed.base), num_classes, in_channels=in_channels, widths=widths, **options), ()
+
+
+def _build_torchvision(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    if parsed.base not in _torchvision_names():
+        raise _unknown(str(parsed), "torchvision", parsed.base)
+    get_model = _package("torchvision").models.get_model
+    shape = _shape_asked_for(parsed)
+    if shape is None:
+        model = get_model(parsed.base, weights=None, num_classes=num_classes)
+    else:
+        with torch.device("meta"):
+            model = get_model(parsed.base, weights=None, num_classes=num_classes)
+        _reshape(model, shape)
+    if getattr(model, "aux_logits", False):
+        raise ValueError(
+            f"network: expected one output, got {parsed} with auxiliary classifiers; use a network of timm, such as "
+            "timm:inception_v3"
+        )
+    return model, replace_stem(model, in_channels)
+
+
+def _reshape(model: Any, shape: _Shape) -> None:
+    """Make the layers of one of torchvision's ResNets anew with other blocks and widths, in the order it makes them."""
+    block = type(model.layer1[0])
+    model.inplanes = shape.widths[0]
+    model.conv1 = nn.Conv2d(3, model.inplanes, 7, 2, 3, bias=False)
+    model.bn1 = model._norm_layer(model.inplanes)
+    for stage, (blocks, width) in enumerate(zip(*shape, strict=True), 1):
+        # the network's own method: it knows groups and the widths within bottlenecks
+        setattr(model, f"layer{stage}", model._make_layer(block, width, blocks, stride=1 if stage == 1 else 2))
+    model.fc = nn.Linear(model.inplanes, model.fc.out_features)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _build_timm(
+    parsed: _Name, num_classes: int, in_channels: int, pretrained: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
+    timm = _package("timm")
+    if not timm.is_model(parsed.base):
+        raise _unknown(str(parsed), "timm", parsed.base.partition(".")[0])
+    shape = _shape_asked_for(parsed)
+    options = {} if shape is None else {"layers": shape.layers, "channels": shape.widths}
+    try:
+        return timm.create_model(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options), ()
+    except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        what = "its default weights" if pretrained else "this"
+        raise ValueError(f"network: timm cannot make {what} for {parsed} ({first_line(error)})") from error
+
+
+def _build_own(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    module_name, _, attribute = parsed.base.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            detail = f", but there is no module {error.name} here"
+            raise _unknown(str(parsed), None, attribute, detail) from error
+        raise ValueError(
+            f"network: {module_name} cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    try:
+        function = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        alike = difflib.get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)])
+        hint = f"; did you mean {', '.join(alike)}?" if alike else ""
+        raise ValueError(f"network: {module_name} has no {attribute}{hint}") from error
+    if not callable(function) or isinstance(function, nn.Module):
+        raise ValueError(
+            f"network: expected {parsed} to be a function or class that makes a network, got a "
+            f"{type(function).__name__}"
+        )
+    try:
+        arguments = _arguments_for(function, num_classes, in_channels)
+        model = function(**arguments)
+    except Exception as error:
+        raise ValueError(f"network: {parsed} failed ({type(error).__name__}: {first_line(error)})") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"network: expected {parsed} to return a torch.nn.Module, got a {type(model).__name__}")
+    notes = () if "num_classes" in arguments else replace_classifier(model, num_classes)
+    takes_channels = "in_channels" in arguments or "in_chans" in arguments
+    return model, notes if takes_channels else notes + replace_stem(model, in_channels)
+
+
+def _arguments_for(function: Callable[..., Any], num_classes: int, in_channels: int) -> dict[str, int]:
+    """Those that a function of the user's takes. **kwargs take num_classes, which has one usual name."""
+    parameters = inspect.signature(function).parameters
+    taken = {name: in_channels for name in ("in_channels", "in_chans") if name in parameters}
+    if "num_classes" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        taken["num_classes"] = num_classes
+    return taken
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def _load_file(model: nn.Module, path: Path, parsed: _Name, num_classes: int) -> tuple[str, ...]:
+    state = read_weights(path)
+    remedy = f"is it of another network than {parsed}?"
+    if is_fastgate_file(path):
+        remedy = (
+            "fastgate.save wrote another architecture into it, perhaps a compact one: rebuild it with fastgate.load"
+        )
+    return load_weights(model, state, num_classes, str(path), remedy)
+
+
+def _build_pretrained(
+    parsed: _Name, num_classes: int, in_channels: int
+) -> tuple[nn.Module, tuple[str, ...], _Preprocessing]:
+    """A network with the weights that its package recommends, notes, and what they were trained with."""
+    if parsed.kind not in ("torchvision", "timm") or parsed.options:
+        raise ValueError(
+            f"weights: expected default for a network of torchvision or timm without options, got {parsed}; use none "
+            "or a file"
+        )
+    if in_channels not in (1, 3):
+        raise ValueError(f"weights: default ones are for images of 1 or 3 channels, got {in_channels}; use none")
+    pretrained = _pretrained_torchvision if parsed.kind == "torchvision" else _pretrained_timm
+    model, notes, (mean, std, image_size) = pretrained(parsed, num_classes, in_channels)
+    if in_channels == 1:  # one grey channel stands for all three
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return model, notes, _Preprocessing(mean, std, image_size)
+
+
+def _pretrained_torchvision(parsed: _Name, num_classes: int, in_channels: int) -> Any:
+    model, notes = _build_torchvision(parsed, num_classes, in_channels)
+    weights = _package("torchvision").models.get_model_weights(parsed.base).DEFAULT
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
+    try:
+        state = weights.get_state_dict(check_hash=True, weights_only=True)
+    except DAMAGED as error:
+        remedy = f"delete {cached}" if cached.exists() else f"fetch {weights.url} once, or give a file"
+        raise ValueError(f"weights: no default ones for {parsed} ({first_line(error)}); {remedy}") from error
+    source = f"{type(weights).__name__}.{weights.name}"
+    notes = load_weights(model, state, num_classes, source, "update torchvision, or give a file")
+    transforms = weights.transforms()
+    return model, notes, (tuple(transforms.mean), tuple(transforms.std), transforms.crop_size[0])
+
+
+def _pretrained_timm(parsed: _Name, num_classes: int, in_channels: int) -> Any:
+    model, _ = _build_timm(parsed, num_classes, in_channels, pretrained=True)
+    config: Any = model.pretrained_cfg
+    notes = [
+        replaced_classifier(name, config["num_classes"], num_classes)
+        for name in find_classifiers(model, num_classes)
+        if config["num_classes"] != num_classes
+    ]
+    if in_channels == 1:
+        notes.append(summed_stem(config["first_conv"]))
+    data = importlib.import_module("timm.data").resolve_model_data_config(model)
+    return model, tuple(notes), (tuple(data["mean"]), tuple(data["std"]), data["input_size"][-1])
