@@ -126,19 +126,14 @@ class Metering(Callback):
 
 
 class MetricsFile(Callback):
-    """`metrics.jsonl`: a line of JSON for every epoch; and `decisions.json`, once every decision is final.
-
-    Attributes:
-        records: of all epochs of the run, those before an interruption too.
-    """
+    """`metrics.jsonl`: a line of JSON for every epoch; and `decisions.json`, once every decision is final."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.records: list[dict[str, Any]] = []
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
         """Read what was written before; lines of epochs that no checkpoint has are of no account."""
-        self.records = [line for line in read_history(self.folder) if line["epoch"] <= trainer.epoch]
+        trainer.records = [line for line in read_history(self.folder) if line["epoch"] <= trainer.epoch]
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Write the decisions."""
@@ -150,10 +145,9 @@ class MetricsFile(Callback):
                 write_atomically(path, text)
 
     def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
-        """Write all lines anew, before the checkpoint: a kill between the two repeats the epoch and replaces its line."""
-        self.records.append(record)
+        """Write all lines anew, before the checkpoint: a kill between the two repeats the epoch and its line."""
         if processes.is_main():
-            write_atomically(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.records))
+            write_atomically(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in trainer.records))
 
 
 class TensorBoard(Callback):

@@ -68,7 +68,7 @@ class Trainer:
     Attributes:
         epoch, step: what is trained next, from 0.
         device: of the network.
-        records: of the epochs that this trainer has trained.
+        records: of all epochs so far; those before an interruption too, where there is a folder.
     """
 
     def __init__(
