@@ -1,6 +1,7 @@
 """From a recipe to a compact network on disk: train, decide, freeze, compact, check, measure, save."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastgate.pruning.compaction import compact
 from fastgate.pruning.costs import macs
 from fastgate.pruning.decisions import Decisions, freeze
 from fastgate.pruning.energy import measure_inference
-from fastgate.pruning.latency import measure_latency
+from fastgate.pruning.latency import latency_quartiles
 from fastgate.pruning.storage import save
 from fastgate.training import distributed
 from fastgate.training.controls import control_recipe, draw_decisions
@@ -263,20 +264,27 @@ def _write_summary(
 def measure_networks(networks: dict[str, nn.Module], dataset: Dataset, batches: Any) -> dict[str, dict[str, Any]]:
     """MACs, parameters, latency of one image, images per second and joules per image, on one batch of real images.
 
-    Joules are None where they cannot be metered; "energy" in a network's row says why, or where they come from.
+    Times are medians with their lower and upper quartile over the rounds; `load_average` is the machine's over the
+    minute before they were measured, None where the system keeps none. Joules are None where they cannot be metered;
+    "energy" in a network's row says why, or where they come from.
     """
     x, _ = next(iter(batches))
-    one = measure_latency(networks, x[:1])
-    many = measure_latency(networks, x, rounds=10)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    one = latency_quartiles(networks, x[:1])
+    many = latency_quartiles(networks, x, rounds=10)
     energy = measure_inference(networks, x)
+    images = x.shape[0]
     return {
         name: {
             "accuracy": None,
             "open_ratio": 1.0,
             "macs": macs(model, dataset.image_size),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "latency_ms": one[name] * 1e3,
-            "images_per_second": x.shape[0] / many[name],
+            "latency_ms": one[name][1] * 1e3,
+            "latency_ms_quartiles": [one[name][0] * 1e3, one[name][2] * 1e3],
+            "images_per_second": images / many[name][1],
+            "images_per_second_quartiles": [images / many[name][2], images / many[name][0]],
+            "load_average": load,
             "joules_per_image": energy[name].joules_per_sample,
             "energy": {"source": energy[name].source, "warnings": list(energy[name].warnings)},
         }
