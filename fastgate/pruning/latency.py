@@ -24,9 +24,18 @@ _BLOCK_ROUNDS = 100
 def measure_latency(
     models: Mapping[str, nn.Module], inputs: Any, forward: Forward | None = None, *, rounds: int = 30, warmup: int = 3
 ) -> dict[str, float]:
-    """Median seconds of one forward pass of each model on `inputs`, in eval mode; modes are restored.
+    """Median seconds of one forward pass of each model: what :func:`latency_quartiles` has in the middle."""
+    quartiles = latency_quartiles(models, inputs, forward, rounds=rounds, warmup=warmup)
+    return {name: median for name, (_, median, _) in quartiles.items()}
 
-    Every round times each model once, in turn. On a GPU a pass ends when the device has finished it.
+
+def latency_quartiles(
+    models: Mapping[str, nn.Module], inputs: Any, forward: Forward | None = None, *, rounds: int = 30, warmup: int = 3
+) -> dict[str, tuple[float, float, float]]:
+    """Lower quartile, median and upper quartile of the seconds of one forward pass of each model on `inputs`.
+
+    In eval mode; modes are restored. Every round times each model once, in turn. On a GPU a pass ends when the device
+    has finished it.
 
     Args:
         models: name -> network.
@@ -51,7 +60,14 @@ def measure_latency(
                 _synchronize(devices)
                 if turn >= warmup:
                     times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: _quartiles(values) for name, values in times.items()}
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return (values[0],) * 3
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, median, upper
 
 
 def block_latencies(model: nn.Module, inputs: Any, forward: Forward | None = None) -> list[int]:

@@ -1,13 +1,23 @@
-"""Run folders read back, finished or still in progress."""
+"""Run folders read back, finished or still in progress, of this version and of earlier ones."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgate.pruning.decisions import Decisions
-from fastgate.training.pipeline import CONFIG, DECISIONS, SUMMARY, read_config
-from fastgate.training.presets import Recipe
+from fastgate.reports.recipes import RecipeFacts, read_recipe
+from fastgate.training.pipeline import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY
+
+
+class Phase(NamedTuple):
+    """Epochs, counted from 1, in which the gates of a run were "open" (held so), in "search", or "settled"."""
+
+    name: str
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,7 @@ class RunRecord:
     Attributes:
         folder: where it lies.
         recipe: what was trained.
-        config: `config.json`.
+        config: `config.json`; of a folder that kept its summary alone, what of it stands there too.
         history: `metrics.jsonl`, a record per finished epoch.
         summary: `summary.json`; None while the run is in progress.
         decisions: of its gates; None before they were decided, and for a plain network.
@@ -25,31 +35,44 @@ class RunRecord:
     """
 
     folder: Path
-    recipe: Recipe
+    recipe: RecipeFacts
     config: dict[str, Any]
     history: list[dict[str, Any]]
     summary: dict[str, Any] | None
     decisions: Decisions | None
     controls: dict[str, "RunRecord"]
 
+    @property
+    def epochs(self) -> int:
+        """Of the whole run; those done so far where its recipe does not say."""
+        return self.recipe.epochs or len(self.history)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Of its gates, as far as it got; none for a network without gates."""
+        named = [(_name_phase(line, self.recipe, self.epochs), line["epoch"]) for line in self.history]
+        groups = [(name, [epoch for _, epoch in part]) for name, part in groupby(named, key=lambda pair: pair[0])]
+        return [Phase(name, epochs[0], epochs[-1]) for name, epochs in groups if name is not None]
+
 
 def read_run(folder: Path) -> RunRecord:
     """What a run folder holds.
 
     Raises:
-        ValueError: the folder holds no run, one of another version, or a damaged one.
+        ValueError: the folder holds no run, or a damaged one.
     """
-    recipe = read_config(folder)
+    summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    config = _read_config(folder, summary)
     decisions = folder / DECISIONS
-    controls = [path.parent for path in sorted(folder.glob(f"control-*/{CONFIG}"))]
+    controls = [path.parent for path in sorted(folder.glob(f"{CONTROL_PREFIX}*/{CONFIG}"))]
     return RunRecord(
         folder,
-        recipe,
-        config=_read_json(folder / CONFIG),
+        read_recipe(config["recipe"]),
+        config=config,
         history=read_history(folder),
-        summary=_read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None,
+        summary=summary,
         decisions=Decisions.from_json(decisions) if decisions.exists() else None,
-        controls={control.name.removeprefix("control-"): read_run(control) for control in controls},
+        controls={control.name.removeprefix(CONTROL_PREFIX): read_run(control) for control in controls},
     )
 
 
@@ -62,9 +85,48 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: expected a JSON object per line, got {error}; the file is damaged") from error
 
 
+def look_up(record: Mapping[str, Any], *path: str) -> Any:
+    """What stands at a path in a record; None where it is missing: what a version did not write is not known."""
+    value: Any = record
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _name_phase(line: Mapping[str, Any], recipe: RecipeFacts, epochs: int) -> str | None:
+    """The phase of an epoch, by its line of metrics; None where there are no gates.
+
+    Lines of earlier versions do not say it: gates that are frozen there were held open in the first epochs, and
+    decided after that.
+    """
+    if not line.get("gates"):
+        return None
+    if "phase" in line:
+        return str(line["phase"])
+    if not line["frozen"]:
+        return "search"
+    held_open = line["open_ratio"] == 1.0 and line["epoch"] <= round((recipe.open_until or 0.0) * epochs)
+    return "open" if held_open else "settled"
+
+
+def _read_config(folder: Path, summary: dict[str, Any] | None) -> dict[str, Any]:
+    file = folder / CONFIG
+    if file.is_file():
+        config = _read_json(file)
+    elif summary is not None:
+        config = {key: summary[key] for key in ("recipe", "environment") if key in summary}
+    else:
+        raise ValueError(f"{folder}: expected a run folder with {CONFIG}, found none")
+    if not isinstance(config.get("recipe"), dict):
+        raise ValueError(f"{file}: expected the configuration of a run with its recipe, got none; the file is foreign")
+    return config
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got {error}; the file is damaged") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; the file is foreign")
     return content
