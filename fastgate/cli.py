@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+import fastgate
 from fastgate import processes
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
@@ -22,9 +22,22 @@ from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
 from fastgate.training import distributed
-from fastgate.training.presets import PRECISIONS, PRESETS, Recipe, get_preset, parse_field
+from fastgate.training.presets import PRESETS, get_preset
+from fastgate.training.recipe import (
+    OLD_NAMES,
+    OPTIONS,
+    PRECISIONS,
+    Option,
+    Recipe,
+    change,
+    find_option,
+    list_values,
+    make_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+)
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
 app.add_typer(energy, name="energy")
 
@@ -50,10 +63,26 @@ def resolve_device(device: str) -> str:
     return distributed.own_device(device)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastgate {fastgate.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Networks that prune themselves while they train."""
+
+
 def train(
     preset: Annotated[str | None, typer.Option(help=f"one of {', '.join(PRESETS)}")] = None,
     output: Annotated[Path | None, typer.Option(help="run folder; default: runs/<preset>-<time>")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
+    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="print every option's value and stop")] = False,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
@@ -62,31 +91,38 @@ def train(
 ) -> None:
     """Train a network with gates, decide, compact, check, save, and print the table.
 
-    Every option under Recipe overrides a field of the preset.
+    The options of the recipe, in six groups below, replace what the preset says.
     """
     from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
-    from fastgate.training.pipeline import CONTROL_PREFIX, Run, read_config
+    from fastgate.training.pipeline import Run
     from fastgate.training.pipeline import train as train_run
+    from fastgate.training.run_folder import CONTROL_PREFIX, SUMMARY, read_config
     from fastgate.training.trainer import Interrupted
 
-    given = {name: parse_field(name, text) for name, text in overrides.items() if text is not None}
+    given = {name: find_option(name).parse(text) for name, text in overrides.items() if text is not None}
     if resume:
         if output is None:
             raise ValueError("--resume: expected the run folder in --output, got none")
         recipe = read_config(output)
-        asked = replace(get_preset(preset) if preset else recipe, **given)
+        asked = change(get_preset(preset) if preset else recipe, **given)
         if asked != recipe:
-            odd = [f.name for f in fields(Recipe) if getattr(asked, f.name) != getattr(recipe, f.name)]
+            before, now = list_values(recipe), list_values(asked)
             raise ValueError(
-                f"--resume: {output} was started with other values of {', '.join(odd)}; resume without these options, "
-                "or start a new run in another --output"
+                f"--resume: {output} was started with other values of "
+                f"{', '.join(name for name in now if now[name] != before[name])}; resume without these options, or "
+                "start a new run in another --output"
             )
     else:
         if preset is None:
             raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
-        recipe = replace(get_preset(preset), **given)
+        recipe = change(get_preset(preset), **given)
+    if show_recipe:
+        typer.echo(_describe_recipe(recipe))
+        return
     folder = processes.from_main(lambda: output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    if resume and (folder / SUMMARY).exists() and processes.is_main():
+        typer.echo(f"{folder}: this run is finished; nothing of it is trained again", err=True)
     command = shlex.join(["fastgate", *sys.argv[1:]])
     run = Run(recipe, folder, data_root, download, resolve_device(device), command=command, logger=logger)
     try:
@@ -102,27 +138,60 @@ def train(
     if not processes.is_main():
         return
     print_summary(summary)
-    curves = {"gated" if recipe.gating != "none" else "unpruned": folder}
-    if recipe.gating != "none":
-        curves |= {kind: folder / f"{CONTROL_PREFIX}{kind}" for kind in recipe.controls}
+    gated = recipe.gates.gating != "none"
+    curves = {"gated" if gated else "unpruned": folder}
+    if gated:
+        curves |= {kind: folder / f"{CONTROL_PREFIX}{kind}" for kind in recipe.run.controls}
     if draw_energy(curves, folder / "energy.png"):
         typer.echo(f"energy over the epochs: {folder / 'energy.png'}")
     typer.echo(f"run folder: {folder}")
 
 
+def _describe_recipe(recipe: Recipe) -> str:
+    """Every option's value, by section; the options of the command line spell it the same way."""
+    values = list_values(recipe)
+    width = max(map(len, values)) + 2
+    lines: list[str] = []
+    for name, option in OPTIONS.items():
+        if f"{option.section}:" not in lines:
+            lines.append(f"{option.section}:")
+        lines.append(f"  --{name.replace('_', '-'):<{width}}{_spell(values[name])}")
+    return "\n".join(lines)
+
+
+def _spell(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _train_signature() -> inspect.Signature:
-    """`train`'s own options, then one per recipe field: a field added there is an option here."""
+    """`train`'s own options, then those of the recipe: an option added there is one here."""
     own = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]
     extra = [
         inspect.Parameter(
-            f.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[str | None, typer.Option(help=f.metadata["help"], rich_help_panel="Recipe")],
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_command_line_option(option)
         )
-        for f in fields(Recipe)
+        for option in OPTIONS.values()
     ]
     return inspect.Signature([*own, *extra])
+
+
+def _command_line_option(option: Option) -> Any:
+    names = [option.name, *(old for old, new in OLD_NAMES.items() if new == option.name)]
+    kinds = "|".join(
+        [*("true|false" if kind is bool else kind.__name__ for kind in option.kinds), *["none"] * option.optional]
+    )
+    return Annotated[
+        str | None,
+        typer.Option(
+            *(f"--{name.replace('_', '-')}" for name in names),
+            help=f"{option.help}; default {_spell(option.default)}",
+            metavar=kinds.replace("str", "text").replace("int", "number").replace("float", "number"),
+            show_default=False,
+            rich_help_panel=f"Recipe: {option.section}",
+        ),
+    ]
 
 
 _signature = _train_signature()
@@ -141,26 +210,32 @@ def evaluate(
 ) -> None:
     """Measure a saved network: test accuracy, MACs, parameters, latency, images per second, joules per image."""
     from fastgate.reports.tables import print_evaluation
-    from fastgate.training.data import Batches, load_dataset
+    from fastgate.training.data import load_data
     from fastgate.training.networks import evaluate as evaluate_network
-    from fastgate.training.pipeline import NETWORK, measure_networks
+    from fastgate.training.pipeline import measure_networks
+    from fastgate.training.run_folder import NETWORK
 
     path = network / NETWORK if network.is_dir() else network
     model = load(path)
-    recipe = read_metadata(path).get("recipe")
-    name = dataset or (json.loads(recipe)["dataset"] if recipe else None)
-    if name is None:
+    metadata = read_metadata(path)
+    known = json.loads(metadata["data"]) if "data" in metadata else {}
+    if dataset is None and "recipe" in metadata:
+        dataset = recipe_from_dict(json.loads(metadata["recipe"])).data.dataset
+    if dataset is None:
         raise ValueError(f"{path}: it does not say what it was trained on; pass --dataset")
     where = resolve_device(device)
-    data = load_dataset(name, data_root, download=download, device=where)
+    wanted: dict[str, Any] = {}
+    if dataset.startswith("folder:") and known:
+        wanted = {"image_size": known["image_size"][1], "mean": known["mean"], "std": known["std"]}
+    data = load_data(dataset, data_root, download=download, device=where, **wanted)
     model.to(where).to(memory_format=torch.channels_last)
-    batches = Batches(data, data.test, 256, channels_last=True)
+    batches = data.evaluation("test", 256, channels_last=True)
     result = {
         "path": path,
-        "dataset": name,
-        **measure_networks({"network": model}, data, batches)["network"],
-        **evaluate_network(model, batches),
+        "dataset": dataset,
+        **evaluate_network(model, batches, num_classes=data.num_classes),
     }
+    result = {**measure_networks({"network": model}, data, batches)["network"], **result}
     print_evaluation(result)
 
 
@@ -176,7 +251,7 @@ def compact(
     checkpoint = source / "checkpoint.pt" if source.is_dir() else source
     model, recipe = load_network(checkpoint, None if decisions is None else Decisions.from_json(decisions))
     small = compact_network(model) if any(named_gates(model)) else model
-    save(small, output, metadata={"recipe": json.dumps(vars(recipe))})
+    save(small, output, metadata={"recipe": json.dumps(recipe_to_dict(recipe))})
     typer.echo(f"wrote {output}")
 
 
@@ -229,7 +304,7 @@ def reproduce(
     from fastgate.training.trainer import Interrupted
 
     given = {"epochs": epochs, "network": network, "precision": precision}
-    plan = plan_target(target, scale, {k: parse_field(k, text) for k, text in given.items() if text is not None})
+    plan = plan_target(target, scale, {k: find_option(k).parse(text) for k, text in given.items() if text is not None})
     folder = output or Path("runs") / f"paper-{scale}"
     command = shlex.join(["fastgate", *sys.argv[1:]])
     try:
@@ -282,7 +357,7 @@ def tune(
         typer.echo("nothing to measure on a CPU: there a rule says where closed channels are left out")
         return
     shape = (3, image_size, image_size)
-    recipe = Recipe(network=network, gating=gating, batch_size=batch_size, precision=precision)
+    recipe = make_recipe(network=network, gating=gating, batch_size=batch_size, precision=precision)
     model = build_network(recipe, shape, 10).to(where)
     model.to(memory_format=torch.channels_last)
     images = torch.rand(batch_size, *shape, device=where).contiguous(memory_format=torch.channels_last)
@@ -305,7 +380,7 @@ def main() -> Any:
 
     FASTGATE_TRACEBACK=1 shows the full traceback instead.
     """
-    from fastgate.training.equality import NotEqual
+    from fastgate.pruning.equality import NotEqual
     from fastgate.training.trainer import NonFiniteLoss
 
     try:

@@ -15,7 +15,7 @@ from fastgate.gates import named_gates
 from fastgate.models.attachment import attach
 from fastgate.pruning.compaction import compact
 from fastgate.pruning.costs import flops
-from fastgate.training.data import Batches
+from fastgate.training.data import Loader
 from fastgate.training.networks import evaluate
 
 SHARES = (0.2, 0.3, 0.5, 0.6, 0.8)
@@ -50,7 +50,7 @@ def drop_layers(model: nn.Module, share: float, seed: int) -> nn.Module:
 
 
 def measure_naive(
-    model: nn.Module, batches: Batches, image_size: Sequence[int], dtype: torch.dtype, file: Path
+    model: nn.Module, batches: Loader, image_size: Sequence[int], dtype: torch.dtype, file: Path
 ) -> list[dict[str, Any]]:
     """Test accuracy of both naive baselines at every share of :data:`SHARES`; measured once, then read from `file`.
 

@@ -9,7 +9,8 @@ import torch
 from fastgate.pruning.costs import flops
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load
-from fastgate.training.pipeline import CONFIG, DECISIONS, NETWORK, SUMMARY
+from fastgate.training.recipe import list_values, recipe_from_dict
+from fastgate.training.run_folder import CONFIG, DECISIONS, NETWORK, SUMMARY
 
 
 def measure_run(folder: Path) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
     """
     summary = json.loads((folder / SUMMARY).read_text())
     control = json.loads((folder / CONFIG).read_text())["control"]
-    rows, recipe = summary["rows"], summary["recipe"]
+    rows, recipe = summary["rows"], list_values(recipe_from_dict(summary["recipe"]))
     gated = recipe["gating"] != "none"
     final = rows["compact" if gated else "unpruned"]
     trained = rows.get("gated", final)
@@ -58,7 +59,7 @@ def _mean(channels: list[float]) -> float:
 
 def _conditions(summary: dict[str, Any]) -> str:
     """What the run ran on, in words."""
-    environment, recipe = summary["environment"], summary["recipe"]
+    environment, recipe = summary["environment"], list_values(recipe_from_dict(summary["recipe"]))
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
     on_gpu = summary["device"].startswith("cuda")
     machine = gpus if on_gpu else f"{environment['cpu']} (threads: {environment['torch_threads']})"

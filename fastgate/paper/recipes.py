@@ -1,12 +1,13 @@
 """The runs behind the paper's tables as recipes: section 5 as printed, or shortened to one of two smaller scales."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastgate import schedules
 from fastgate.paper.printed import CIFAR10, CIFAR100
-from fastgate.training.presets import Recipe, get_preset
+from fastgate.training.presets import get_preset
+from fastgate.training.recipe import Recipe, change
 
 BASELINE = "baseline"
 GATINGS = {"STE": "straight_through", "Gumbel-softmax": "gumbel", "Bernoulli": "mean_threshold"}
@@ -108,7 +109,7 @@ class Recipes:
             dataset,
             "layer",
             estimator=GATINGS[gating],
-            lambda_polar=self._stretch(schedules.LAMBDA_UP) if polar == RISING else polar,
+            polarization=self._stretch(schedules.LAMBDA_UP) if polar == RISING else polar,
         )
 
     def channels(self, dataset: str = CIFAR10, depth: int = 2, position: str = "after") -> PlannedRun:
@@ -123,15 +124,15 @@ class Recipes:
             "layer",
             "resnet56",
             estimator="gumbel",
-            lambda_polar="1",
-            lambda_activation=f"{activation:g}",
+            polarization="1",
+            activation=f"{activation:g}",
             seed=seed,
         )
 
     def _plan(self, what: str, dataset: str, preset: str, network: str = "resnet110", **fields: Any) -> PlannedRun:
         recipe = get_preset(f"paper-{'cifar100' if dataset == CIFAR100 else 'cifar10'}-{preset}")
-        batch_size = min(recipe.batch_size, self.scale.largest_batch or recipe.batch_size)
-        recipe = replace(
+        batch_size = min(recipe.run.batch_size, self.scale.largest_batch or recipe.run.batch_size)
+        recipe = change(
             recipe,
             **{
                 "network": self.scale.networks.get(network, network),
@@ -141,10 +142,10 @@ class Recipes:
                 **self.overrides,
             },
         )
-        return PlannedRun(f"{recipe.dataset}-{recipe.network}-batch{recipe.batch_size}-{what}", recipe)
+        return PlannedRun(f"{recipe.data.dataset}-{recipe.model.network}-batch{batch_size}-{what}", recipe)
 
     def _stretch(self, schedule: schedules.Piecewise) -> str:
         """A schedule over the paper's 350 epochs as one over this scale's."""
-        printed = get_preset("paper-cifar10-layer").epochs
+        printed = get_preset("paper-cifar10-layer").run.epochs
         epochs = self.overrides.get("epochs", self.scale.changes.get("epochs", printed))
         return ", ".join(f"{epoch * epochs / printed:g}:{value:g}" for epoch, value in schedule.points)

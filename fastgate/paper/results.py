@@ -113,7 +113,7 @@ def _has_map(row: Row, measured: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def _map(row: Row, run: Mapping[str, Any]) -> dict[str, Any]:
     """Open ratio of every gate in the epochs that Figure 6 shows; `changes`: epochs before a change of lambda."""
-    changes = [epoch for epoch, _ in schedules.parse(run["recipe"]["lambda_polar"]).points[1:]]
+    changes = [epoch for epoch, _ in schedules.parse(run["recipe"]["polarization"]).points[1:]]
     first = max(round(changes[0]) - _MAP_EPOCHS // 2, 0) if changes else 0
     return {
         "name": row.name,

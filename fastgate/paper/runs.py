@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from fastgate.paper.results import collect
 from fastgate.paper.targets import Plan
 from fastgate.pruning.storage import load
 from fastgate.training.controls import match_macs
-from fastgate.training.data import Batches
 from fastgate.training.networks import resolve_precision
-from fastgate.training.pipeline import CONFIG, NETWORK, SUMMARY, Run, read_config, train
-from fastgate.training.presets import Recipe
+from fastgate.training.pipeline import Run, train
+from fastgate.training.recipe import Recipe, change, list_values
+from fastgate.training.run_folder import CONFIG, NETWORK, SUMMARY, read_config
 
 RUNS, NAIVE = "runs", "naive.json"
 # the control is another network of the same recipe
@@ -80,14 +80,14 @@ def _check(plan: Plan, place: Place) -> None:
                 f"{folder}: it holds a run of another version ({error}); choose another --output"
             ) from error
         ignored = _OWN_FIELDS if planned.equal_to else set()
-        names = [f.name for f in fields(Recipe) if f.name not in ignored]
-        if odd := [name for name in names if getattr(stored, name) != getattr(planned.recipe, name)]:
-            is_now = ", ".join(f"{name} {getattr(stored, name)}, not {getattr(planned.recipe, name)}" for name in odd)
+        has, needed = list_values(stored), list_values(planned.recipe)
+        if odd := [name for name in needed if has[name] != needed[name] and name not in ignored]:
+            is_now = ", ".join(f"{name} {has[name]}, not {needed[name]}" for name in odd)
             raise ValueError(
                 f"{folder}: expected the run this table needs, got one with {is_now}; choose another --output"
             )
     open_runs = [planned for planned in plan.runs if not (place.folder(planned) / SUMMARY).exists()]
-    for planned in {planned.recipe.dataset: planned for planned in open_runs}.values():
+    for planned in {planned.recipe.data.dataset: planned for planned in open_runs}.values():
         place.run(planned, planned.recipe).load_data()
 
 
@@ -102,7 +102,7 @@ def _finish(planned: PlannedRun, place: Place) -> dict[str, Any]:
             gated = json.loads((place.folder(planned.equal_to) / SUMMARY).read_text())["rows"]["compact"]
             try:
                 recipe = match_macs(
-                    replace(recipe, gating="none"), dataset.image_size, dataset.num_classes, gated["macs"]
+                    change(recipe, gating="none"), dataset.image_size, dataset.num_classes, gated["macs"]
                 )
             except ValueError as error:
                 return {"reason": str(error)}
@@ -114,6 +114,6 @@ def _naive_points(planned: PlannedRun, place: Place) -> list[dict[str, Any]]:
     run = place.run(planned, planned.recipe)
     dataset = run.load_data()
     model = load(run.folder / NETWORK).to(run.device).to(memory_format=torch.channels_last)
-    batches = Batches(dataset, dataset.test, 500, channels_last=True)
-    dtype = resolve_precision(run.recipe.precision, torch.device(run.device))
+    batches = dataset.evaluation("test", 500, channels_last=True)
+    dtype = resolve_precision(run.recipe.run.precision, torch.device(run.device))
     return measure_naive(model, batches, dataset.image_size, dtype, run.folder / NAIVE)

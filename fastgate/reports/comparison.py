@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgate.training.pipeline import SUMMARY, read_config
+from fastgate.training.recipe import list_values
+from fastgate.training.run_folder import SUMMARY, read_config
 
 # columns of a summary that are compared, all of the last epoch or of the network that it left
 MEASURES = (
@@ -32,7 +33,7 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         raise ValueError("runs: expected at least one run folder, got none")
     groups: list[dict[str, Any]] = []
     for folder in folders:
-        recipe, rows = vars(read_config(folder)), _read_rows(folder)
+        recipe, rows = list_values(read_config(folder)), _read_rows(folder)
         seed = recipe["seed"]
         shared = {name: value for name, value in recipe.items() if name != "seed"}
         group = next((group for group in groups if group["recipe"] == shared), None)

@@ -9,6 +9,7 @@ from fastgate.pruning.decisions import GateDecision
 from fastgate.reports.quantities import format_si
 from fastgate.reports.runs import RunRecord
 from fastgate.training.networks import build_network
+from fastgate.training.recipe import recipe_from_dict
 
 
 class SortableCell(NamedTuple):
@@ -66,5 +67,6 @@ def _count_costs(run: RunRecord) -> dict[str, int]:
     if run.summary is None:
         return {}
     with torch.random.fork_rng(devices=[]):  # building a network draws its weights
-        network = build_network(run.recipe, run.summary["image_size"], num_classes=1)
+        recipe = recipe_from_dict(run.config["recipe"])
+        network = build_network(recipe, run.summary["image_size"], num_classes=1)
     return {name: int(cost.sum()) for name, cost in gate_costs(network, run.summary["image_size"]).items()}

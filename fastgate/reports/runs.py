@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastgate.pruning.decisions import Decisions
 from fastgate.reports.recipes import RecipeFacts, read_recipe
-from fastgate.training.pipeline import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY
+from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY
 
 
 class Phase(NamedTuple):

@@ -92,6 +92,7 @@ class Trainer:
         sync_batch_norms: bool = True,
         compile: bool = False,
     ) -> None:
+        batches: Any = train_loader
         if not isinstance(train_loader, Sized) or not len(train_loader):
             raise ValueError(
                 f"train_loader: expected batches with a length of 1 or more, got {type(train_loader).__name__}"
@@ -106,10 +107,10 @@ class Trainer:
             )
         self.model = model
         self.optimizer = optimizer
-        self.train_loader = train_loader
+        self.train_loader = batches
         self.epochs = epochs
         self.search = search
-        self.calibration = train_loader if calibration is None else calibration
+        self.calibration: Iterable[Any] = batches if calibration is None else calibration
         self.evaluate = evaluate
         self.folder = None if folder is None else Path(folder)
         self.learning_rate = learning_rate
@@ -217,6 +218,7 @@ class Trainer:
         if hasattr(loader, "start_at"):
             yield from loader.start_at(self.epoch, self.step)
             return
+        part: Any
         for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self.epoch)

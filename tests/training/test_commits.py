@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastgate.training.equality import hold_open
 
 import fastgate as fg
 from fastgate.pruning.decisions import GateDecision
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Dataset, load_dataset
-from fastgate.training.equality import hold_open
 from fastgate.training.networks import evaluate, load_network
 from fastgate.training.pipeline import Run, train
 from fastgate.training.trainer import Interrupted, Trainer

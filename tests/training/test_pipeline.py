@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastgate.training.equality import NotEqual
 from safetensors.torch import load_file
 
 import fastgate as fg
 from fastgate.gates import Gate
 from fastgate.training import pipeline, search
-from fastgate.training.equality import NotEqual
 from fastgate.training.pipeline import Run, train
 from tests.training.runs import TINY
 from tests.votes import cast_votes
