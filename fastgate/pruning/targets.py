@@ -1,7 +1,8 @@
-"""Decisions that meet a MAC target: what the samples are least sure of is opened or closed for it."""
+"""Decisions that meet a target for the cost: what the samples are least sure of is opened or closed for it."""
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,161 +12,245 @@ from fastgate.pruning.decisions import Decisions, GateDecision
 
 # layer gates: what fewer samples than this disagree on is not given up for the target's sake while it is near enough
 _DISSENT = 0.01
-# channel gates: what is near enough to a MAC target, as a share of the target
-_TOLERANCE = 0.005
-# channel gates: how many channels of equal cost on either side of the ranking's border may be decided otherwise
+# channel gates: what is near enough to a target, as a share of the target; coarser where channels go by the dozen
+_TOLERANCE, _ROUNDED_TOLERANCE = 0.005, 0.01
+# channel gates: how many entries of equal cost on either side of the ranking's border may be decided otherwise
 _WINDOW = 32
 # sums of costs that are told apart while looking for a target; the sums of layers of a ResNet are far fewer
 _SUMS = 1_000_000
 
-_FREE, _OPEN = -1, 1
+# the entry of channels that stay open whatever is chosen
+_ALWAYS_OPEN = -1
 
 
-def lowest_share(costs: Mapping[str, Tensor], total: int) -> float:
-    """The smallest MAC share that :func:`meet_target` can reach: layer gates closed, of channel gates one channel open.
+def lowest_share(costs: Mapping[str, Tensor], total: int, round_to: int | None = None) -> float:
+    """The smallest share of the cost that :func:`meet_target` can reach.
+
+    Layer gates are closed then, and of channel gates one channel is open: with `round_to` that many, or all there are.
 
     Args:
-        costs: MACs that each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
-        total: MACs of the network with everything open.
+        costs: what each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
+        total: what the network costs with everything open.
+        round_to: see :func:`meet_target`.
     """
-    closable = [int(cost.sum()) - (int(cost.min()) if len(cost) > 1 else 0) for cost in costs.values()]
-    return (total - sum(closable)) / total
+    step = _step(round_to)
+    kept = [int(cost.sort().values[:step].sum()) if len(cost) > 1 else 0 for cost in costs.values()]
+    return (total - sum(int(cost.sum()) for cost in costs.values()) + sum(kept)) / total
+
+
+def check_target(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None = None) -> None:
+    """Raise `ValueError`, with the range that can be reached, where no choice reaches the target."""
+    lowest = lowest_share(costs, total, round_to)
+    if not lowest <= target <= 1:
+        kept = "is not gated" if round_to is None else f"is not gated, or kept for round_to={round_to}"
+        raise ValueError(
+            f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's cost (less {kept}), got "
+            f"{target}"
+        )
 
 
 def meet_target(
-    decisions: Decisions, costs: Mapping[str, Tensor], target: float, total: int, *, held: Container[str] = ()
+    decisions: Decisions,
+    costs: Mapping[str, Tensor],
+    target: float,
+    total: int,
+    *,
+    held: Container[str] = (),
+    round_to: int | None = None,
 ) -> Decisions:
-    """Open and close as little as possible against the samples so that the compact network meets a MAC target.
+    """Open and close as little as possible against the samples so that the compact network meets a target.
 
-    Every sample votes for or against the MACs of every gate (channel): a choice is worth the sum of
-    cost * (2 * mean - 1) over what it opens, less the MACs by which it misses the target. Of all choices that are near
+    Every sample votes for or against the cost of every gate (channel): a choice is worth the sum of
+    cost * (2 * mean - 1) over what it opens, less the cost by which it misses the target. Of all choices that are near
     enough the one worth most is taken. So what costs the same is ranked by mean openness, and between equal means the
     earlier one stays open; where samples are divided the target decides; what they agree on is given up only to get
     near enough.
 
     * Layer gates: the nearest sum that whole layers can reach without giving up what 99 % of the samples agree on. Only
-      where that is off by more than half the MACs of the most expensive block are such decisions given up, the cheapest
+      where that is off by more than half the cost of the most expensive block are such decisions given up, the cheapest
       in votes that come so near. (Closing whatever comes nearest took two blocks that every image held open: 71 %
       instead of 77 % validation accuracy after 7 of 8 epochs: bench/results/search.)
     * Channel gates: near enough is 0.5 % of the target. Each gate keeps its channel of the highest mean, since without
       any channel more would go than the costs say. Up to 32 channels of equal cost on either side of the ranking's
       border may leave the ranking for the target's sake, which is far more than networks need.
+    * Channel gates with `round_to`: each gate keeps a multiple of it, at least one, or all of its channels: of 20 and
+      `round_to=8` 8, 16 or 20, of 6 all. Which ones is a matter of their means, how many of votes: the channels of a
+      gate come and go by rank, `round_to` at a time, and each such group has the votes of its channels. So a gate whose
+      samples agree on some other number gives up what has least votes against it, as where the target asks for it.
+      Near enough is 1 % of the target. Layer gates are decided as without it.
 
     Where nothing is near enough, the nearest is taken.
 
     Args:
         decisions: of every gate, from :func:`decide`.
-        costs: MACs that each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
+        costs: what each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
         target: wanted share of `total`.
-        total: MACs of the network with everything open, from :func:`fastgate.macs`.
-        held: names of gates whose decision is final.
+        total: what the network costs with everything open, from :func:`fastgate.macs` or `costs.total`.
+        held: names of gates whose decision is final; they keep it, rounded or not.
+        round_to: what the numbers of open channels are multiples of; None: any number.
 
     Raises:
-        ValueError: costs of other gates, or a target that no choice reaches; the message names the reachable range.
+        ValueError: costs of other gates, a target that no choice reaches (the message names the reachable range), or a
+            `round_to` below 1.
     """
     if {name: len(g.open) for name, g in decisions.items()} != {name: len(cost) for name, cost in costs.items()}:
         raise ValueError(
             f"costs: expected those of the {len(decisions)} gates decided on, got {len(costs)} of other names or "
             "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
         )
-    lowest = lowest_share(costs, total)
-    if not lowest <= target <= 1:
-        raise ValueError(
-            f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's MACs (less is not gated), got "
-            f"{target}"
-        )
-    chosen = {name: _fixed(g, name in held) for name, g in decisions.items()}
-    fixed = np.concatenate(list(chosen.values()))
-    cost = torch.cat([costs[name] for name in decisions]).numpy().astype(np.int64)
-    mean = torch.cat([g.mean for g in decisions.values()]).numpy()
-    free = np.flatnonzero(fixed == _FREE)
-    wanted = target * total - (total - cost.sum()) - cost[fixed == _OPEN].sum()
-    layers = all(len(g.open) == 1 for g in decisions.values())
-    near_enough = _near_enough(costs, target, total)
-    if layers:
-        fixed[free] = _choose_layers(mean[free], cost[free], wanted, near_enough)
+    check_target(costs, target, total, round_to)
+    arrays = {name: costs[name].numpy().astype(np.int64) for name in decisions}
+    free = {name: g for name, g in decisions.items() if name not in held}
+    entries, entry_of = _entries([(g.mean.numpy(), arrays[name]) for name, g in free.items()], _step(round_to))
+    spent = sum(int(arrays[name][g.open.numpy()].sum()) for name, g in decisions.items() if name not in free)
+    spent += sum(int(arrays[name][of == _ALWAYS_OPEN].sum()) for name, of in zip(free, entry_of, strict=True))
+    wanted = target * total - (total - sum(int(cost.sum()) for cost in arrays.values())) - spent
+    near_enough = _near_enough(costs, target, total, round_to)
+    if all(len(cost) == 1 for cost in costs.values()):
+        opened = _choose_layers(entries, wanted, near_enough)
     else:
-        fixed[free] = _choose(mean[free], cost[free], wanted, near_enough, _WINDOW)
-    parts = torch.from_numpy(fixed == _OPEN).split([len(g.open) for g in decisions.values()])
-    gates = {name: GateDecision(g.mean, part, g.rows) for (name, g), part in zip(decisions.items(), parts, strict=True)}
+        opened = _choose(entries, wanted, near_enough, _WINDOW)
+    flags = np.append(opened, True)  # the last one is what _ALWAYS_OPEN, -1, points to
+    chosen = {name: torch.from_numpy(flags[of]) for name, of in zip(free, entry_of, strict=True)}
+    gates = {name: GateDecision(g.mean, chosen.get(name, g.open), g.rows) for name, g in decisions.items()}
     return Decisions(gates, decisions.threshold, decisions.samples)
 
 
 def within_reach(
-    found: Mapping[str, Tensor], held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int
+    found: Mapping[str, Tensor],
+    held: Mapping[str, Tensor],
+    costs: Mapping[str, Tensor],
+    target: float,
+    total: int,
+    *,
+    round_to: int | None = None,
 ) -> dict[str, Tensor]:
     """Those of the decisions found that can become final, in order, while the target stays within reach.
 
-    A channel gate without any open channel is never among them: :func:`meet_target` opens one.
+    Never among them is a decision that :func:`meet_target` would not take: a channel gate without any open channel, or
+    with a number of them that `round_to` rules out. Such a gate stays alive until the target decides.
 
     Args:
         found, held: decisions to be made final, and final ones: bool `[gates]` by gate.
-        costs, target, total: see :func:`meet_target`.
+        costs, target, total, round_to: see :func:`meet_target`.
     """
     reach: dict[str, Tensor] = {}
-    nearest = _miss(held, costs, target, total)
+    step = _step(round_to)
+    nearest = _miss(held, costs, target, total, round_to)
     for name, opened in found.items():
-        empty = len(opened) > 1 and not opened.any()
-        if not empty and _miss({**held, **reach, name: opened}, costs, target, total) <= nearest:
+        kept = int(opened.sum())
+        possible = len(opened) == 1 or kept == len(opened) or (kept > 0 and kept % step == 0)
+        if possible and _miss({**held, **reach, name: opened}, costs, target, total, round_to) <= nearest:
             reach[name] = opened
     return reach
 
 
-def _near_enough(costs: Mapping[str, Tensor], target: float, total: int) -> float:
+def _step(round_to: int | None) -> int:
+    """By how many the channels of a gate come and go."""
+    if round_to is None:
+        return 1
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to: expected a number of channels such as 8 or 16, or None, got {round_to!r}")
+    return round_to
+
+
+def _near_enough(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None) -> float:
     """How much of the cost the target may be missed by."""
     if all(len(cost) == 1 for cost in costs.values()):
         return max((int(cost) for cost in costs.values()), default=0) / 2
-    return _TOLERANCE * target * total
+    return (_TOLERANCE if round_to is None else _ROUNDED_TOLERANCE) * target * total
 
 
-def _miss(held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int) -> float:
-    """How many MACs more than is near enough the nearest choice misses the target by, with these gates held."""
+def _miss(
+    held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None
+) -> float:
+    """How much more than is near enough the nearest choice misses the target by, with these gates held."""
     undecided = {
         name: GateDecision(torch.full(cost.shape, 0.5, dtype=torch.float64), held.get(name, torch.ones_like(cost) == 1))
         for name, cost in costs.items()
     }
-    met = meet_target(Decisions(undecided), costs, target, total, held=held)
+    met = meet_target(Decisions(undecided), costs, target, total, held=held, round_to=round_to)
     closed = sum(int(cost[~met[name].open].sum()) for name, cost in costs.items())
-    return max(abs(total - closed - target * total) - _near_enough(costs, target, total), 0.0)
+    return max(abs(total - closed - target * total) - _near_enough(costs, target, total, round_to), 0.0)
 
 
-def _fixed(gate: GateDecision, held: bool) -> np.ndarray:
-    """Per entry: 0 closed and 1 open for good, -1 free. A channel gate keeps its best channel."""
-    if held:
-        return gate.open.numpy().astype(np.int8)
-    fixed = np.full(len(gate.open), _FREE, dtype=np.int8)
-    if len(fixed) > 1:
-        fixed[int(gate.mean.argmax())] = _OPEN
-    return fixed
+class _Entries(NamedTuple):
+    """What can be opened or closed: layers, channels, or groups of a gate's channels; `[entries]` each.
+
+    Attributes:
+        mean: share of samples for it.
+        cost: what it switches, int64.
+        votes: sum of cost * (2 * mean - 1) over its channels.
+        chain: of the entries in a chain those of the highest means are opened, however many. What costs the same is a
+            chain. (The last group of a gate may be a smaller one, which must not be opened before the others: such a
+            gate is a chain of its own.)
+    """
+
+    mean: np.ndarray
+    cost: np.ndarray
+    votes: np.ndarray
+    chain: np.ndarray
+
+    def at(self, which: np.ndarray) -> "_Entries":
+        return _Entries(*(values[which] for values in self))
 
 
-def _choose_layers(mean: np.ndarray, cost: np.ndarray, wanted: float, near_enough: float) -> np.ndarray:
+def _entries(gates: Iterable[tuple[np.ndarray, np.ndarray]], step: int) -> tuple[_Entries, list[np.ndarray]]:
+    """Entries of gates with these means and costs, and for each gate the entry of each of its channels.
+
+    Channels that stay open whatever is chosen, the best `step` of a channel gate, have the entry `_ALWAYS_OPEN`.
+    """
+    none = np.empty(0, dtype=np.int64)
+    parts, entry_of, count = [_Entries(none.astype(float), none, none.astype(float), none)], [], 0
+    for number, (mean, cost) in enumerate(gates):
+        group = np.empty(len(mean), dtype=np.int64)
+        group[np.argsort(-mean, kind="stable")] = np.arange(len(mean)) // step
+        group -= len(mean) > 1
+        free = group != _ALWAYS_OPEN
+        sizes, costs, votes, means = (
+            np.bincount(group[free], weights)
+            for weights in (None, cost[free], (cost * (2 * mean - 1))[free], mean[free])
+        )
+        costs = costs.astype(np.int64)
+        alike = step == 1 or (costs == costs[:1]).all()
+        # never above that of the group before, not even by a rounding
+        means = np.minimum.accumulate(means / sizes)
+        parts.append(_Entries(means, costs, votes, costs if alike else np.full(len(costs), -1 - number)))
+        entry_of.append(np.where(free, group + count, _ALWAYS_OPEN))
+        count += len(costs)
+    return _Entries(*map(np.concatenate, zip(*parts, strict=True))), entry_of
+
+
+def _choose_layers(layers: _Entries, wanted: float, near_enough: float) -> np.ndarray:
     """Which layers to open, bool: what samples agree on stays if the rest can come near enough, else see `_choose`."""
+    mean, cost = layers.mean, layers.cost
     opened = mean > 0.5
     rest = (mean > _DISSENT) & (mean < 1 - _DISSENT)
-    opened[rest] = _choose(mean[rest], cost[rest], wanted - cost[opened & ~rest].sum(), 0.0, len(mean))
+    opened[rest] = _choose(layers.at(rest), wanted - cost[opened & ~rest].sum(), 0.0, len(mean))
     if abs(cost[opened].sum() - wanted) <= near_enough:
         return opened
-    return _choose(mean, cost, wanted, near_enough, len(mean))
+    return _choose(layers, wanted, near_enough, len(mean))
 
 
-def _choose(mean: np.ndarray, cost: np.ndarray, wanted: float, near_enough: float, window: int) -> np.ndarray:
+def _choose(entries: _Entries, wanted: float, near_enough: float, window: int) -> np.ndarray:
     """Which entries to open, bool, for a sum of costs near `wanted`; see :func:`meet_target` for the rule.
 
-    Dynamic programming over the distinct costs: of n entries of equal cost the k with the highest means are opened, so
-    a choice is one k per cost, and of all choices with the same sum only the best is followed.
+    Dynamic programming over the chains: of each the k entries with the highest means are opened, so a choice is one k
+    per chain, and of all choices with the same sum only the best is followed.
     """
+    mean, cost, votes_of, chain = entries
     ranking = np.argsort(-mean, kind="stable")
     prefix = ranking[: int(np.searchsorted(np.cumsum(cost[ranking]), wanted))]
     resolution = max(1, int(cost.sum()) // _SUMS)
     sums, votes = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps = []
-    for each in np.unique(cost):
-        members = ranking[cost[ranking] == each]
-        border = int((cost[prefix] == each).sum())
+    for each in np.unique(chain):
+        members = ranking[chain[ranking] == each]
+        border = int((chain[prefix] == each).sum())
         counts = np.arange(max(border - window, 0), min(border + window, len(members)) + 1)
-        gained = np.append(0.0, np.cumsum(each * (2 * mean[members] - 1)))[counts]
-        sums, votes = (sums[:, None] + each * counts).ravel(), (votes[:, None] + gained).ravel()
+        spent = np.append(0, np.cumsum(cost[members]))[counts]
+        gained = np.append(0.0, np.cumsum(votes_of[members]))[counts]
+        sums, votes = (sums[:, None] + spent).ravel(), (votes[:, None] + gained).ravel()
         # of choices with the same sum the one with the most votes; sums are merged only where there are very many
         key = sums if len(sums) <= _SUMS else sums // resolution
         order = np.lexsort((-votes, key))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastgate as fg
 from fastgate.pruning.decisions import GateDecision
-from fastgate.pruning.targets import lowest_share, meet_target
+from fastgate.pruning.targets import lowest_share, meet_target, within_reach
 from tests.helpers import GATINGS, freeze_with, gated_resnet, gating_ids
 
 
@@ -154,7 +154,7 @@ def test_held_gates_stay_as_decided() -> None:
 
 def test_a_target_out_of_reach_names_the_range() -> None:
     decisions, costs = layers([0.5, 0.5]), layer_costs([100, 100])
-    with pytest.raises(ValueError, match=r"target: expected 0\.3334 to 1 of the network's MACs .*, got 0.3"):
+    with pytest.raises(ValueError, match=r"target: expected 0\.3334 to 1 of the network's cost .*, got 0.3"):
         meet_target(decisions, costs, 0.3, 300)
     with pytest.raises(ValueError, match=r"target: expected 0\.3334 to 1 .*, got 1.5"):
         meet_target(decisions, costs, 1.5, 300)
@@ -187,3 +187,134 @@ def test_the_compact_network_has_the_macs(gating: tuple[str, str], target: float
         each = [int(cost) for cost in costs.values()]
         closed = itertools.chain.from_iterable(itertools.combinations(each, k) for k in range(len(each) + 1))
         assert abs(got - target * total) == min(abs(total - sum(choice) - target * total) for choice in closed)
+
+
+# round_to
+
+
+def allowed(size: int, step: int) -> list[int]:
+    """How many channels of a gate may be open."""
+    return [*range(step, size, step), size]
+
+
+@st.composite
+def rounded_cases(draw: st.DrawFn) -> tuple[dict[str, list[float]], dict[str, Tensor], int]:
+    """Means and costs of a few small gates, layer gates among them, and a number to round to."""
+    step = draw(st.sampled_from([1, 2, 3, 4]))
+    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4).filter(lambda sizes: max(sizes) > 1))
+    units = draw(st.lists(st.sampled_from([2, 3, 4, 7]), min_size=len(sizes), max_size=len(sizes)))
+    mean = st.one_of(st.sampled_from([0.0, 0.3, 1.0]), st.floats(0, 1))
+    means = {f"gate{i}": draw(st.lists(mean, min_size=size, max_size=size)) for i, size in enumerate(sizes)}
+    costs = {name: torch.full((len(mean),), unit) for (name, mean), unit in zip(means.items(), units, strict=True)}
+    return means, costs, step
+
+
+@given(rounded_cases(), st.floats(0, 1), st.integers(0, 40))
+def test_rounded_channels_against_every_choice(
+    case: tuple[dict[str, list[float]], dict[str, Tensor], int], share: float, ungated: int
+) -> None:
+    means, costs, step = case
+    total = ungated + sum(int(cost.sum()) for cost in costs.values())
+    lowest = lowest_share(costs, total, step)
+    target = min(lowest + share * (1 - lowest), 1.0)
+    met = meet_target(voted(means), costs, target, total, round_to=step)
+    assert {name: gate.mean.tolist() for name, gate in met.items()} == means
+    for gate in met.values():
+        if len(gate.open) > 1:
+            assert int(gate.open.sum()) in allowed(len(gate.open), step)
+            # those of the highest means
+            assert gate.open.all() or gate.mean[gate.open].min() >= gate.mean[~gate.open].max()
+    counts = [allowed(len(mean), step) if len(mean) > 1 else [0, 1] for mean in means.values()]
+    tolerance = 0.01 * target * total
+
+    def misses_and_worth(choice: tuple[int, ...]) -> tuple[float, float]:
+        spent, votes = float(ungated), 0.0
+        for kept, (name, mean) in zip(choice, means.items(), strict=True):
+            cost = int(costs[name][0])
+            spent += kept * cost
+            votes += sum(cost * (2 * each - 1) for each in sorted(mean, reverse=True)[:kept])
+        missed = abs(spent - target * total)
+        return missed, votes - missed
+
+    ours = misses_and_worth(tuple(int(gate.open.sum()) for gate in met.values()))
+    others = [misses_and_worth(choice) for choice in itertools.product(*counts)]
+    # within one percent where any choice is, else the nearest; no other that is within one percent is worth more
+    assert ours[0] <= max(tolerance, min(missed for missed, _ in others)) + 1e-9
+    assert all(worth <= ours[1] + 1e-9 for missed, worth in others if missed <= tolerance - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("means", "target", "expected"),
+    [
+        # 20 channels of 10 MACs: 8, 16 or 20 stay. The samples agree on 5: the target of 40 % asks for 8
+        pytest.param([1.0] * 5 + [0.0] * 15, 0.4, [1] * 8 + [0] * 12, id="an-odd-number-that-all-agree-on"),
+        pytest.param([0.5] * 20, 1.0, [1] * 20, id="the-full-width"),
+        pytest.param([0.1] * 4 + [0.9] * 16, 0.8, [0] * 4 + [1] * 16, id="the-highest-means"),
+        pytest.param([0.5] * 20, 0.55, [1] * 8 + [0] * 12, id="the-nearest-where-nothing-is-near-enough"),
+        pytest.param([0.5] * 6, 1.0, [1] * 6, id="narrower-than-that"),
+    ],
+)
+def test_rounded_channels(means: list[float], target: float, expected: list[int]) -> None:
+    costs = {"a": torch.full((len(means),), 10)}
+    assert opened(meet_target(voted({"a": means}), costs, target, 10 * len(means), round_to=8)) == expected
+
+
+def test_votes_decide_which_gate_is_rounded_down() -> None:
+    """Two gates whose samples agree on 12 and 20 of 32 channels: 8 and 24 are as near as 16 and 16, and dearer."""
+    decisions = voted({"a": [1.0] * 12 + [0.0] * 20, "b": [1.0] * 20 + [0.0] * 12})
+    costs = {"a": torch.full((32,), 10), "b": torch.full((32,), 10)}
+    met = meet_target(decisions, costs, 0.5, 640, round_to=8)
+    # the groups of four for and four against weigh nothing: between equal ones the earlier gate's stays
+    assert [int(gate.open.sum()) for gate in met.values()] == [16, 16]
+    decisions["a"].mean[8:12] = 0.9
+    met = meet_target(decisions, costs, 0.5, 640, round_to=8)
+    assert [int(gate.open.sum()) for gate in met.values()] == [8, 24]
+
+
+def test_layer_gates_are_not_rounded() -> None:
+    decisions, costs = layers([0.2, 0.9, 0.6, 0.8, 0.4]), layer_costs([100, 30, 70, 90, 20])
+    assert meet_target(decisions, costs, 0.6, 400, round_to=8) == meet_target(decisions, costs, 0.6, 400)
+
+
+def test_rounding_keeps_more_than_a_channel() -> None:
+    costs = {"a": torch.full((32,), 10), "b": torch.full((6,), 10), "c": torch.tensor([20])}
+    assert lowest_share(costs, 1000) == (1000 - 310 - 50 - 20) / 1000
+    assert lowest_share(costs, 1000, 8) == (1000 - 240 - 20) / 1000
+    decisions = voted({name: [0.5] * len(cost) for name, cost in costs.items()})
+    with pytest.raises(ValueError, match=r"target: expected 0\.7400 to 1 .*\(.* kept for round_to=8\), got 0.73"):
+        meet_target(decisions, costs, 0.73, 1000, round_to=8)
+    assert [int(gate.open.sum()) for gate in meet_target(decisions, costs, 0.74, 1000, round_to=8).values()] == [
+        8,
+        6,
+        0,
+    ]
+
+
+def test_what_cannot_be_kept_rounded_is_not_made_final() -> None:
+    costs = {name: torch.full((20,), 10) for name in "abcde"} | {"layer": torch.tensor([10])}
+    kept = {"a": 8, "b": 5, "c": 20, "d": 0, "e": 16}
+    found = {name: torch.arange(20) < count for name, count in kept.items()} | {"layer": torch.tensor([False])}
+    assert list(within_reach(found, {}, costs, 0.6, 1010, round_to=8)) == ["a", "c", "e", "layer"]
+    assert list(within_reach(found, {}, costs, 0.6, 1010)) == ["a", "b", "c", "e", "layer"]
+    # closed down to 8 of 20 each, they cannot meet a target of 90 % any more
+    assert list(within_reach(found, {}, costs, 0.9, 1010, round_to=8)) == ["c", "e", "layer"]
+
+
+@pytest.mark.parametrize("round_to", [0, -8, 8.0, True, "8"])
+def test_what_cannot_be_rounded_to(round_to: object) -> None:
+    costs = {"a": torch.full((8,), 10)}
+    with pytest.raises(ValueError, match="round_to: expected a number of channels such as 8 or 16, or None, got"):
+        meet_target(voted({"a": [0.5] * 8}), costs, 0.5, 100, round_to=round_to)
+
+
+@pytest.mark.parametrize("round_to", [8, 16])
+@pytest.mark.parametrize("gating", [each for each in GATINGS if each[0] == "channel"], ids=gating_ids)
+def test_the_compact_network_has_rounded_widths_and_the_macs(gating: tuple[str, str], round_to: int) -> None:
+    model = gated_resnet(20, gating)
+    total, costs = fg.macs(model, (3, 32, 32)), fg.gate_costs(model, (3, 32, 32))
+    decisions = voted({name: (0.01 + 0.98 * torch.rand(len(cost))).tolist() for name, cost in costs.items()})
+    target = (1 + lowest_share(costs, total, round_to)) / 2
+    met = meet_target(decisions, costs, target, total, round_to=round_to)
+    freeze_with(model, {name: gate.open for name, gate in met.items()})
+    assert fg.macs(fg.compact(model), (3, 32, 32)) == pytest.approx(target * total, rel=0.01)
+    assert all(int(gate.open.sum()) % round_to == 0 for gate in met.values())
