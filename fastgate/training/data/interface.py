@@ -122,9 +122,7 @@ class Batching:
                 f"got {self.batch_size}; change one of them"
             )
         if self.full and self.batch_size > self.images:
-            raise ValueError(
-                f"batch_size: expected at most {self.images} (the training images), got {self.batch_size}"
-            )
+            raise ValueError(f"batch_size: expected at most {self.images} (the training images), got {self.batch_size}")
 
     @property
     def samples(self) -> int:

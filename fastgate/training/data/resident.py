@@ -73,9 +73,7 @@ class Dataset:
         self, batch_size: int, *, seed: int = 0, shard: tuple[int, int] = (0, 1), channels_last: bool = False
     ) -> "Batches":
         """The training images, augmented, see :class:`~fastgate.training.data.Data`."""
-        return Batches(
-            self, self.train, batch_size, augment=True, seed=seed, channels_last=channels_last, shard=shard
-        )
+        return Batches(self, self.train, batch_size, augment=True, seed=seed, channels_last=channels_last, shard=shard)
 
     def evaluation(
         self, split: str, batch_size: int, *, shard: tuple[int, int] = (0, 1), channels_last: bool = False
