@@ -1,0 +1,217 @@
+"""Own images: a folder of JPEGs and the like, read while the network trains."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastgate.training.data.augmentation import Augmentation, Normalisation, check_channels, flip_and_colour
+from fastgate.training.data.interface import Batching, check_split, evaluation_batch_size
+from fastgate.training.data.layout import Split, find_splits
+from fastgate.training.data.reading import Reader, default_workers, start_worker
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Folder:
+    """A folder of images, laid out as torchvision's `ImageFolder`: a :class:`~fastgate.training.data.Data`.
+
+    A class is a folder of images, sorted by name; what is in folders inside it is of it too. Which images are which
+    split:
+
+    ==================================  ===========================  =================================================
+    in the folder                       "test"                       "validation"
+    ==================================  ===========================  =================================================
+    train/, val/ and test/              test/                        val/
+    train/ and val/, or train/ and      val/ or test/                none, or what `validation` holds out from train/
+    test/
+    train/ alone, or classes            what `validation` holds out  none
+    ==================================  ===========================  =================================================
+
+    (valid/ and validation/ are val/ too.) So the first images that are not trained on are the test split, and a share
+    of one folder held out is reported on: nothing is selected by them. Images held out are always the same ones, and of
+    each class in its proportion.
+
+    Training images are random crops, resized, half of them mirrored, with varied colour; all others are resized to a
+    shorter side of 256/224 of the size, and their centre is taken. Files are read, cropped and resized in worker
+    processes, since they differ in size; the rest is done in batches on the device. Images are turned upright as their
+    EXIF data say, and made red, green and blue.
+
+    Args:
+        path: the folder.
+        name: of the data set, None for `"folder:PATH"`.
+        validation: number of images to hold out from the training images, or a share of them below 1.
+        device: that batches are on.
+        image_size: pixels of both sides of an image in a batch.
+        mean, std: per channel, of images scaled to 0..1; None for those of ImageNet, which most weights have seen.
+        workers: processes that read images, 0 to read them in this one; None takes a processor each, up to 8. What
+            batches hold does not depend on it. A loader that is kept keeps its workers.
+        augmentation: how training images are varied, None for the defaults.
+
+    Raises:
+        ValueError: no classes, a class without images, splits with different classes, images held out that there is no
+            need for, or too many; an argument out of range.
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        validation: float = 0,
+        device: torch.device | str = "cpu",
+        image_size: int = 224,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        workers: int | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size: expected 1 pixel or more, got {image_size}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers: expected 0 or more processes, or None, got {workers}")
+        self.name = f"folder:{os.fspath(path)}" if name is None else name
+        self.image_size = (3, image_size, image_size)
+        self.mean = check_channels("mean", IMAGENET_MEAN if mean is None else mean, 3)
+        self.std = check_channels("std", IMAGENET_STD if std is None else std, 3)
+        self.device = torch.device(device)
+        self.workers = default_workers() if workers is None else workers
+        self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.class_names, self._images = find_splits(Path(path), validation)
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 to num_classes - 1."""
+        return len(self.class_names)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Numbers of images, see :class:`~fastgate.training.data.Data`."""
+        return {name: len(images) for name, images in self._images.items()}
+
+    def training(
+        self, batch_size: int, *, seed: int = 0, shard: tuple[int, int] = (0, 1), channels_last: bool = False
+    ) -> "FolderLoader":
+        """The training images, augmented, see :class:`~fastgate.training.data.Data`."""
+        batching = Batching(len(self._images["train"]), batch_size, shard, full=True)
+        return FolderLoader(self, self._images["train"], batching, seed=seed, channels_last=channels_last)
+
+    def evaluation(
+        self, split: str, batch_size: int, *, shard: tuple[int, int] = (0, 1), channels_last: bool = False
+    ) -> "FolderLoader":
+        """A split without augmentation, see :class:`~fastgate.training.data.Data`."""
+        check_split(self, split)
+        images = self._images[split]
+        batching = Batching(len(images), evaluation_batch_size(batch_size, len(images), shard), shard)
+        return FolderLoader(self, images, batching, channels_last=channels_last)
+
+
+class FolderLoader:
+    """Batches of images of a folder, see :meth:`Folder.training` and :meth:`Folder.evaluation`.
+
+    Workers are started by the first pass and wait between passes; they end with the loader. A pass that another one
+    follows before its end is over. A pass raises ValueError for a file that cannot be read, with its name.
+
+    Args:
+        data: the folder.
+        images: the split to read.
+        batching: how images are dealt out; full batches are shuffled and augmented.
+        seed: of order and augmentation.
+        channels_last: memory format of x.
+    """
+
+    def __init__(
+        self, data: Folder, images: Split, batching: Batching, *, seed: int = 0, channels_last: bool = False
+    ) -> None:
+        self.batch_size = batching.batch_size
+        self.samples = batching.samples
+        self.shard = batching.shard
+        self.seed = seed
+        self.epoch = 0
+        self.first_step = 0
+        self._images = images
+        self._batching = batching
+        self._augmentation = data.augmentation
+        self._device = data.device
+        self._normalise = Normalisation(data.mean, data.std, data.device, channels_last)
+        self._pass: object = None  # the one that batches from workers are for
+        self._plan = _Plan()
+        workers = min(data.workers, len(batching))
+        self._reading = DataLoader(
+            Reader(data.image_size[1], data.augmentation),
+            batch_size=None,  # a batch is read as a whole: the plan has an entry for each
+            sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=data.device.type == "cuda",
+            worker_init_fn=start_worker,
+            # workers are seeded from it, though they draw nothing: the seeds must not come out of the global one
+            generator=torch.Generator(),
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self._batching)
+
+    def start_at(self, epoch: int, step: int = 0) -> "FolderLoader":
+        """Let the next pass give epoch `epoch` from step `step` on."""
+        self.epoch, self.first_step = epoch, step
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        this_pass = self._pass = object()
+        parts = list(self._batching.parts(self.first_step))
+        if not parts:
+            return
+        order, crops, flips, factors = self._draw()
+        labels = self._images.labels[order].to(self._device)
+        self._plan.batches = (self._files(order[part], crops[part]) for part in parts)
+        batches = iter(self._reading)
+        for part in parts:
+            if self._pass is not this_pass:
+                raise RuntimeError(
+                    "a pass over this loader goes on after another one has begun, for which its workers now read; "
+                    "finish one first, or make a loader for each"
+                )
+            images = next(batches)
+            if isinstance(images, str):
+                raise ValueError(images)
+            x = images.to(self._device, non_blocking=True)
+            if self._batching.full:
+                x = flip_and_colour(x, flips[part], factors[part])
+            yield self._normalise(x), labels[part]
+
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All random numbers of an epoch: order and seeds of crops, on the CPU; flips and colour, on the device."""
+        n, augmentation = len(self._images), self._augmentation
+        if not self._batching.full:
+            nothing = torch.empty(0)
+            return torch.arange(n), nothing, nothing, nothing
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        order = torch.randperm(n, generator=generator)
+        crops = torch.randint(2**63 - 1, (n,), generator=generator)
+        flips = torch.rand(n, generator=generator) < (0.5 if augmentation.flip else 0.0)
+        factors = 1 + augmentation.colour * (2 * torch.rand(n, 3, generator=generator) - 1)
+        return order, crops, flips.to(self._device), factors.to(self._device)
+
+    def _files(self, order: Tensor, crops: Tensor) -> list[tuple[str, int | None]]:
+        seeds: list[Any] = crops.tolist() if self._batching.full else [None] * len(order)
+        return [(self._images.paths[i], seed) for i, seed in zip(order.tolist(), seeds, strict=True)]
+
+
+class _Plan:
+    """What a pass is to read, for a DataLoader that outlives passes; it is read again at the start of each one."""
+
+    batches: Iterable[list[tuple[str, int | None]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[str, int | None]]]:
+        return iter(self.batches)
+
+
+def _as_it_is(batch: Tensor | str) -> Tensor | str:
+    return batch

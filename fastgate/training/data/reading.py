@@ -1,0 +1,103 @@
+"""Reading image files in worker processes, each image cut and resized to the size that batches have."""
+
+import math
+import os
+import random
+import signal
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as transforms
+
+from fastgate.training.data.augmentation import Augmentation
+
+# what Pillow turns into 8 bits per channel without losing more than transparency
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+
+# shorter side / side of the centre crop in evaluation, as in the recipes of torchvision's weights
+_RESIZED = 256 / 224
+
+
+@dataclass(frozen=True)
+class Reader(Dataset[Tensor | str]):
+    """Images of one size from files. It holds no list of them: a worker is told what to read, and keeps nothing.
+
+    Args:
+        size: pixels of both sides.
+        augmentation: what random crops there are.
+    """
+
+    size: int
+    augmentation: Augmentation
+
+    def __getitem__(self, wanted: list[tuple[str, int | None]]) -> Tensor | str:
+        """Images uint8 `[N, 3, size, size]`, or what is wrong with one of them, in words.
+
+        Args:
+            wanted: a file and the seed of its random crop each; None takes the centre.
+        """
+        # words, as an exception would come out of a worker with the worker's traceback for a message
+        images = []
+        for path, seed in wanted:
+            try:
+                images.append(self._read(path, seed))
+            except Exception as error:  # decoders raise all kinds, SyntaxError and struct.error among them
+                return f"{path}: expected an image, got {type(error).__name__}: {error}; replace or remove the file"
+        return torch.stack(images)
+
+    def _read(self, path: str, seed: int | None) -> Tensor:
+        image = open_rgb(path)
+        size = [self.size, self.size]
+        if seed is not None:
+            box = random_crop(image.width, image.height, self.augmentation, random.Random(seed))
+            return transforms.pil_to_tensor(transforms.resized_crop(image, *box, size))
+        image = transforms.resize(image, [round(self.size * _RESIZED)])
+        return transforms.pil_to_tensor(transforms.center_crop(image, size))
+
+
+def open_rgb(path: str) -> Image.Image:
+    """The image in a file, upright, as red, green and blue; what is transparent shows its own colour.
+
+    Raises:
+        ValueError: more than 8 bits per channel.
+        Exception: whatever Pillow raises for a file that it cannot read.
+    """
+    with Image.open(path) as image:
+        if image.mode not in _MODES:
+            raise ValueError(f"more than 8 bits per channel (mode {image.mode}), which have no one meaning in 8")
+        upright = ImageOps.exif_transpose(image)  # as cameras mean it and viewers show it
+        if upright.mode == "P" and "transparency" in upright.info:
+            upright = upright.convert("RGBA")  # what Pillow asks for, with a warning, in place of the direct way
+        return upright.convert("RGB")
+
+
+def random_crop(width: int, height: int, augmentation: Augmentation, draws: random.Random) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop of random area and ratio, as torchvision's RandomResizedCrop draws them.
+
+    Of an image that no crop fits in ten trials it is the largest one in the middle that has an allowed ratio.
+    """
+    (smallest, largest), (narrow, wide) = augmentation.scale, augmentation.ratio
+    for _ in range(10):
+        area = width * height * draws.uniform(smallest, largest)
+        ratio = math.exp(draws.uniform(math.log(narrow), math.log(wide)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        top, left = draws.random(), draws.random()
+        if 0 < w <= width and 0 < h <= height:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    ratio = min(max(width / height, narrow), wide)
+    w, h = min(width, max(round(height * ratio), 1)), min(height, max(round(width / ratio), 1))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def default_workers() -> int:
+    """A processor each, shared with the other training processes of the machine; up to 8."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 8), 1)
+
+
+def start_worker(number: int) -> None:
+    """Leave Ctrl-C to the process that trains: it finishes its step, saves, and ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
