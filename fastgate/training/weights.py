@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -161,8 +161,8 @@ def find_classifiers(model: nn.Module, num_classes: int | None = None) -> dict[s
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)))
         and num_classes in (None, _classes(module))
     }
-    if type(model).__module__.partition(".")[0] == "timm" and hasattr(model, "get_classifier"):
-        named = model.get_classifier()
+    if type(model).__module__.partition(".")[0] == "timm":
+        named = cast(Any, model).get_classifier()
         heads = {id(head) for head in (named if isinstance(named, tuple) else (named,))}
         if found := {name: layer for name, layer in layers.items() if id(layer) in heads}:
             return found
@@ -196,7 +196,7 @@ def replace_classifier(model: nn.Module, num_classes: int) -> tuple[str, ...]:
             new = nn.Linear(layer.in_features, num_classes, bias)
         else:
             new = nn.Conv2d(layer.in_channels, num_classes, 1, bias=bias)
-        model.set_submodule(name, new)
+        model.set_submodule(name, new.to(layer.weight))
     return tuple(replaced_classifier(name, _classes(layer), num_classes) for name, layer in others.items())
 
 
@@ -223,7 +223,7 @@ def replace_stem(model: nn.Module, in_channels: int) -> tuple[str, ...]:
         old.dilation,  # type: ignore[arg-type]
         bias=old.bias is not None,
     )
-    model.set_submodule(name, new)
+    model.set_submodule(name, new.to(old.weight))
     return (f"the first convolution {name} ({old.in_channels} channels) was replaced by one of {in_channels}",)
 
 

@@ -9,27 +9,29 @@ their depth in the name, and take `shortcut`.
 import difflib
 import importlib
 import inspect
-import itertools
-import math
 import operator
 import os
-import re
 import sys
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
-from heapq import merge
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlparse
+from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
 from fastgate.gates import named_gates
 from fastgate.models.resnet import WIDTHS, resnet
-from fastgate.pruning.costs import macs
+from fastgate.training.network_names import (
+    NetworkName,
+    cifar_depth,
+    import_package,
+    parse_name,
+    torchvision_names,
+    unknown_network,
+)
 from fastgate.training.weights import (
     DAMAGED,
     find_classifiers,
@@ -42,14 +44,6 @@ from fastgate.training.weights import (
     replaced_classifier,
     summed_stem,
 )
-
-KINDS = "resnetDEPTH (CIFAR: 20, 32, 44, 56, 110, any 6n + 2), torchvision:NAME, timm:NAME or package.module:function"
-_OPTIONS = {
-    "cifar": ("width", "widths", "shortcut"),
-    "torchvision": ("layers", "width", "widths"),
-    "timm": ("layers", "width", "widths"),
-    "own": (),
-}
 
 
 @dataclass(frozen=True)
@@ -81,27 +75,11 @@ class _Preprocessing(NamedTuple):
     image_size: int | None = None
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """Of a ResNet: blocks and channels of every stage."""
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A name in its parts: `kind` is one of `_OPTIONS`, `base` the name there."""
-
-    kind: str
-    base: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        written = {
-            key: ",".join(map(str, value)) if isinstance(value, tuple) else value for key, value in self.options.items()
-        }
-        prefix = f"{self.kind}:" if self.kind in ("torchvision", "timm") else ""
-        return prefix + self.base + ("?" if written else "") + "&".join(f"{k}={v}" for k, v in written.items())
 
 
 def find_network(
@@ -132,11 +110,11 @@ def find_network(
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{argument}: expected a positive whole number, got {value!r}")
-    parsed, preprocessing = _parse(name, options), _Preprocessing()
+    parsed, preprocessing = parse_name(name, options), _Preprocessing()
     if weights == "default":
         model, notes, preprocessing = _build_pretrained(parsed, num_classes, in_channels)
     else:
-        model, notes = _build(parsed, num_classes, in_channels)
+        model, notes = build(parsed, num_classes, in_channels)
     if gate := next((gate for gate, _ in named_gates(model)), None):
         raise ValueError(f"network: expected {parsed} without gates, got one with {gate!r}; return the plain network")
     if weights not in ("none", "default"):
@@ -145,212 +123,20 @@ def find_network(
     return Network(model.cpu().train(), notes, *preprocessing, arguments)
 
 
-def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: int, *, tolerance: float = 0.01) -> str:
-    """The name of a plain network of the same family with the wanted MACs: its depth as far as that goes, then widths.
-
-    The depth is the one that comes closest at the network's own widths, the blocks shared out over the stages as there;
-    where whole channels cannot make up for the rest, the next one. The widths are those of all stages times one factor,
-    rounded; where that does not meet the MACs, the least uneven ones that do.
-
-    Args:
-        name: of a ResNet of this library, torchvision or timm: the deepest that is considered.
-        num_classes: outputs.
-        image_size: (C, H, W).
-        wanted: MACs, as :func:`fastgate.macs` counts them.
-        tolerance: share of `wanted` that the network may be off.
-
-    Raises:
-        ValueError: depth and widths of this network cannot be chosen, or none has the wanted MACs.
-    """
-    parsed = _parse(name, None)
-    full = _shape_of(parsed)
-    if full is None:
-        raise ValueError(
-            f"network: expected a ResNet of this library, torchvision or timm, whose depth and widths can be chosen, "
-            f"got {parsed}; there is no plain network of equal MACs for it"
-        )
-    if wanted < 1:
-        raise ValueError(f"wanted: expected a positive number of MACs, got {wanted}")
-
-    @cache
-    def count(layers: tuple[int, ...], widths: tuple[int, ...]) -> int:
-        with torch.device("meta"):
-            model, _ = _build(_with_shape(parsed, _Shape(layers, widths)), num_classes, image_size[0])
-        return macs(model, image_size)
-
-    def at_own_widths(layers: tuple[int, ...]) -> int:
-        return count(layers, full.widths)
-
-    depths = list(_depths(parsed.kind, full.layers))
-    middle = bisect_left(depths, wanted, key=at_own_widths)
-    nearest_first = merge(
-        reversed(depths[:middle]), depths[middle:], key=lambda each: abs(math.log(at_own_widths(each) / wanted))
-    )
-    for layers in nearest_first:
-        widths = _match_widths(full.widths, wanted, tolerance, lambda each, layers=layers: count(layers, each))
-        if widths is not None:
-            return str(_with_shape(parsed, _Shape(layers, widths)))
-    raise ValueError(
-        f"wanted: expected MACs that a plain network like {parsed} has within {tolerance:.0%}, got {wanted}; ask for "
-        "another number"
-    )
-
-
-def _depths(kind: str, full: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Blocks per stage of every depth up to the full one, each a block deeper than the one before."""
-    if kind == "cifar":  # its name has one number for all stages
-        yield from ((blocks,) * len(full) for blocks in range(1, full[0] + 1))
-        return
-    layers = [1] * len(full)
-    yield tuple(layers)
-    while sum(layers) < sum(full):
-        # the method of Sainte-Laguë: in proportion to the full network's blocks, with which it ends
-        layers[max(range(len(full)), key=lambda stage: full[stage] / (layers[stage] + 0.5))] += 1
-        yield tuple(layers)
-
-
-def _match_widths(
-    full: tuple[int, ...], wanted: int, tolerance: float, count: Callable[[tuple[int, ...]], int]
-) -> tuple[int, ...] | None:
-    """Channels of the stages that have the wanted MACs, scaled as evenly as whole channels allow; None if none have."""
-    factor, tried = 1.0, set()
-    while (widths := _scaled(full, factor)) not in tried:
-        if abs(count(widths) - wanted) <= tolerance * wanted:
-            return widths
-        tried.add(widths)
-        # most MACs grow with the square of the widths, so that this closes in
-        factor *= math.sqrt(wanted / count(widths))
-
-    def unevenness(widths: tuple[int, ...]) -> float:
-        return sum(math.log(width / (factor * own)) ** 2 for width, own in zip(widths, full, strict=True))
-
-    near = [range(max(1, width - 3), width + 4) for width in _scaled(full, factor)]
-    if count(tuple(each[0] for each in near)) > (1 + tolerance) * wanted:
-        return None
-    if count(tuple(each[-1] for each in near)) < (1 - tolerance) * wanted:
-        return None
-    by_unevenness = sorted(itertools.product(*near), key=unevenness)
-    return next((widths for widths in by_unevenness if abs(count(widths) - wanted) <= tolerance * wanted), None)
-
-
-def _scaled(widths: tuple[int, ...], factor: float) -> tuple[int, ...]:
-    return tuple(max(1, round(factor * width)) for width in widths)
-
-
-# Names ---------------------------------------------------------------------------------------------------------------
-
-
-def _parse(name: str, options: Mapping[str, Any] | None) -> _Name:
-    text, _, query = name.partition("?")
-    try:
-        given = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
-    except ValueError as error:
-        raise ValueError(f"network: expected options like ?layers=2,1,1,1&width=0.75, got {name!r}") from error
-    kind, colon, base = text.partition(":")
-    if not colon:
-        kind, base = "cifar", text
-        if not (re.fullmatch(r"resnet\d+", base) and _depth(base) >= 8 and _depth(base) % 6 == 2):
-            raise _unknown(name, None, base)
-    elif kind not in _OPTIONS or kind == "own":
-        kind, base = "own", text
-        if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
-            raise _unknown(name, None, text.rpartition(":")[2])
-    elif kind == "cifar" and not re.fullmatch(r"resnet\d+", base):
-        raise _unknown(name, kind, base)
-    given += list((options or {}).items())
-    if twice := [key for i, (key, _) in enumerate(given) if key in dict(given[:i])]:
-        raise ValueError(f"network: expected every option once, got {twice[0]} twice for {name!r}")
-    for key, _ in given:
-        if key not in _OPTIONS[kind]:
-            known = ", ".join(_OPTIONS[kind]) or f"none for {base}"
-            raise ValueError(f"network: expected options among {known}, got {key!r}")
-    found = {key: _option(key, value) for key, value in given}
-    if "width" in found and "widths" in found:
-        raise ValueError(f"network: expected width (a factor) or widths (channels), got both for {name!r}")
-    return _Name(kind, base, found)
-
-
-def _option(key: str, value: Any) -> Any:
-    """The value of an option, also out of a query."""
-    if key == "shortcut":
-        return str(value)
-    try:
-        if key == "width":
-            number = float(value)
-            if 0 < number < math.inf:
-                return number
-        else:
-            numbers = tuple(operator.index(int(n) if isinstance(n, str) else n) for n in _split(value))
-            if all(number > 0 for number in numbers):
-                return numbers
-    except (TypeError, ValueError):
-        pass
-    wanted = "a positive factor such as 0.75" if key == "width" else "positive whole numbers such as 2,1,1,1"
-    raise ValueError(f"network: expected for the option {key} {wanted}, got {value!r}")
-
-
-def _split(value: Any) -> Sequence[Any]:
-    return value.split(",") if isinstance(value, str) else tuple(value)
-
-
-def _depth(base: str) -> int:
-    return int(base.removeprefix("resnet"))
-
-
-def _unknown(name: str, kind: str | None, base: str, detail: str = "") -> ValueError:
-    """The error on a name that nothing has, with those that come close among one kind or all."""
-    known = {"cifar": lambda: [f"resnet{depth}" for depth in (20, 32, 44, 56, 110)], **_LISTS}
-    by_base: dict[str, list[str]] = {}
-    for each, names in known.items():
-        if kind in (None, each):
-            for found in names():
-                by_base.setdefault(found, []).append(str(_Name(each, found)))
-    close = [full for found in difflib.get_close_matches(base, by_base) for full in by_base[found]]
-    hint = f"did you mean {', '.join(close[:4])}?" if close else "nothing known is called alike"
-    return ValueError(f"network: expected {KINDS}, got {name!r}{detail}; {hint}")
-
-
-def _torchvision_names() -> list[str]:
-    models = _package("torchvision").models
-    return list(models.list_models(module=models))  # without those in its modules: detection, segmentation, ...
-
-
-def _timm_names() -> list[str]:
-    try:
-        return list(_package("timm").list_models())
-    except ValueError:
-        return []  # not installed: nothing to suggest
-
-
-_LISTS: dict[str, Callable[[], list[str]]] = {"torchvision": _torchvision_names, "timm": _timm_names}
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"network: {name}:NAME needs the package {name} ({first_line(error)}); pip install {name}"
-        ) from error
-
-
-# Networks ------------------------------------------------------------------------------------------------------------
-
-
-def _build(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+def build(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
     """A network without weights, and notes."""
-    build = {"cifar": _build_cifar, "torchvision": _build_torchvision, "timm": _build_timm, "own": _build_own}
-    return build[parsed.kind](parsed, num_classes, in_channels)
+    builders = {"cifar": _build_cifar, "torchvision": _build_torchvision, "timm": _build_timm, "own": _build_own}
+    return builders[parsed.kind](parsed, num_classes, in_channels)
 
 
-def _shape_of(parsed: _Name) -> _Shape | None:
+def shape_of(parsed: NetworkName) -> Shape | None:
     """Blocks and channels per stage, as the options say; None for what is no ResNet of a known package."""
     own = _own_shape(parsed.kind, parsed.base)
     if own is None:
         return None
-    shape = _Shape(
+    shape = Shape(
         parsed.options.get("layers", own.layers),
-        parsed.options.get("widths", _scaled(own.widths, parsed.options.get("width", 1.0))),
+        parsed.options.get("widths", scaled(own.widths, parsed.options.get("width", 1.0))),
     )
     for key, values in shape._asdict().items():
         if len(values) != len(own.widths):
@@ -361,59 +147,61 @@ def _shape_of(parsed: _Name) -> _Shape | None:
     return shape
 
 
-def _own_shape(kind: str, base: str) -> _Shape | None:
+def scaled(widths: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    """Widths times a factor, rounded to whole channels."""
+    return tuple(max(1, round(factor * width)) for width in widths)
+
+
+@cache
+def _own_shape(kind: str, base: str) -> Shape | None:
     if kind == "cifar":
-        return _Shape(((_depth(base) - 2) // 6,) * len(WIDTHS), WIDTHS)
+        return Shape(((cifar_depth(base) - 2) // 6,) * len(WIDTHS), WIDTHS)
     if kind == "own":
         return None
     with torch.device("meta"):
-        model, _ = _build(_Name(kind, base), 1, 3)
+        model, _ = build(NetworkName(kind, base), 1, 3)
     package = importlib.import_module("torchvision.models" if kind == "torchvision" else "timm.models.resnet")
     if not isinstance(model, package.ResNet):
         return None
-    stages = _stages(model)
+    stages: list[Any] = [model.get_submodule(f"layer{stage}") for stage in range(1, 5)]
     last = [stage[0].conv3 if hasattr(stage[0], "conv3") else stage[0].conv2 for stage in stages]
-    return _Shape(
+    return Shape(
         tuple(map(len, stages)),
         tuple(conv.out_channels // stage[0].expansion for conv, stage in zip(last, stages, strict=True)),
     )
 
 
-def _stages(model: Any) -> list[Any]:
-    return [model.layer1, model.layer2, model.layer3, model.layer4]
-
-
-def _with_shape(parsed: _Name, shape: _Shape) -> _Name:
+def with_shape(parsed: NetworkName, shape: Shape) -> NetworkName:
     """The name of a network of the same family; what it has without options is not written out."""
     base = f"resnet{6 * shape.layers[0] + 2}" if parsed.kind == "cifar" else parsed.base
     own = _own_shape(parsed.kind, base)
     options = {key: value for key, value in shape._asdict().items() if value != getattr(own, key)}
     if "shortcut" in parsed.options:
         options["shortcut"] = parsed.options["shortcut"]
-    return _Name(parsed.kind, base, options)
+    return NetworkName(parsed.kind, base, options)
 
 
-def _shape_asked_for(parsed: _Name) -> _Shape | None:
+def _shape_asked_for(parsed: NetworkName) -> Shape | None:
     """None where there are no options."""
     if not parsed.options:
         return None
-    shape = _shape_of(parsed)
+    shape = shape_of(parsed)
     if shape is None:
         raise ValueError(f"network: expected options for a ResNet, got {parsed}, which has no stages to choose")
     return shape
 
 
-def _build_cifar(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+def _build_cifar(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
     shape = _shape_asked_for(parsed)
     options = {"shortcut": parsed.options["shortcut"]} if "shortcut" in parsed.options else {}
     widths = WIDTHS if shape is None else shape.widths
-    return resnet(_depth(parsed.base), num_classes, in_channels=in_channels, widths=widths, **options), ()
+    return resnet(cifar_depth(parsed.base), num_classes, in_channels=in_channels, widths=widths, **options), ()
 
 
-def _build_torchvision(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
-    if parsed.base not in _torchvision_names():
-        raise _unknown(str(parsed), "torchvision", parsed.base)
-    get_model = _package("torchvision").models.get_model
+def _build_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    if parsed.base not in torchvision_names():
+        raise unknown_network(str(parsed), "torchvision", parsed.base)
+    get_model = import_package("torchvision").models.get_model
     shape = _shape_asked_for(parsed)
     if shape is None:
         model = get_model(parsed.base, weights=None, num_classes=num_classes)
@@ -429,7 +217,7 @@ def _build_torchvision(parsed: _Name, num_classes: int, in_channels: int) -> tup
     return model, replace_stem(model, in_channels)
 
 
-def _reshape(model: Any, shape: _Shape) -> None:
+def _reshape(model: Any, shape: Shape) -> None:
     """Make the layers of one of torchvision's ResNets anew with other blocks and widths, in the order it makes them."""
     block = type(model.layer1[0])
     model.inplanes = shape.widths[0]
@@ -445,21 +233,21 @@ def _reshape(model: Any, shape: _Shape) -> None:
 
 
 def _build_timm(
-    parsed: _Name, num_classes: int, in_channels: int, pretrained: bool = False
+    parsed: NetworkName, num_classes: int, in_channels: int, pretrained: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    timm = _package("timm")
+    timm = import_package("timm")
     if not timm.is_model(parsed.base):
-        raise _unknown(str(parsed), "timm", parsed.base.partition(".")[0])
+        raise unknown_network(str(parsed), "timm", parsed.base.partition(".")[0])
     shape = _shape_asked_for(parsed)
     options = {} if shape is None else {"layers": shape.layers, "channels": shape.widths}
     try:
         return timm.create_model(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options), ()
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        what = "its default weights" if pretrained else "this"
-        raise ValueError(f"network: timm cannot make {what} for {parsed} ({first_line(error)})") from error
+        what = "with its default weights" if pretrained else "without weights"
+        raise ValueError(f"network: timm cannot make {parsed} {what} ({first_line(error)})") from error
 
 
-def _build_own(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
+def _build_own(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
     module_name, _, attribute = parsed.base.partition(":")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` does
@@ -469,7 +257,7 @@ def _build_own(parsed: _Name, num_classes: int, in_channels: int) -> tuple[nn.Mo
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             detail = f", but there is no module {error.name} here"
-            raise _unknown(str(parsed), None, attribute, detail) from error
+            raise unknown_network(str(parsed), None, attribute, detail) from error
         raise ValueError(
             f"network: {module_name} cannot be imported ({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -505,10 +293,7 @@ def _arguments_for(function: Callable[..., Any], num_classes: int, in_channels: 
     return taken
 
 
-# Weights -------------------------------------------------------------------------------------------------------------
-
-
-def _load_file(model: nn.Module, path: Path, parsed: _Name, num_classes: int) -> tuple[str, ...]:
+def _load_file(model: nn.Module, path: Path, parsed: NetworkName, num_classes: int) -> tuple[str, ...]:
     state = read_weights(path)
     remedy = f"is it of another network than {parsed}?"
     if is_fastgate_file(path):
@@ -519,7 +304,7 @@ def _load_file(model: nn.Module, path: Path, parsed: _Name, num_classes: int) ->
 
 
 def _build_pretrained(
-    parsed: _Name, num_classes: int, in_channels: int
+    parsed: NetworkName, num_classes: int, in_channels: int
 ) -> tuple[nn.Module, tuple[str, ...], _Preprocessing]:
     """A network with the weights that its package recommends, notes, and what they were trained with."""
     if parsed.kind not in ("torchvision", "timm") or parsed.options:
@@ -536,9 +321,9 @@ def _build_pretrained(
     return model, notes, _Preprocessing(mean, std, image_size)
 
 
-def _pretrained_torchvision(parsed: _Name, num_classes: int, in_channels: int) -> Any:
+def _pretrained_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) -> Any:
     model, notes = _build_torchvision(parsed, num_classes, in_channels)
-    weights = _package("torchvision").models.get_model_weights(parsed.base).DEFAULT
+    weights = import_package("torchvision").models.get_model_weights(parsed.base).DEFAULT
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
     try:
         state = weights.get_state_dict(check_hash=True, weights_only=True)
@@ -551,7 +336,7 @@ def _pretrained_torchvision(parsed: _Name, num_classes: int, in_channels: int) -
     return model, notes, (tuple(transforms.mean), tuple(transforms.std), transforms.crop_size[0])
 
 
-def _pretrained_timm(parsed: _Name, num_classes: int, in_channels: int) -> Any:
+def _pretrained_timm(parsed: NetworkName, num_classes: int, in_channels: int) -> Any:
     model, _ = _build_timm(parsed, num_classes, in_channels, pretrained=True)
     config: Any = model.pretrained_cfg
     notes = [

@@ -1,0 +1,106 @@
+"""Plain networks of equal MACs: what a compact network is compared with."""
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from heapq import merge
+
+import torch
+
+from fastgate.pruning.costs import macs
+from fastgate.training.network_names import parse_name
+from fastgate.training.zoo import Shape, build, scaled, shape_of, with_shape
+
+
+def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: int, *, tolerance: float = 0.01) -> str:
+    """The name of a plain network of the same family with the wanted MACs: its depth as far as that goes, then widths.
+
+    The depth is the one that comes closest at the network's own widths, the blocks shared out over the stages as there;
+    where whole channels cannot make up for the rest, the next one. The widths are those of all stages times one factor,
+    rounded; where that does not meet the MACs, the least uneven ones that do.
+
+    Args:
+        name: of a ResNet of this library, torchvision or timm: the deepest that is considered.
+        num_classes: outputs.
+        image_size: (C, H, W).
+        wanted: MACs, as :func:`fastgate.macs` counts them.
+        tolerance: share of `wanted` that the network may be off.
+
+    Raises:
+        ValueError: depth and widths of this network cannot be chosen, or none has the wanted MACs.
+    """
+    parsed = parse_name(name, None)
+    full = shape_of(parsed)
+    if full is None:
+        raise ValueError(
+            f"network: expected a ResNet of this library, torchvision or timm, whose depth and widths can be chosen, "
+            f"got {parsed}; there is no plain network of equal MACs for it"
+        )
+    if wanted < 1:
+        raise ValueError(f"wanted: expected a positive number of MACs, got {wanted}")
+
+    @cache
+    def count(layers: tuple[int, ...], widths: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            model, _ = build(with_shape(parsed, Shape(layers, widths)), num_classes, image_size[0])
+        return macs(model, image_size)
+
+    depths = list(_depths(parsed.kind, full.layers))
+    least = count(depths[0], (1,) * len(full.widths))
+    if least > (1 + tolerance) * wanted:
+        raise ValueError(f"wanted: expected at least {least} MACs, of the smallest network like {parsed}, got {wanted}")
+
+    def at_own_widths(layers: tuple[int, ...]) -> int:
+        return count(layers, full.widths)
+
+    middle = bisect_left(depths, wanted, key=at_own_widths)
+    nearest_first = merge(
+        reversed(depths[:middle]), depths[middle:], key=lambda each: abs(math.log(at_own_widths(each) / wanted))
+    )
+    for layers in nearest_first:
+        widths = _match_widths(full.widths, wanted, tolerance, partial(count, layers))
+        if widths is not None:
+            return str(with_shape(parsed, Shape(layers, widths)))
+    raise ValueError(
+        f"wanted: expected MACs that a plain network like {parsed} has within {tolerance:.0%}, got {wanted}; ask for "
+        "another number"
+    )
+
+
+def _depths(kind: str, full: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Blocks per stage of every depth up to the full one, each a block deeper than the one before."""
+    if kind == "cifar":  # its name has one number for all stages
+        yield from ((blocks,) * len(full) for blocks in range(1, full[0] + 1))
+        return
+    layers = [1] * len(full)
+    yield tuple(layers)
+    while sum(layers) < sum(full):
+        # the method of Sainte-Laguë: in proportion to the full network's blocks, with which it ends
+        layers[max(range(len(full)), key=lambda stage: full[stage] / (layers[stage] + 0.5))] += 1
+        yield tuple(layers)
+
+
+def _match_widths(
+    full: tuple[int, ...], wanted: int, tolerance: float, count: Callable[[tuple[int, ...]], int]
+) -> tuple[int, ...] | None:
+    """Channels of the stages that have the wanted MACs, scaled as evenly as whole channels allow; None if none have."""
+    factor, tried = 1.0, set()
+    while (widths := scaled(full, factor)) not in tried:
+        if abs(count(widths) - wanted) <= tolerance * wanted:
+            return widths
+        tried.add(widths)
+        # most MACs grow with the square of the widths, so that this closes in
+        factor *= math.sqrt(wanted / count(widths))
+
+    def unevenness(widths: tuple[int, ...]) -> float:
+        return sum(math.log(width / (factor * own)) ** 2 for width, own in zip(widths, full, strict=True))
+
+    near = [range(max(1, width - 3), width + 4) for width in scaled(full, factor)]
+    if count(tuple(each[0] for each in near)) > (1 + tolerance) * wanted:
+        return None
+    if count(tuple(each[-1] for each in near)) < (1 - tolerance) * wanted:
+        return None
+    by_unevenness = sorted(itertools.product(*near), key=unevenness)
+    return next((widths for widths in by_unevenness if abs(count(widths) - wanted) <= tolerance * wanted), None)
