@@ -47,10 +47,14 @@ def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: i
             model, _ = build(with_shape(parsed, Shape(layers, widths)), num_classes, image_size[0])
         return macs(model, image_size)
 
+    depths = list(_depths(parsed.kind, full.layers))
+    least = count(depths[0], (1,) * len(full.widths))
+    if least > (1 + tolerance) * wanted:
+        raise ValueError(f"wanted: expected at least {least} MACs, of the smallest network like {parsed}, got {wanted}")
+
     def at_own_widths(layers: tuple[int, ...]) -> int:
         return count(layers, full.widths)
 
-    depths = list(_depths(parsed.kind, full.layers))
     middle = bisect_left(depths, wanted, key=at_own_widths)
     nearest_first = merge(
         reversed(depths[:middle]), depths[middle:], key=lambda each: abs(math.log(at_own_widths(each) / wanted))
