@@ -10,7 +10,6 @@ of evaluation, means over the epochs, and the first network's joules divided by 
 
 import argparse
 import json
-from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.training.data import Batches, Dataset, load_dataset
 from fastgate.training.networks import build_network, evaluate, resolve_precision
-from fastgate.training.presets import Recipe
+from fastgate.training.recipe import Recipe, change, make_recipe, recipe_to_dict
 
 
 def build_networks(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, nn.Module]:
@@ -45,7 +44,7 @@ def build_networks(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str
     for gate in gates:
         gate.unfreeze()
     return {
-        "unpruned": build_network(replace(recipe, gating="none"), data.image_size, data.num_classes),
+        "unpruned": build_network(change(recipe, gating="none"), data.image_size, data.num_classes),
         "gated": gated,
         "compact": compact,
     }
@@ -70,8 +69,8 @@ def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Bat
 def measure(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, dict[str, Any]]:
     """Train and evaluate the networks in turn; the first epoch of each only warms up."""
     device = data.train.labels.device
-    dtype = resolve_precision(recipe.precision, device)
-    batches = Batches(data, data.train, recipe.batch_size, augment=True, seed=recipe.seed, channels_last=True)
+    dtype = resolve_precision(recipe.run.precision, device)
+    batches = Batches(data, data.train, recipe.run.batch_size, augment=True, seed=recipe.run.seed, channels_last=True)
     test = Batches(data, data.test, 500, channels_last=True)
     networks = build_networks(recipe, data, open_ratio)
     optimizers = {}
@@ -80,9 +79,9 @@ def measure(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, dict[
         optimizers[name] = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     meter = EnergyMeter(device)
     spent: dict[str, dict[str, list[Energy]]] = {name: {"train": [], "eval": []} for name in networks}
-    for epoch in range(recipe.epochs + 1):
+    for epoch in range(recipe.run.epochs + 1):
         for name, model in networks.items():
-            with meter.window(f"{name} train", items=len(batches) * recipe.batch_size) as train:
+            with meter.window(f"{name} train", items=len(batches) * recipe.run.batch_size) as train:
                 train_epoch(model, optimizers[name], batches.start_at(epoch), dtype)
             with meter.window(f"{name} eval", items=len(data.test)) as evaluation:
                 evaluate(model, test, dtype)
@@ -140,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.open_ratio <= 1:
         parser.error(f"--open-ratio: expected a share above 0, at most 1, got {options.open_ratio}")
-    recipe = Recipe(
+    recipe = make_recipe(
         dataset=options.dataset,
         network=options.network,
         gating=options.gating,
@@ -154,7 +153,7 @@ def main() -> None:
     if options.output is not None:
         content = {
             "rows": rows,
-            "recipe": asdict(recipe),
+            "recipe": recipe_to_dict(recipe),
             "open_ratio": options.open_ratio,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "environment": describe_environment(),

@@ -22,8 +22,8 @@ import torch
 from bench.machine import describe_machine
 from fastgate.files import write_atomically
 from fastgate.training.data import load_dataset
-from fastgate.training.presets import Recipe
-from fastgate.training.trainer import Trainer
+from fastgate.training.pipeline import Run, make_trainer
+from fastgate.training.recipe import make_recipe
 
 BATCHES, STEPS, ROUNDS = 40, 3, 5
 
@@ -38,18 +38,18 @@ def processor_seconds(call: Callable[[], Any]) -> float:
 def measure(dataset: str, data_root: str | None, network: str, batch_size: int) -> dict[str, Any]:
     """Medians over rounds of batches and steps in turns, and the share of batches in their sum."""
     data = load_dataset(dataset, data_root)
-    recipe = Recipe(dataset=dataset, network=network, gating="none", batch_size=batch_size, precision="fp32")
+    recipe = make_recipe(dataset=dataset, network=network, gating="none", batch_size=batch_size, precision="fp32")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe, data, Path(folder))
-    batches, step = trainer.train_batches, trainer.training_step
+        trainer = make_trainer(Run(recipe, Path(folder)), data)
+    batches, step = trainer.train_loader, trainer.training_step
     count = min(BATCHES, len(batches))
     schedule = torch.tensor(step.schedule(0.01, epoch=0.0))
-    x, y = next(iter(batches))
-    step(x, y, schedule)
+    batch = next(iter(batches))
+    step(batch, schedule)
     rounds = []
     for epoch in range(ROUNDS):
         made = processor_seconds(lambda: deque(islice(batches.start_at(epoch), count), maxlen=0)) / count  # noqa: B023
-        trained = processor_seconds(lambda: [step(x, y, schedule) for _ in range(STEPS)]) / STEPS
+        trained = processor_seconds(lambda: [step(batch, schedule) for _ in range(STEPS)]) / STEPS
         rounds.append((made, trained))
     made, trained = (statistics.median(values) for values in zip(*rounds, strict=True))
     return {

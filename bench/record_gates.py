@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgate.gates import named_gates
 from fastgate.modes import eval_mode
-from fastgate.training.data import Batches, load_dataset
+from fastgate.training.data import load_dataset
 from fastgate.training.networks import load_network
 
 FILE = Path(__file__).with_name("gates.npz")
@@ -44,13 +44,13 @@ def record_gates(run: Path, data_root: Path, file: Path = FILE) -> None:
     """
     model, recipe = load_network(run / "checkpoint.pt")
     gates = dict(named_gates(model))
-    if recipe.gating != "channel" or any(gate.frozen for gate in gates.values()):
+    if recipe.gates.gating != "channel" or any(gate.frozen for gate in gates.values()):
         raise ValueError(
-            f"{run}: expected a run of live channel gates, got gating {recipe.gating!r} or frozen ones; train with "
-            "--gating channel --settle-at none"
+            f"{run}: expected a run of live channel gates, got gating {recipe.gates.gating!r} or frozen ones; "
+            "train with --gating channel --settle-at none"
         )
-    dataset = load_dataset(recipe.dataset, data_root)
-    images, _ = next(iter(Batches(dataset, dataset.test, IMAGES)))
+    dataset = load_dataset(recipe.data.dataset, data_root)
+    images, _ = next(iter(dataset.evaluation("test", IMAGES)))
     with torch.no_grad(), eval_mode(model):
         model(images)
     decisions = {stage: gates[f"layer{stage}.1.gate"].decisions.bool() for stage in STAGES}

@@ -41,7 +41,7 @@ from fastgate.files import write_atomically
 from fastgate.ops.synchronization import synchronized
 from fastgate.training import distributed
 from fastgate.training.networks import build_network, resolve_precision
-from fastgate.training.presets import Recipe
+from fastgate.training.recipe import Recipe, make_recipe
 
 _IMAGE = (3, 32, 32)
 _CLASSES = 10
@@ -49,8 +49,8 @@ _CLASSES = 10
 
 def make_steps(recipe: Recipe, device: torch.device) -> dict[str, tuple[int, Callable[[], None]]]:
     """For each way to train: the images of a step over all processes, and a function that does one step."""
-    dtype = resolve_precision(recipe.precision, device)
-    torch.manual_seed(recipe.seed)
+    dtype = resolve_precision(recipe.run.precision, device)
+    torch.manual_seed(recipe.run.seed)
     model = build_network(recipe, _IMAGE, _CLASSES).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     network, count = distributed.parallel(model), processes.count()
@@ -64,14 +64,14 @@ def make_steps(recipe: Recipe, device: torch.device) -> dict[str, tuple[int, Cal
             loss.backward()
             optimizer.step()
 
-    whole = torch.randn(recipe.batch_size, *_IMAGE, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(_CLASSES, (recipe.batch_size,), device=device)
-    part = recipe.batch_size // count
+    whole = torch.randn(recipe.run.batch_size, *_IMAGE, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(_CLASSES, (recipe.run.batch_size,), device=device)
+    part = recipe.run.batch_size // count
     model.train()
     return {
         "shared": (part * count, lambda: step(whole[:part], labels[:part], synchronized)),
         "shared, own statistics": (part * count, lambda: step(whole[:part], labels[:part], nullcontext)),
-        "a batch each": (recipe.batch_size * count, lambda: step(whole, labels, synchronized)),
+        "a batch each": (recipe.run.batch_size * count, lambda: step(whole, labels, synchronized)),
     }
 
 
@@ -157,7 +157,7 @@ def main() -> None:
         device = torch.device(resolve_device(given.device))
         if given.batch_size < processes.count():
             raise ValueError(f"--batch-size: expected one for each process at least, got {given.batch_size}")
-        recipe = Recipe(
+        recipe = make_recipe(
             network=given.network, gating=given.gating, batch_size=given.batch_size, precision=given.precision
         )
         load = os.getloadavg()

@@ -15,7 +15,8 @@ from bench.cases import CUDA
 from bench.conftest import device_clock
 from bench.timing import Call
 from fastgate.training.data import Dataset, ImageSet
-from fastgate.training.presets import Recipe
+from fastgate.training.pipeline import Run, make_trainer
+from fastgate.training.recipe import make_recipe
 from fastgate.training.trainer import Trainer
 
 BATCH = 256  # that of the CIFAR recipes
@@ -30,18 +31,19 @@ def training_step(
     images = ImageSet(torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (BATCH,)))
     split = images.to(device)
     data = Dataset("random", split, split, 10, (0.5,) * 3, (0.25,) * 3, pad=4, flip=True)
-    trainer = Trainer(Recipe(network=f"resnet{depth}", gating=gating, batch_size=BATCH), data, folder)
+    recipe = make_recipe(network=f"resnet{depth}", gating=gating, batch_size=BATCH)
+    trainer = make_trainer(Run(recipe, folder, device=str(device)), data)
     trainer.model.train()
     step = trainer.training_step
     if not captured:
         step.graphs = None
     schedule = torch.tensor(step.schedule(0.01, epoch=0.0), device=device)
-    x, y = next(iter(trainer.train_batches))
+    batch = next(iter(trainer.train_loader))
 
     def call() -> None:
         with patch.context() as context:
             context.setenv("FASTGATE_IMPL", impl)
-            step(x, y, schedule)
+            step(batch, schedule)
 
     return trainer, call
 

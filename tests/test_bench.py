@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from bench.test_gated_conv import Convolution, make_gate
 from fastgate.training.data import Batches
 from fastgate.training.networks import load_network
 from fastgate.training.pipeline import Run, start_trainer
+from fastgate.training.recipe import change
 from tests.training.runs import TINY, run_parallel
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def test_recorded_gates_differ_from_sample_to_sample(batch: int) -> None:
 
 def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
     options = {"network": "resnet14", "epochs": 1, "open_until": 0.0, "anneal_until": 0.0, "settle_at": None}
-    run = Run(replace(TINY, gating="channel", init_logit=None, **options), tmp_path)
+    run = Run(change(TINY, gating="channel", init_logit=None, **options), tmp_path)
     dataset = run.load_data()
     trainer = start_trainer(run, dataset, resume=False)
     trainer.fit()

@@ -123,7 +123,7 @@ class GateSearch:
     def _set_costs(self, costs: dict[str, Tensor], total: int) -> None:
         self.costs, self.total = costs, total
         self._on_device = {}
-        target, lowest = self.config.target, lowest_share(costs, total)
+        target, lowest = self.config.target, lowest_share(costs, total, self.config.round_to)
         if target is not None and target < lowest:
             raise ValueError(
                 f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 (below that is what gates cannot "
@@ -248,7 +248,7 @@ class GateSearch:
                 if name not in self.final and (steady if opened.any() else searching) >= config.commit_after
             }
             if config.target is not None:
-                found = within_reach(found, self.final, self.costs, config.target, self.total)
+                found = within_reach(found, self.final, self.costs, config.target, self.total, round_to=config.round_to)
         return Decisions({name: GateDecision(opened.double(), opened) for name, opened in found.items()})
 
     def decide(self, calibration: Iterable[Any], *, forward: Forward | None = None) -> Decisions:
@@ -268,7 +268,9 @@ class GateSearch:
         decisions = Decisions({name: found[name] for name in self.gates}, samples=samples)
         if self.config.target is None:
             return decisions
-        return meet_target(decisions, self.costs, self.config.target, self.total, held=self.final)
+        return meet_target(
+            decisions, self.costs, self.config.target, self.total, held=self.final, round_to=self.config.round_to
+        )
 
     def finalize(self, decisions: Mapping[str, GateDecision], inputs: Any = None) -> list[str]:
         """Make decisions of some or all gates final now, whatever the epoch; see :meth:`begin_epoch` for the rest.

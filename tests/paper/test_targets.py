@@ -5,7 +5,7 @@ import pytest
 from fastgate.paper.printed import CIFAR10, CIFAR100, TABLE2, TABLE3, TABLE5, TABLE6
 from fastgate.paper.recipes import SCALES
 from fastgate.paper.targets import TARGETS, plan_target
-from fastgate.training.presets import Recipe
+from fastgate.training.recipe import Recipe
 
 
 @pytest.mark.parametrize("table", [TABLE2, TABLE5, TABLE6])
@@ -45,11 +45,11 @@ def test_full_is_section_5_as_printed() -> None:
     ):
         for name in ("baseline", "layer pruned", "channel pruned"):
             recipe = recipes[dataset, name]
-            assert (recipe.network, recipe.epochs, recipe.seed) == ("resnet110", 350, 1)
-            assert (recipe.batch_size, recipe.lr_schedule, recipe.warmup_epochs) == (batch_size, schedule, 0)
+            assert (recipe.model.network, recipe.run.epochs, recipe.run.seed) == ("resnet110", 350, 1)
+            assert (recipe.run.batch_size, recipe.lr_schedule, recipe.warmup_epochs) == (batch_size, schedule, 0)
             assert (recipe.learning_rate, recipe.momentum, recipe.nesterov) == (0.1, 0.9, False)
             assert (recipe.weight_decay, recipe.gate_weight_decay) == (5e-4, 5e-4)
-            assert (recipe.window, recipe.init_logit, recipe.target_macs) == ("clipped", None, None)
+            assert (recipe.window, recipe.init_logit, recipe.search.target) == ("clipped", None, None)
     assert recipes[CIFAR10, "channel pruned"].position == "after"
     assert recipes[CIFAR100, "channel pruned"].position == "middle"
     assert recipes[CIFAR10, "channel pruned"].gate_input == "flatten"
@@ -69,8 +69,8 @@ def test_rows_ask_for_what_their_names_say() -> None:
         for position in ("before", "middle", "after")
     )
     ours = next(row for row in plan_target("table3", "full").rows if row.name == "Ours")
-    assert [run.recipe.seed for run in ours.runs] == [1, 2, 3, 4, 5]
-    assert {(run.recipe.network, run.recipe.estimator) for run in ours.runs} == {("resnet56", "gumbel")}
+    assert [run.recipe.run.seed for run in ours.runs] == [1, 2, 3, 4, 5]
+    assert {(run.recipe.model.network, run.recipe.estimator) for run in ours.runs} == {("resnet56", "gumbel")}
 
 
 def test_a_rising_lambda_keeps_its_place_in_shorter_training() -> None:
@@ -96,7 +96,7 @@ def test_every_table_has_its_baseline_and_a_plain_network_of_equal_macs(target: 
     rows = plan_target(target, "full").rows
     for dataset in {row.dataset for row in rows}:
         here = [row for row in rows if row.dataset == dataset and row.runs]
-        assert here[0].name == "baseline" and here[0].runs[0].recipe.gating == "none"
+        assert here[0].name == "baseline" and here[0].runs[0].recipe.gates.gating == "none"
         controls = [run for row in here for run in row.runs if run.equal_to is not None]
         assert len(controls) == 1
         assert controls[0].equal_to in [run for row in here for run in row.runs]

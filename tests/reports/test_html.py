@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import fastgate as fg
 from fastgate.reports.html import write_report
 from fastgate.training.networks import build_network
 from fastgate.training.pipeline import Run, train
+from fastgate.training.recipe import change
 from tests.reports.browser import CHROMIUM, inspect_page
 from tests.training.runs import TINY
 
@@ -25,14 +25,14 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "layer"
-    train(Run(replace(TINY, control="unpruned"), folder, command="fastgate train --output 'a <b> & c'"))
+    train(Run(change(TINY, control="unpruned"), folder, command="fastgate train --output 'a <b> & c'"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def channel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "channel"
-    train(Run(replace(TINY, gating="channel", seed=2), folder))
+    train(Run(change(TINY, gating="channel", seed=2), folder))
     return folder
 
 
@@ -140,7 +140,7 @@ def test_every_gate_has_its_row(layer: Path, channel: Path) -> None:
     page = write_report([layer, channel])
     tables = [table for table in read_tables(page) if table[0][:2] == ["#", "gate"]]
     for folder, table in zip((layer, channel), tables, strict=True):
-        recipe = replace(TINY, gating=folder.name)
+        recipe = change(TINY, gating=folder.name)
         decisions = fg.Decisions.from_json(folder / "decisions.json")
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["gates"]
         costs = fg.gate_costs(build_network(recipe, (1, 8, 8), 10), (1, 8, 8))

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,24 @@ from fastgate.energy import Energy
 from fastgate.ops.synchronization import synchronized
 from fastgate.training import distributed
 from fastgate.training.data import load_dataset
+from fastgate.training.recipe import change
 from fastgate.training.spending import Spending
-from fastgate.training.trainer import Interrupted, Trainer
-from tests.training.runs import TINY
+from fastgate.training.trainer import Interrupted
+from tests.training.runs import TINY, trainer_of
 
 # five steps per epoch, small ones: the larger they are, the faster rounding errors grow
-_SMALL = replace(TINY, widths="4,8,16", validation=797, learning_rate=0.02)
-_LIVE = replace(_SMALL, epochs=1, open_until=0, anneal_until=0, settle_at=None)
+_SMALL = change(TINY, widths="4,8,16", validation=797, learning_rate=0.02)
+_LIVE = change(_SMALL, epochs=1, open_until=0, anneal_until=0, settle_at=None)
 # the last two decide with numbers that have to be those of all samples: their noise, and their mean
 RECIPES = {
     "layer": _SMALL,
-    "channel": replace(_SMALL, gating="channel"),
-    "gumbel": replace(_LIVE, estimator="gumbel"),
-    "mean_threshold": replace(_LIVE, estimator="mean_threshold"),
+    "channel": change(_SMALL, gating="channel"),
+    "gumbel": change(_LIVE, estimator="gumbel"),
+    "mean_threshold": change(_LIVE, estimator="mean_threshold"),
 }
 # batch norms of every process' own samples
 UNSYNCHRONISED = "unsynchronised"
-_ALL = {**RECIPES, UNSYNCHRONISED: replace(_LIVE, sync_batch_norms=False)}
+_ALL = {**RECIPES, UNSYNCHRONISED: change(_LIVE, sync_batch_norms=False)}
 # epoch and step (from 0) at which the last process alone is interrupted: some steps after the settle epoch's commit
 STOP = (3, 2)
 
@@ -48,7 +48,7 @@ STOP = (3, 2)
 def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) -> None:
     """Train; keep the gradients of every epoch's first step and what training ends with."""
     recipe = _ALL[name]
-    trainer = Trainer(recipe, load_dataset("digits", validation=recipe.validation), folder, resume=resume)
+    trainer = trainer_of(recipe, load_dataset("digits", validation=recipe.validation), folder, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     gradients: dict[str, Tensor] = {}
 

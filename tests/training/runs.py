@@ -8,15 +8,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fastgate.training.data import Data
+from fastgate.training.pipeline import Run, make_trainer
 from fastgate.training.presets import get_preset
+from fastgate.training.recipe import Recipe, change
+from fastgate.training.trainer import Trainer
 
 # ResNet-8 on digits, every phase of a run within 4 epochs: open, search, settled
-TINY = replace(
+TINY = change(
     get_preset("demo"),
     network="resnet8",
     epochs=4,
@@ -33,6 +36,16 @@ TINY_OPTIONS = [
     *("--preset", "demo", "--network", "resnet8", "--epochs", "4", "--batch-size", "128", "--warmup-epochs", "1"),
     *("--open-until", "0.25", "--anneal-until", "0.5", "--settle-at", "0.75", "--control", "none", "--device", "cpu"),
 ]
+
+
+def trainer_of(recipe: Recipe, data: Data, folder: Path, *, resume: bool = False) -> Trainer:
+    """The trainer of a run in a folder, which is made."""
+    folder.mkdir(exist_ok=True)
+    trainer = make_trainer(Run(recipe, folder), data)
+    if resume:
+        trainer.restore()
+    return trainer
+
 
 # wide enough for every table
 ENVIRONMENT = {**os.environ, "COLUMNS": "200"}

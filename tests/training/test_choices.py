@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from fastgate import processes
 from fastgate.ops import choices
 from fastgate.ops.gate_head import HeadCall
 from fastgate.ops.gated_residual import ResidualCall
+from fastgate.training.callbacks import KernelChoices
 from fastgate.training.data import load_dataset
+from fastgate.training.recipe import change
 from fastgate.training.trainer import Trainer
-from tests.training.runs import TINY
+from tests.training.runs import TINY, trainer_of
 
-RECIPE = replace(TINY, epochs=2, open_until=0.0, anneal_until=0.0, settle_at=0.5, batch_size=256)
+RECIPE = change(TINY, epochs=2, open_until=0.0, anneal_until=0.0, settle_at=0.5, batch_size=256)
 
 # kernels are not run: which is taken is told by the clock alone
 KINDS = (HeadCall, ResidualCall)
@@ -58,6 +59,11 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float
     return measured
 
 
+def chooser(trainer: Trainer) -> KernelChoices:
+    (found,) = (callback for callback in trainer.callbacks if isinstance(callback, KernelChoices))
+    return found
+
+
 def taken(folder: Path) -> list[str]:
     return [record["chosen"]["eager"] for record in json.loads((folder / "choices.json").read_text())]
 
@@ -67,19 +73,19 @@ def test_a_run_writes_what_it_takes_and_a_resumed_one_keeps_to_it(
 ) -> None:
     digits = load_dataset("digits")
     clock = measured(2.0, "first")
-    Trainer(RECIPE, digits, tmp_path).fit()
+    trainer_of(RECIPE, digits, tmp_path).fit()
     first = taken(tmp_path)
     assert set(first) == {"torch"} and len(clock.times) == 2 * len(first)
     kinds = [record["kind"] for record in json.loads((tmp_path / "choices.json").read_text())]
     # in training with the batches of the recipe, in inference with those of the evaluation
     assert {(kind["samples"], kind["training"]) for kind in kinds if kind["operation"] == "gate_head"} == {
-        (RECIPE.batch_size, True), (360, False)
+        (RECIPE.run.batch_size, True), (360, False)
     }  # fmt: skip
     # killed before its first checkpoint, and resumed where the kernels are faster and nothing is in the cache
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "checkpoint.pt").unlink()
     clock = measured(0.5, "second")
-    Trainer(RECIPE, digits, tmp_path, resume=True).fit()
+    trainer_of(RECIPE, digits, tmp_path, resume=True).fit()
     assert taken(tmp_path) == first and clock.times == []
 
 
@@ -91,15 +97,15 @@ def test_of_several_processes_the_first_decides(
     for folder in (first, second):
         folder.mkdir()
     measured(2.0, "first")
-    trainer = Trainer(RECIPE, digits, first)
-    trainer._choose_kernels()
+    trainer = trainer_of(RECIPE, digits, first)
+    chooser(trainer).on_train_begin(trainer)
     records = choices.used()
     clock = measured(0.5, "second")  # another process, which would choose otherwise
-    trainer = Trainer(RECIPE, digits, second)
+    trainer = trainer_of(RECIPE, digits, second)
     monkeypatch.setattr(processes, "from_main", lambda make: json.loads(json.dumps(records)))
-    trainer._choose_kernels()
+    chooser(trainer).on_train_begin(trainer)
     with choices.looking_up():
-        trainer.model.train()(torch.rand(RECIPE.batch_size, *digits.image_size))
+        trainer.model.train()(torch.rand(RECIPE.run.batch_size, *digits.image_size))
         trainer.model(torch.rand(3, *digits.image_size))  # what was not foreseen is PyTorch's, everywhere
     assert clock.times == [] and json.loads(json.dumps(choices.used())) == json.loads(json.dumps(records))
     assert not (second / "choices.json").exists()  # the first one writes

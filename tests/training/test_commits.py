@@ -4,26 +4,26 @@ import copy
 import itertools
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastgate.training.equality import hold_open
 
 import fastgate as fg
 from fastgate.pruning.decisions import GateDecision
+from fastgate.pruning.equality import hold_open
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.networks import evaluate, load_network
 from fastgate.training.pipeline import Run, train
+from fastgate.training.recipe import change
 from fastgate.training.trainer import Interrupted, Trainer
-from tests.training.runs import TINY, TINY_OPTIONS, checkpoint_state, differences, run_cli
+from tests.training.runs import TINY, TINY_OPTIONS, checkpoint_state, differences, run_cli, trainer_of
 from tests.votes import cast_votes
 
 # with chosen votes the gates of the first and the last block are committed after four epochs, the other after six
-EARLY = replace(TINY, epochs=7, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)
+EARLY = change(TINY, epochs=7, open_until=0.15, anneal_until=0.4, settle_at=0.8, commit_after=1)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def fit(recipe: Any, digits: Dataset, folder: Path) -> Trainer:
     folder.mkdir(exist_ok=True)
-    trainer = Trainer(recipe, digits, folder)
+    trainer = trainer_of(recipe, digits, folder)
     trainer.fit()
     return trainer
 
@@ -55,7 +55,7 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
     assert costs[0] == trainer.search.macs and costs == sorted(costs, reverse=True)
     assert costs[3] == trainer.search.macs > costs[4]  # the early commit
     assert costs[-1] == fg.macs(trainer.model, digits.image_size) == lines[-1]["macs"]
-    images = len(trainer.train_batches) * EARLY.batch_size
+    images = len(trainer.train_loader) * EARLY.run.batch_size
     assert [line["macs_training"]["total"] for line in lines] == [
         images * total for total in itertools.accumulate(costs)
     ]
@@ -78,17 +78,17 @@ def test_epochs_get_cheaper_commit_by_commit(digits: Dataset, tmp_path: Path) ->
 @pytest.mark.usefixtures("votes")
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_a_commit_changes_nothing_in_what_the_network_says(gating: str, digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
+    trainer = trainer_of(change(EARLY, gating=gating), digits, tmp_path)
     cut, seen = trainer.search._cut, []
 
     def measure() -> dict[str, float]:
         model = copy.deepcopy(trainer.model)
         hold_open(model)  # a rounding may change what a live gate decides
-        return evaluate(model, trainer.batches(digits.test))
+        return evaluate(model, digits.evaluation("test", 500, channels_last=True))
 
-    def watched_cut(optimizer: torch.optim.Optimizer) -> None:
+    def watched_cut() -> None:
         before = measure()
-        cut(optimizer)
+        cut()
         seen.append((before, measure()))
 
     trainer.search._cut = watched_cut  # type: ignore[method-assign]
@@ -105,7 +105,7 @@ def test_a_commit_changes_nothing_in_what_the_network_says(gating: str, digits: 
 def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(digits: Dataset, tmp_path: Path) -> None:
     """Times zero or gone is the same to the rest of the network, in every step."""
     cut = fit(EARLY, digits, tmp_path / "cut")
-    kept = fit(replace(EARLY, compact_training=False), digits, tmp_path / "kept")
+    kept = fit(change(EARLY, compact_training=False), digits, tmp_path / "kept")
     ours, theirs = cut.model.state_dict(), fg.compact(kept.model).state_dict()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     for a, b in zip(metrics(tmp_path / "cut"), metrics(tmp_path / "kept"), strict=True):
@@ -113,32 +113,36 @@ def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(d
     assert {line["macs_training"]["per_image"] for line in metrics(tmp_path / "kept")} == {kept.search.macs}
 
 
+def find(trainer: Trainer, epoch: int, votes: dict[str, list[float]]) -> dict[str, list[bool]]:
+    """What becomes final at an epoch's start, after three epochs with these votes."""
+    search = trainer.search
+    search._recent.extend([votes] * 3)
+    return {name: gate.open.tolist() for name, gate in search._find_unanimous(epoch).items()}
+
+
 def test_gates_are_open_for_the_target_before_it_stands_still(digits: Dataset, tmp_path: Path) -> None:
     """At the start of the search every gate is open for every sample: that decides nothing."""
-    trainer = Trainer(EARLY, digits, tmp_path)
+    trainer = trainer_of(EARLY, digits, tmp_path)
     names = list(trainer.search.gates)
-    trainer.history = [{"gates": dict(zip(names, ([1.0], [1.0], [0.0]), strict=True))}] * 3
-    found = trainer.search.enter(2, trainer.history)  # the target falls from epoch 1 to 2.8
-    assert {name: opened.tolist() for name, opened in found.items()} == {names[2]: [False]}
-    found = trainer.search.enter(4, trainer.history)
-    assert list(found) == [names[0], names[2]]  # all three are too much: 0.58 for 0.5
+    votes = dict(zip(names, ([1.0], [1.0], [0.0]), strict=True))
+    assert find(trainer, 2, votes) == {names[2]: [False]}  # the target falls from epoch 1 to 2.8
+    assert list(find(trainer, 4, votes)) == [names[0], names[2]]  # all three are too much: 0.58 for 0.5
 
 
 def test_commits_leave_the_target_within_reach(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(EARLY, digits, tmp_path)
+    trainer = trainer_of(EARLY, digits, tmp_path)
     for flag in (0.0, 1.0):
-        trainer.history = [{"gates": {name: [flag] for name in trainer.search.gates}}] * 3
-        found = trainer.search.enter(5, trainer.history)
-        assert 0 < len(found) < len(trainer.search.gates) and all(bool(o) == bool(flag) for o in found.values())
+        found = find(trainer, 5, {name: [flag] for name in trainer.search.gates})
+        assert 0 < len(found) < len(trainer.search.gates) and set(map(tuple, found.values())) == {(bool(flag),)}
 
 
 def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
     train_epoch = trainer._train_epoch
 
-    def train_and_stop(progress: Any, interrupted: list[bool]) -> None:
+    def train_and_stop(interrupted: list[bool]) -> None:
         if trainer.epoch == epoch:
             interrupted.append(True)
-        train_epoch(progress, interrupted)
+        train_epoch(interrupted)
 
     trainer._train_epoch = train_and_stop  # type: ignore[method-assign]
 
@@ -155,17 +159,17 @@ def interrupt_in_epoch(trainer: Trainer, epoch: int) -> None:
 )
 def test_interrupted_after_a_commit(gating: str, epoch: int, digits: Dataset, tmp_path: Path) -> None:
     """Epoch 4 (from 0) begins with the early commit of two gates, epoch 6 with that of the last one."""
-    recipe = replace(EARLY, gating=gating)
+    recipe = change(EARLY, gating=gating)
     whole = fit(recipe, digits, tmp_path / "whole")
     (tmp_path / "parts").mkdir()
-    first = Trainer(recipe, digits, tmp_path / "parts")
+    first = trainer_of(recipe, digits, tmp_path / "parts")
     interrupt_in_epoch(first, epoch)
     with pytest.raises(Interrupted):
         first.fit()
     saved = load_checkpoint(tmp_path / "parts" / "checkpoint.pt")
     assert (saved["epoch"], saved["step"]) == (epoch, 1)
-    assert len(saved["search"]["decided"]) == (3 if epoch == 6 else 2)
-    second = Trainer(recipe, digits, tmp_path / "parts", resume=True)
+    assert len(saved["search"]["final"]) == (3 if epoch == 6 else 2)
+    second = trainer_of(recipe, digits, tmp_path / "parts", resume=True)
     second.fit()
     assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "parts")) == []
     ours, theirs = metrics(tmp_path / "parts"), metrics(tmp_path / "whole")
@@ -191,13 +195,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_after_a_commit(when: str, undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL between the settle commit and its first step, or right after the epoch behind it was saved."""
     if when == "commit":
-        owner, method, condition = "search import Search", "Search._cut", "True"
+        owner, method, condition = "pruning.search import GateSearch", "GateSearch._cut", "True"
     else:
-        owner, method = "trainer import Trainer", "Trainer._save_checkpoint"
-        condition = "self.search.decided and not self.step"
+        owner, method = "training.callbacks import Checkpoints", "Checkpoints._save"
+        condition = "arguments[0].search.final and not arguments[0].step"
     code = f"""
 import os, signal
-from fastgate.training.{owner}
+from fastgate.{owner}
 method = {method}
 def dying(self, *arguments):
     method(self, *arguments)
@@ -206,9 +210,7 @@ def dying(self, *arguments):
 {method} = dying
 """
     assert run_cli("train", *CHANNELS, "--output", tmp_path / "run", code=code).returncode == -signal.SIGKILL
-    assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["search"]["decided"]) == (
-        3 if when == "epoch" else 0
-    )
+    assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["search"]["final"]) == (3 if when == "epoch" else 0)
     resumed = run_cli("train", "--output", tmp_path / "run", "--resume", "--device", "cpu")
     assert resumed.returncode == 0, resumed.stderr
     assert differences(checkpoint_state(undisturbed), checkpoint_state(tmp_path / "run")) == []
@@ -219,7 +221,7 @@ def dying(self, *arguments):
 @pytest.mark.parametrize("gating", ["layer", "channel"])
 def test_a_checkpoint_gives_the_cut_network(gating: str, epochs: int, digits: Dataset, tmp_path: Path) -> None:
     """After five epochs two of three gates are gone, after seven all."""
-    trainer = Trainer(replace(EARLY, gating=gating), digits, tmp_path)
+    trainer = trainer_of(change(EARLY, gating=gating), digits, tmp_path)
     if epochs == 5:
         interrupt_in_epoch(trainer, epochs - 1)
         with pytest.raises(Interrupted):
@@ -245,7 +247,7 @@ def test_a_checkpoint_gives_the_cut_network(gating: str, epochs: int, digits: Da
 @pytest.mark.usefixtures("votes")
 def test_early_commits_without_a_settle_epoch(tmp_path: Path) -> None:
     """Gates that are left at the end are decided then; the table has what was trained and what is shipped."""
-    summary = train(Run(replace(EARLY, settle_at=None), tmp_path / "run"))
+    summary = train(Run(change(EARLY, settle_at=None), tmp_path / "run"))
     rows = summary["rows"]
     assert list(rows) == ["unpruned", "gated", "compact"]
     assert rows["unpruned"]["macs"] > rows["gated"]["macs"] >= rows["compact"]["macs"]
@@ -254,5 +256,5 @@ def test_early_commits_without_a_settle_epoch(tmp_path: Path) -> None:
 
 
 def test_no_commit_before_the_settle_epoch_where_none_is_asked_for(digits: Dataset, tmp_path: Path) -> None:
-    trainer = fit(replace(EARLY, commit_after=None), digits, tmp_path)
+    trainer = fit(change(EARLY, commit_after=None), digits, tmp_path)
     assert [line["macs_training"]["per_image"] for line in metrics(tmp_path)][:6] == [trainer.search.macs] * 6

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 import fastgate as fg
+from fastgate.pruning import search
 from fastgate.reports.comparison import compare_runs
-from fastgate.training import search
 from fastgate.training.controls import draw_decisions, match_macs
 from fastgate.training.data import load_dataset
 from fastgate.training.networks import build_network
 from fastgate.training.pipeline import Run, train
-from fastgate.training.presets import CONTROLS, get_preset
-from fastgate.training.trainer import Trainer
-from tests.training.runs import TINY, checkpoint_state, differences, run_cli
+from fastgate.training.presets import get_preset
+from fastgate.training.recipe import CONTROLS, change, list_values, recipe_from_dict
+from tests.training.runs import TINY, checkpoint_state, differences, run_cli, trainer_of
 from tests.votes import cast_votes
 
 CIFAR = (3, 32, 32)
 # a target that leaves random sub-networks something to choose from
-ALL = replace(TINY, network="resnet14", epochs=2, control=",".join(CONTROLS), open_until=0.0, settle_at=0.5)
+ALL = change(TINY, network="resnet14", epochs=2, control=",".join(CONTROLS), open_until=0.0, settle_at=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("network", ["resnet20", "resnet56"])
 def test_a_plain_network_of_equal_macs(network: str, share: float) -> None:
-    recipe = replace(get_preset("cifar10-layer"), gating="none", network=network)
+    recipe = change(get_preset("cifar10-layer"), gating="none", network=network)
     wanted = round(share * fg.macs(build_network(recipe, CIFAR, 10), CIFAR))
     found = match_macs(recipe, CIFAR, 10, wanted)
     assert fg.macs(build_network(found, CIFAR, 10), CIFAR) == pytest.approx(wanted, rel=0.01)
@@ -57,14 +57,14 @@ def test_a_plain_network_of_equal_macs(network: str, share: float) -> None:
 def test_depth_first_then_width() -> None:
     """The depth whose MACs come closest: ResNet-56 is half a ResNet-110, ResNet-14 nearer half a ResNet-20."""
     for network, expected, widths in (("resnet110", "resnet56", "16,32,64"), ("resnet20", "resnet14", "14,28,56")):
-        recipe = replace(get_preset("cifar10-layer"), gating="none", network=network)
+        recipe = change(get_preset("cifar10-layer"), gating="none", network=network)
         found = match_macs(recipe, CIFAR, 10, fg.macs(build_network(recipe, CIFAR, 10), CIFAR) // 2)
-        assert (found.network, found.widths) == (expected, widths)
+        assert (found.model.network, found.model.widths) == (expected, widths)
 
 
 def test_no_plain_network_is_small_enough() -> None:
     with pytest.raises(ValueError, match="control equal-macs: expected a plain network within 1% of 10 MACs"):
-        match_macs(replace(TINY, gating="none"), (1, 8, 8), 10, 10)
+        match_macs(change(TINY, gating="none"), (1, 8, 8), 10, 10)
 
 
 @pytest.mark.parametrize("gating", ["layer", "channel"])
@@ -110,7 +110,8 @@ def test_controls_have_the_same_recipe(runs: list[Path]) -> None:
     for kind in CONTROLS:
         theirs = read(runs[0] / f"control-{kind}", "config.json")
         assert theirs["control"] == kind
-        differ = {key for key, value in ours["recipe"].items() if theirs["recipe"][key] != value}
+        values, other = (list_values(recipe_from_dict(config["recipe"])) for config in (ours, theirs))
+        differ = {key for key in values if other[key] != values[key]}
         assert differ <= changed[kind] and "control" in differ
     found = fg.Decisions.from_json(runs[0] / "decisions.json")
     again = fg.Decisions.from_json(runs[0] / "control-retrain" / "decisions.json")
@@ -126,13 +127,13 @@ def test_controls_resume_to_the_same_bits(tmp_path: Path) -> None:
     assert run_cli("train", *options, "--output", tmp_path / "whole").returncode == 0
     code = """
 import os, signal
-from fastgate.training.trainer import Trainer
-save = Trainer._save_checkpoint
-def dying(self):
-    save(self)
-    if self.folder.name == "control-retrain" and self.epoch == 1:
+from fastgate.training.callbacks import Checkpoints
+save = Checkpoints._save
+def dying(self, trainer):
+    save(self, trainer)
+    if self.path.parent.name == "control-retrain" and trainer.epoch == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-Trainer._save_checkpoint = dying
+Checkpoints._save = dying
 """
     assert run_cli("train", *options, "--output", tmp_path / "run", code=code).returncode == -9
     resumed = run_cli("train", "--output", tmp_path / "run", "--resume", "--device", "cpu")
@@ -166,7 +167,7 @@ def test_compare_on_the_command_line(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_stand_apart(runs: list[Path], tmp_path: Path) -> None:
-    train(Run(replace(TINY, epochs=1, settle_at=None, open_until=0.0, anneal_until=0.0), tmp_path / "other"))
+    train(Run(change(TINY, epochs=1, settle_at=None, open_until=0.0, anneal_until=0.0), tmp_path / "other"))
     comparison = compare_runs([runs[0], tmp_path / "other"])
     first, second = comparison["groups"]
     assert (first["differs"]["epochs"], second["differs"]["epochs"]) == (2, 1)
@@ -205,7 +206,7 @@ def search_state(folder: Path) -> dict[str, Any]:
 
 def test_a_target_in_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cast_votes(monkeypatch.setattr)
-    recipe = replace(TINY, gating="channel", cost="params", target_macs=0.6, epochs=2, open_until=0.0, settle_at=0.5)
+    recipe = change(TINY, gating="channel", cost="params", target=0.6, epochs=2, open_until=0.0, settle_at=0.5)
     rows, state = train(Run(recipe, tmp_path / "run"))["rows"], search_state(tmp_path / "run")
     assert state["total"] == rows["unpruned"]["parameters"]
     assert rows["compact"]["parameters"] == state["left"] == pytest.approx(0.6 * state["total"], rel=0.01)
@@ -215,20 +216,20 @@ def test_a_target_in_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The costs are measured once: a resumed run goes on with those it began with."""
     measured: list[int] = []
 
-    def measure(model: torch.nn.Module, image_size: Any, cost: str = "macs") -> dict[str, torch.Tensor]:
+    def measure(model: Any, inputs: Any, cost: str = "macs", **options: Any) -> dict[str, torch.Tensor]:
         if cost != "latency":
-            return fg.gate_costs(model, image_size, cost)
+            return fg.gate_costs(model, inputs, cost, **options)
         measured.append(100_000 + 7 * len(measured))  # nanoseconds, others every time
         return {name: torch.tensor([measured[-1]]) for name, _ in fg.named_gates(model)}
 
     monkeypatch.setattr(search, "gate_costs", measure)
-    monkeypatch.setattr(search, "total_cost", lambda *_: 1_000_000)
-    recipe = replace(TINY, cost="latency", target_macs=0.9, epochs=2, open_until=0.0, settle_at=0.5)
+    monkeypatch.setattr(search, "total_cost", lambda *_, **options: 1_000_000)
+    recipe = change(TINY, cost="latency", target=0.9, epochs=2, open_until=0.0, settle_at=0.5)
     train(Run(recipe, tmp_path / "run"))
     state = search_state(tmp_path / "run")
     assert state["left"] == 900_000  # one of three blocks is closed
     costs = [int(cost) for cost in state["costs"].values()]
-    resumed = Trainer(recipe, load_dataset("digits"), tmp_path / "run", resume=True)
+    resumed = trainer_of(recipe, load_dataset("digits"), tmp_path / "run", resume=True)
     assert {name: int(cost) for name, cost in resumed.search.costs.items()} == dict(
         zip(state["costs"], costs, strict=True)
     )

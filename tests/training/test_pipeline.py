@@ -1,17 +1,19 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastgate.training.equality import NotEqual
 from safetensors.torch import load_file
 
 import fastgate as fg
 from fastgate.gates import Gate
-from fastgate.training import pipeline, search
+from fastgate.pruning import search
+from fastgate.pruning.equality import NotEqual
+from fastgate.training import pipeline
 from fastgate.training.pipeline import Run, train
+from fastgate.training.recipe import change, list_values
+from fastgate.training.run_folder import read_config
 from tests.training.runs import TINY
 from tests.votes import cast_votes
 
@@ -19,7 +21,7 @@ from tests.votes import cast_votes
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("pipeline") / "run"
-    return folder, train(Run(replace(TINY, control="unpruned"), folder))
+    return folder, train(Run(change(TINY, control="unpruned"), folder))
 
 
 def test_run_folder_holds_everything(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -50,7 +52,7 @@ def test_rows_of_the_summary(finished: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_a_network_that_keeps_its_gates_has_a_row(tmp_path: Path) -> None:
-    summary = train(Run(replace(TINY, compact_training=False), tmp_path / "run"))
+    summary = train(Run(change(TINY, compact_training=False), tmp_path / "run"))
     rows = summary["rows"]
     assert list(rows) == ["unpruned", "gated", "compact"]
     assert rows["gated"]["macs"] == rows["unpruned"]["macs"] > rows["compact"]["macs"]
@@ -62,14 +64,13 @@ def test_a_network_that_keeps_its_gates_has_a_row(tmp_path: Path) -> None:
 
 def test_control_has_the_same_recipe_without_gates(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished
-    ours = json.loads((folder / "config.json").read_text())["recipe"]
-    theirs = json.loads((folder / "control-unpruned" / "config.json").read_text())["recipe"]
+    ours, theirs = (list_values(read_config(each)) for each in (folder, folder / "control-unpruned"))
     assert {key for key in ours if ours[key] != theirs[key]} == {"gating", "control"}
     assert not any("gate" in name for name in torch.load(folder / "control-unpruned/checkpoint.pt")["model"])
 
 
 def test_a_plain_recipe_has_one_row(tmp_path: Path) -> None:
-    summary = train(Run(replace(TINY, gating="none", epochs=1), tmp_path / "run"))
+    summary = train(Run(change(TINY, gating="none", epochs=1), tmp_path / "run"))
     assert list(summary["rows"]) == ["unpruned"]
     assert 0 < summary["rows"]["unpruned"]["accuracy"] < 1
     assert fg.load(tmp_path / "run" / "model.safetensors").fc.out_features == 10
@@ -77,9 +78,7 @@ def test_a_plain_recipe_has_one_row(tmp_path: Path) -> None:
 
 def test_channel_gates_live_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cast_votes(monkeypatch.setattr)
-    recipe = replace(
-        TINY, gating="channel", epochs=3, open_until=0.0, settle_at=None, init_logit=None, target_macs=None
-    )
+    recipe = change(TINY, gating="channel", epochs=3, open_until=0.0, settle_at=None, init_logit=None, target=None)
     summary = train(Run(recipe, tmp_path / "run"))
     rows = summary["rows"]
     assert rows["unpruned"]["accuracy"] is None  # no control was asked for
@@ -105,7 +104,7 @@ def test_a_network_that_differs_is_not_saved(
 
     monkeypatch.setattr(module, name, spoiled)
     with pytest.raises(NotEqual, match=r"differs from the frozen one by 0.001\d*, expected at most 0"):
-        train(Run(replace(TINY, compact_training=during_training), tmp_path / "run"))
+        train(Run(change(TINY, compact_training=during_training), tmp_path / "run"))
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 

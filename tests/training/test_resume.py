@@ -41,13 +41,13 @@ os.fsync = dying_fsync
 # SIGKILL right after the third epoch's decisions were written, before anything else of that epoch
 KILL_AFTER_SETTLING = """
 import os, signal
-from fastgate.training.trainer import Trainer
-make_final = Trainer.make_final
-def dying_make_final(self, decisions):
-    if len(decisions) == len(self.search.gates):
+from fastgate.training.callbacks import MetricsFile
+write = MetricsFile.on_train_begin
+def dying_write(self, trainer):
+    write(self, trainer)
+    if (self.folder / "decisions.json").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    make_final(self, decisions)
-Trainer.make_final = dying_make_final
+MetricsFile.on_train_begin = dying_write
 """
 
 # at the last epoch waits to be told to stop: no machine is so fast that the signal finds the run ended
@@ -55,11 +55,11 @@ WAIT = """
 import time
 from fastgate.training.trainer import Trainer
 train_epoch = Trainer._train_epoch
-def waiting_train_epoch(self, progress, interrupted):
+def waiting_train_epoch(self, interrupted):
     end = time.monotonic() + 120
-    while self.epoch == self.recipe.epochs - 1 and not interrupted and time.monotonic() < end:
+    while self.epoch == self.epochs - 1 and not interrupted and time.monotonic() < end:
         time.sleep(0.01)
-    train_epoch(self, progress, interrupted)
+    train_epoch(self, interrupted)
 Trainer._train_epoch = waiting_train_epoch
 """
 
@@ -108,7 +108,7 @@ def test_killed_from_outside(undisturbed: Path, tmp_path: Path) -> None:
     [
         pytest.param(KILL_IN_CHECKPOINT, 1, id="half-way-through-a-checkpoint"),
         pytest.param(KILL_IN_METRICS, 1, id="before-metrics-are-renamed"),
-        pytest.param(KILL_AFTER_SETTLING, 3, id="between-decisions-and-freezing"),
+        pytest.param(KILL_AFTER_SETTLING, 3, id="between-decisions-and-the-first-step"),
     ],
 )
 def test_killed_while_writing(undisturbed: Path, tmp_path: Path, code: str, epochs_saved: int) -> None:

@@ -16,14 +16,15 @@ from fastgate.energy.sums import add_energies
 from fastgate.pruning.energy import measure_inference
 from fastgate.reports.figures import draw_energy
 from fastgate.reports.tables import print_evaluation, print_summary
-from fastgate.training import trainer as trainer_module
+from fastgate.training import callbacks, pipeline
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.data import load_dataset
 from fastgate.training.pipeline import Run, train
+from fastgate.training.recipe import change
 from fastgate.training.spending import Spending
-from fastgate.training.trainer import Interrupted, Trainer
+from fastgate.training.trainer import Interrupted
 from tests.energy.test_rapl import add_zone, burn
-from tests.training.runs import TINY, checkpoint_state, differences
+from tests.training.runs import TINY, checkpoint_state, differences, trainer_of
 
 
 @pytest.fixture
@@ -38,18 +39,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def burning(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Every training step costs 2 J, every pass over an evaluation batch 5 J."""
-    step, evaluate = trainer_module.RunProgress.step, trainer_module.evaluate
+    step, evaluate = callbacks.RunProgress.step, pipeline.evaluate
 
     def step_and_burn(self: Any) -> None:
         burn(package, 2)
         step(self)
 
-    def evaluate_and_burn(*arguments: Any) -> dict[str, float]:
+    def evaluate_and_burn(*arguments: Any, **options: Any) -> dict[str, float]:
         burn(package, 5)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(trainer_module.RunProgress, "step", step_and_burn)
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate_and_burn)
+    monkeypatch.setattr(callbacks.RunProgress, "step", step_and_burn)
+    monkeypatch.setattr(pipeline, "evaluate", evaluate_and_burn)
     return package
 
 
@@ -58,9 +59,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_joules_per_epoch(burning: Path, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, load_dataset("digits"), tmp_path)
+    trainer = trainer_of(TINY, load_dataset("digits"), tmp_path)
     trainer.fit()
-    per_epoch = 2.0 * len(trainer.train_batches)
+    per_epoch = 2.0 * len(trainer.train_loader)
     lines = metrics(tmp_path)
     assert [line["joules"] for line in lines] == [
         {"train": per_epoch, "eval": 5.0, "total": (per_epoch + 5) * (i + 1)} for i in range(4)
@@ -75,23 +76,24 @@ def test_an_interrupted_epoch_counts_all_its_parts(burning: Path, tmp_path: Path
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    undisturbed = Trainer(TINY, data, whole)
+    undisturbed = trainer_of(TINY, data, whole)
     undisturbed.fit()
-    first = Trainer(TINY, data, parts)
+    first = trainer_of(TINY, data, parts)
     train_epoch = first._train_epoch
 
-    def interrupt_in_the_second_epoch(progress: Any, interrupted: list[bool]) -> None:
+    def interrupt_in_the_second_epoch(interrupted: list[bool]) -> None:
         if first.epoch == 1:
             interrupted.append(True)
-        train_epoch(progress, interrupted)
+        train_epoch(interrupted)
 
     first._train_epoch = interrupt_in_the_second_epoch  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         first.fit()
     saved = load_checkpoint(parts / "checkpoint.pt")
-    assert (saved["epoch"], saved["step"], saved["spending"]["microjoules"]) == (1, 1, 2_000_000)
+    spent = saved["callbacks"]["Metering"]["train"]["microjoules"]
+    assert (saved["epoch"], saved["step"], spent) == (1, 1, 2_000_000)
     burn(burning, 1000)  # while no run is running
-    Trainer(TINY, data, parts, resume=True).fit()
+    trainer_of(TINY, data, parts, resume=True).fit()
     assert [line["joules"] for line in metrics(parts)] == [line["joules"] for line in metrics(whole)]
     assert differences(checkpoint_state(whole), checkpoint_state(parts)) == []
 
@@ -100,7 +102,7 @@ def test_metering_changes_no_bit(burning: Path, tmp_path: Path, monkeypatch: pyt
     data = load_dataset("digits")
     for name in ("metered", "unmetered"):
         (tmp_path / name).mkdir()
-        Trainer(TINY, data, tmp_path / name).fit()
+        trainer_of(TINY, data, tmp_path / name).fit()
         monkeypatch.setattr(rapl, "ROOT", tmp_path)
     assert metrics(tmp_path / "metered")[0]["joules"]["train"] is not None
     assert metrics(tmp_path / "unmetered")[0]["joules"]["train"] is None
@@ -108,7 +110,7 @@ def test_metering_changes_no_bit(burning: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_unknown_epoch_makes_the_total_unknown(burning: Path, tmp_path: Path) -> None:
-    trainer = Trainer(replace(TINY, epochs=3, settle_at=None), load_dataset("digits"), tmp_path)
+    trainer = trainer_of(change(TINY, epochs=3, settle_at=None), load_dataset("digits"), tmp_path)
     original = EnergyMeter.window
 
     def window(self: EnergyMeter, name: str, items: int | None = None) -> Any:
@@ -125,16 +127,6 @@ def test_an_unknown_epoch_makes_the_total_unknown(burning: Path, tmp_path: Path)
     lines = metrics(tmp_path)
     assert [line["joules"]["train"] is None for line in lines] == [False, True, False]
     assert [line["joules"]["total"] is None for line in lines] == [False, True, True]
-
-
-def test_a_checkpoint_from_before_metering_goes_on(burning: Path, tmp_path: Path) -> None:
-    data = load_dataset("digits")
-    Trainer(replace(TINY, epochs=1, settle_at=None), data, tmp_path).fit()
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    state["seconds"] = state.pop("spending")["seconds"]
-    torch.save(state, tmp_path / "checkpoint.pt")
-    trainer = Trainer(replace(TINY, epochs=1, settle_at=None), data, tmp_path, resume=True)
-    assert trainer.spending.joules is None and trainer.spending.seconds == 0.0
 
 
 def energy(devices: dict[str, int | None], *, bound: float | None = 0.5, seconds: float = 1.0) -> Energy:
@@ -191,7 +183,7 @@ def text_of(print_: Any, value: dict[str, Any]) -> str:
 
 
 def test_summary_and_table(burning: Path, tmp_path: Path) -> None:
-    run = Run(replace(TINY, control="unpruned", compact_training=False), tmp_path / "run")
+    run = Run(change(TINY, control="unpruned", compact_training=False), tmp_path / "run")
 
     def forward_and_burn(*_: Any) -> None:
         if not torch.is_grad_enabled() and torch.is_inference_mode_enabled():
@@ -206,7 +198,7 @@ def test_summary_and_table(burning: Path, tmp_path: Path) -> None:
             summary = train(run)
     finally:
         hook.remove()
-    steps = 4 * len(Trainer(TINY, load_dataset("digits"), tmp_path / "other").train_batches)
+    steps = 4 * len(trainer_of(TINY, load_dataset("digits"), tmp_path / "other").train_batches)
     for name in ("gated", "unpruned"):
         row = summary["rows"][name]
         assert (row["joules_training"], row["joules_evaluation"]) == (2.0 * steps, 20.0)
@@ -225,7 +217,7 @@ def test_summary_and_table(burning: Path, tmp_path: Path) -> None:
 
 def test_nothing_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rapl, "ROOT", tmp_path / "nowhere")
-    Trainer(replace(TINY, epochs=1, settle_at=None), load_dataset("digits"), tmp_path).fit()
+    trainer_of(change(TINY, epochs=1, settle_at=None), load_dataset("digits"), tmp_path).fit()
     assert not draw_energy({"gated": tmp_path}, tmp_path / "energy.png")
     assert not (tmp_path / "energy.png").exists()
 

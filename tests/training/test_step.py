@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fastgate.training.data import Dataset, load_dataset
-from fastgate.training.presets import Recipe
+from fastgate.training.recipe import Recipe, change
 from fastgate.training.step import CudaGraphs
 from fastgate.training.trainer import Interrupted, NonFiniteLoss, Trainer
-from tests.training.runs import TINY, checkpoint_state, differences
+from tests.training.runs import TINY, checkpoint_state, differences, trainer_of
 from tests.training.tape import HostReads, Tapes
 from tests.votes import cast_votes
 
@@ -24,13 +24,13 @@ RECIPE = replace(
     TINY,
     epochs=7,
     warmup_epochs=2.0,
-    target_macs=0.33,
-    lambda_capacity="0",  # the phases that are counted below are those without it
+    target=0.33,
+    capacity="0",  # the phases that are counted below are those without it
     open_until=0.15,
     anneal_until=0.4,
     settle_at=0.8,
     commit_after=1,
-    lambda_polar="0:0 -> 7:1",
+    polarization="0:0 -> 7:1",
 )
 STEPS = 11  # of an epoch
 
@@ -59,8 +59,7 @@ def votes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(recipe: Recipe, data: Dataset, folder: Path, graphs: Any = None, **options: Any) -> Trainer:
-    folder.mkdir(exist_ok=True)
-    trainer = Trainer(recipe, data, folder, **options)
+    trainer = trainer_of(recipe, data, folder, **options)
     trainer.training_step.graphs = graphs
     return trainer
 
@@ -73,7 +72,7 @@ def fit(recipe: Recipe, data: Dataset, folder: Path, graphs: Any = None, **optio
 
 def numbers(trainer: Trainer) -> list[dict[str, Any]]:
     measured = ("seconds", "joules", "energy")
-    return [{key: line[key] for key in line if key not in measured} for line in trainer.history]
+    return [{key: line[key] for key in line if key not in measured} for line in trainer.records]
 
 
 def interrupt_at(trainer: Trainer, epoch: int, step: int) -> None:
@@ -83,7 +82,7 @@ def interrupt_at(trainer: Trainer, epoch: int, step: int) -> None:
         def __bool__(self) -> bool:
             return (trainer.epoch, trainer.step) == (epoch, step)
 
-    trainer._train_epoch = lambda progress, _: train_epoch(progress, Asked())  # type: ignore[method-assign]
+    trainer._train_epoch = lambda _: train_epoch(Asked())  # type: ignore[method-assign]
 
 
 @pytest.mark.usefixtures("like_cuda", "votes")
@@ -97,7 +96,7 @@ def interrupt_at(trainer: Trainer, epoch: int, step: int) -> None:
 )
 def test_a_replayed_run_ends_with_the_same_bits(gating: str, estimator: str, digits: Dataset, tmp_path: Path) -> None:
     """So no number of a step is one of Python's, everything that lasts stays in its place, and nothing is read."""
-    recipe = replace(RECIPE, gating=gating, estimator=estimator)
+    recipe = change(RECIPE, gating=gating, estimator=estimator)
     eager = fit(recipe, digits, tmp_path / "eager")
     tapes = Tapes()
     replayed = fit(recipe, digits, tmp_path / "replayed", tapes)
@@ -142,21 +141,25 @@ def test_a_capture_that_fails_is_a_warning(digits: Dataset, tmp_path: Path) -> N
 @pytest.mark.usefixtures("like_cuda")
 def test_the_optimizer_of_another_device_is_made_ready(digits: Dataset, tmp_path: Path) -> None:
     """Resumed from a CPU: not fused, without momentum for heads that have not run, and in any memory layout."""
-    trainer = make(replace(RECIPE, gating="channel"), digits, tmp_path)
+    trainer = make(change(RECIPE, gating="channel"), digits, tmp_path)
     optimizer, weight = trainer.optimizer, trainer.model.layer2[0].conv2.weight
     momentum = torch.rand_like(weight, memory_format=torch.contiguous_format)
     optimizer.state[weight]["momentum_buffer"] = momentum
     for group in optimizer.param_groups:
         group["fused"] = None
-    x, y = next(iter(trainer.train_batches))
+    batch = next(iter(trainer.train_loader))
     parameters = copy.deepcopy(trainer.model.state_dict())
     schedule = torch.zeros_like(trainer._schedule()[0])  # a learning rate of 0
-    trainer.training_step(x, y, schedule)
+    trainer.training_step(batch, schedule)
     assert all(group["fused"] for group in optimizer.param_groups)
     buffers = [(p, optimizer.state[p]["momentum_buffer"]) for group in optimizer.param_groups for p in group["params"]]
     assert all(buffer.stride() == p.stride() for p, buffer in buffers)
     assert weight.stride() != momentum.stride()  # channels_last
-    decayed = RECIPE.momentum * momentum + weight.grad + RECIPE.weight_decay * parameters["layer2.0.conv2.weight"]
+    decayed = (
+        RECIPE.optimizer.momentum * momentum
+        + weight.grad
+        + RECIPE.optimizer.weight_decay * parameters["layer2.0.conv2.weight"]
+    )
     torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], decayed)
 
 
@@ -199,7 +202,7 @@ def test_a_captured_run_on_a_gpu(gating: str, impl: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("FASTGATE_IMPL", impl)
     data = load_dataset("digits", device="cuda")
     # decisions that are chosen and settled early: rounding must not make two runs different networks
-    recipe = replace(RECIPE, gating=gating, precision="fp32", learning_rate=0.02, settle_at=0.6, anneal_until=0.4)
+    recipe = change(RECIPE, gating=gating, precision="fp32", learning_rate=0.02, settle_at=0.6, anneal_until=0.4)
     eager = fit(recipe, data, tmp_path / "eager")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the training step runs without a CUDA graph")
@@ -220,13 +223,13 @@ def test_a_captured_run_on_a_gpu(gating: str, impl: str, tmp_path: Path, monkeyp
 def test_no_epoch_waits_for_the_gpu(precision: str, estimator: str, tmp_path: Path) -> None:
     """But for those with a capture, which are the first of their phase."""
     data = load_dataset("digits", device="cuda")
-    recipe = replace(RECIPE, precision=precision, estimator=estimator, commit_after=None, open_until=0.0)
+    recipe = change(RECIPE, precision=precision, estimator=estimator, commit_after=None, open_until=0.0)
     trainer = make(recipe, data, tmp_path, CudaGraphs(data.train.labels.device))
     train_epoch, phases, watched = trainer._train_epoch, set(), []
 
     def watch(*arguments: Any) -> None:
-        is_new = trainer.search.phase not in phases
-        phases.add(trainer.search.phase)
+        is_new = trainer.search.configuration not in phases
+        phases.add(trainer.search.configuration)
         torch.cuda.set_sync_debug_mode("default" if is_new else "error")
         try:
             train_epoch(*arguments)

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ import torch
 import fastgate as fg
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.networks import build_network, evaluate, load_network, resolve_precision
-from fastgate.training.presets import Recipe
-from fastgate.training.trainer import NonFiniteLoss, Trainer
-from tests.training.runs import TINY
+from fastgate.training.recipe import Recipe, change, make_recipe
+from fastgate.training.trainer import NonFiniteLoss
+from tests.training.runs import TINY, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_gates_are_open_then_live_then_frozen(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, digits, tmp_path)
+    trainer = trainer_of(TINY, digits, tmp_path)
     states: list[set[bool]] = []
     train_epoch = trainer._train_epoch
 
@@ -47,8 +46,8 @@ def test_gates_are_open_then_live_then_frozen(digits: Dataset, tmp_path: Path) -
 
 
 def test_metrics_of_an_epoch(digits: Dataset, tmp_path: Path) -> None:
-    recipe = replace(TINY, epochs=2, open_until=0.0, anneal_until=0.5, settle_at=None, lambda_activation="0.5")
-    trainer = Trainer(recipe, digits, tmp_path)
+    recipe = change(TINY, epochs=2, open_until=0.0, anneal_until=0.5, settle_at=None, activation="0.5")
+    trainer = trainer_of(recipe, digits, tmp_path)
     trainer.fit()
     for line in metrics(tmp_path):
         train = line["train"]
@@ -66,11 +65,11 @@ def test_metrics_of_an_epoch(digits: Dataset, tmp_path: Path) -> None:
 
 
 def test_last_line_is_what_the_network_does(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(replace(TINY, epochs=1, open_until=0, anneal_until=0, settle_at=None), digits, tmp_path)
+    trainer = trainer_of(change(TINY, epochs=1, open_until=0, anneal_until=0, settle_at=None), digits, tmp_path)
     trainer.fit()
     model, _ = load_network(tmp_path / "checkpoint.pt")
     model.eval().to(memory_format=torch.channels_last)  # as it trained: the same sums
-    batches = trainer.batches(digits.test)
+    batches = digits.evaluation("test", 500, channels_last=True)
     with torch.no_grad():
         correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
     assert metrics(tmp_path)[0]["eval"]["accuracy"] == pytest.approx(correct / 360)
@@ -78,7 +77,7 @@ def test_last_line_is_what_the_network_does(digits: Dataset, tmp_path: Path) -> 
 
 def test_validation_images_take_the_place_of_the_test_set(tmp_path: Path) -> None:
     data = load_dataset("digits", validation=100)
-    trainer = Trainer(replace(TINY, epochs=1, validation=100), data, tmp_path)
+    trainer = trainer_of(change(TINY, epochs=1, validation=100), data, tmp_path)
     trainer.fit()
     line = metrics(tmp_path)[0]
     assert line["eval"]["split"] == "validation"
@@ -86,7 +85,7 @@ def test_validation_images_take_the_place_of_the_test_set(tmp_path: Path) -> Non
 
 
 def test_gates_have_their_own_optimizer_group(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, digits, tmp_path)
+    trainer = trainer_of(TINY, digits, tmp_path)
     network, gates = trainer.optimizer.param_groups
     assert (network["weight_decay"], gates["weight_decay"]) == (5e-4, 0.0)
     in_gates = {id(p) for gate in trainer.search.gates.values() for p in gate.parameters()}
@@ -99,31 +98,30 @@ def pull(recipe: Recipe, bias: float, digits: Dataset, folder: Path) -> dict[str
 
     All gates decide by this bias alone.
     """
-    trainer = Trainer(replace(recipe, open_until=0.0, anneal_until=0.0, lambda_polar="0"), digits, folder)
+    trainer = trainer_of(change(recipe, open_until=0.0, anneal_until=0.0, polarization="0"), digits, folder)
     with torch.no_grad():
         for gate in trainer.search.gates.values():
             gate.fc2.weight.zero_()
             gate.fc2.bias.fill_(bias)
     trainer.model.train()
-    x, y = next(iter(trainer.train_batches))
-    trainer.training_step(x, y, trainer._schedule()[0])
+    trainer.training_step(next(iter(trainer.train_loader)), trainer._schedule()[0])
     return {name: float(gate.fc2.bias.grad) for name, gate in trainer.search.gates.items()}
 
 
 @pytest.mark.parametrize("bias", [0.5, -0.5])
 def test_the_gates_follow_the_target(bias: float, digits: Dataset, tmp_path: Path) -> None:
     """Open ones are pulled closed and closed ones open, all of them, by a budget beside which the task is nothing."""
-    pulls = pull(replace(TINY, target_macs=0.55, lambda_budget="1e4"), bias, digits, tmp_path)
+    pulls = pull(change(TINY, target=0.55, budget="1e4"), bias, digits, tmp_path)
     assert len(pulls) == 3 and all((each > 0) == (bias > 0) and abs(each) > 1 for each in pulls.values())
 
 
 def test_capacity_decides_between_blocks_of_like_cost(digits: Dataset, tmp_path: Path) -> None:
     """Every gate is held open by its share of the parameters: the blocks of the first stage have the fewest."""
-    recipe = replace(TINY, network="resnet14", lambda_capacity="0", target_macs=0.6)
+    recipe = change(TINY, network="resnet14", capacity="0", target=0.6)
     without = pull(recipe, 0.5, digits, tmp_path)
     held = {
         name: without[name] - strongly
-        for name, strongly in pull(replace(recipe, lambda_capacity="10"), 0.5, digits, tmp_path).items()
+        for name, strongly in pull(change(recipe, capacity="10"), 0.5, digits, tmp_path).items()
     }
     model = build_network(recipe, digits.image_size, 10)
     macs, parameters = (fg.gate_costs(model, digits.image_size, cost) for cost in ("macs", "params"))
@@ -143,12 +141,12 @@ def test_capacity_decides_between_blocks_of_like_cost(digits: Dataset, tmp_path:
 def test_the_compact_network_meets_the_target(
     gating: str, seed: int, settle_at: float | None, digits: Dataset, tmp_path: Path
 ) -> None:
-    recipe = replace(TINY, gating=gating, seed=seed, target_macs=0.4 + 0.1 * (seed % 3), settle_at=settle_at)
-    trainer = Trainer(recipe, digits, tmp_path)
+    recipe = change(TINY, gating=gating, seed=seed, target=0.4 + 0.1 * (seed % 3), settle_at=settle_at)
+    trainer = trainer_of(recipe, digits, tmp_path)
     trainer.fit()
     if settle_at is None:  # gates that lived to the end are decided then
-        trainer.model = fg.compact(fg.freeze(trainer.model, trainer.decide()))
-    got, wanted = fg.macs(trainer.model, digits.image_size), recipe.target_macs * trainer.search.macs
+        trainer.model = fg.compact(fg.freeze(trainer.model, trainer.search.decide(trainer.calibration)))
+    got, wanted = fg.macs(trainer.model, digits.image_size), recipe.search.target * trainer.search.macs
     if gating == "channel":
         assert got == pytest.approx(wanted, rel=0.01)
     else:
@@ -157,12 +155,12 @@ def test_the_compact_network_meets_the_target(
 
 
 def test_an_unreachable_target_names_the_range(digits: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"target_macs: expected 0\.\d{4} to 1 .* got 0.01"):
-        Trainer(replace(TINY, target_macs=0.01), digits, tmp_path)
+    with pytest.raises(ValueError, match=r"target: expected 0\.\d{4} to 1 .* got 0.01"):
+        trainer_of(change(TINY, target=0.01), digits, tmp_path)
 
 
 def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, digits, tmp_path)
+    trainer = trainer_of(TINY, digits, tmp_path)
     train_epoch = trainer._train_epoch
 
     def poison_second(*arguments: Any) -> None:
@@ -179,20 +177,19 @@ def test_a_non_finite_loss_stops_and_keeps_the_checkpoint(digits: Dataset, tmp_p
     assert [line["epoch"] for line in metrics(tmp_path)] == [1]
 
 
-def test_evaluate_counts_every_image_once(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, digits, tmp_path)
+def test_evaluate_counts_every_image_once(digits: Dataset) -> None:
     # scores that do not hang on the size of a batch: ten of the pixels
     pick = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False))
     torch.nn.init.eye_(pick[1].weight)
-    whole = evaluate(pick, trainer.batches(digits.test, 360))
-    parts = evaluate(pick, trainer.batches(digits.test, 7))
+    whole = evaluate(pick, digits.evaluation("test", 360))
+    parts = evaluate(pick, digits.evaluation("test", 7))
     assert whole["accuracy"] == parts["accuracy"]
     assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)  # fp32 sums of 360 terms
 
 
 @pytest.mark.parametrize("gating", ["none", "layer", "channel"])
 def test_networks_of_recipes(gating: str) -> None:
-    recipe = Recipe(network="resnet20", gating=gating, gate_input="flatten", position="after", gate_depth=1)
+    recipe = make_recipe(network="resnet20", gating=gating, gate_input="flatten", position="after", gate_depth=1)
     model = build_network(recipe, (1, 8, 8), 7)
     assert model.fc.out_features == 7 and model.conv1.in_channels == 1
     gates = [gate for _, gate in fg.named_gates(model)]
@@ -207,7 +204,7 @@ def test_bf16_on_a_cpu_and_fp16_refused(digits: Dataset, tmp_path: Path) -> None
     assert resolve_precision("auto", cpu) == torch.float32
     with pytest.raises(ValueError, match="fp16 training needs a GPU"):
         resolve_precision("fp16", cpu)
-    trainer = Trainer(replace(TINY, precision="bf16", settle_at=None), digits, tmp_path)
+    trainer = trainer_of(change(TINY, precision="bf16", settle_at=None), digits, tmp_path)
     seen = set()
     trainer.model.layer1[0].conv1.register_forward_hook(lambda *arguments: seen.add(arguments[2].dtype))
     trainer.fit()
@@ -220,7 +217,7 @@ def test_bf16_on_a_cpu_and_fp16_refused(digits: Dataset, tmp_path: Path) -> None
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_training_on_a_gpu(precision: str, tmp_path: Path) -> None:
     data = load_dataset("digits", device="cuda")
-    trainer = Trainer(replace(TINY, precision=precision, settle_at=None), data, tmp_path)
+    trainer = trainer_of(change(TINY, precision=precision, settle_at=None), data, tmp_path)
     trainer.fit()
     assert trainer.model.conv1.weight.is_cuda
     assert metrics(tmp_path)[-1]["eval"]["accuracy"] > 0.5
