@@ -102,11 +102,11 @@ def load_weights(
         consume_prefix_in_state_dict_if_present(tensors, prefix)
         notes.append(f"the prefix {prefix!r} of the names in {source} was dropped")
 
-    stem = next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), "")
+    stem = find_stem(model, 1)
     weight, grey = tensors.get(f"{stem}.weight"), own.get(f"{stem}.weight")
     if weight is not None and grey is not None and weight.shape == (len(grey), 3, *grey.shape[2:]) != grey.shape:
         tensors[f"{stem}.weight"] = weight.sum(1, keepdim=True)
-        notes.append(summed_stem(stem))
+        notes.append(summed_stem(str(stem)))
 
     for name in find_classifiers(model, num_classes):
         loaded, kept = tensors.get(f"{name}.weight"), own.get(f"{name}.weight")
@@ -116,7 +116,7 @@ def load_weights(
             for part in ("weight", "bias"):
                 if f"{name}.{part}" in own:
                     tensors[f"{name}.{part}"] = own[f"{name}.{part}"]
-            notes.append(replaced_classifier(name, len(loaded), num_classes))
+            notes.append(f"{replaced_classifier(name, len(loaded), num_classes)}, newly initialised")
 
     wrong = [
         f"{name} {list(tensor.shape)} instead of {list(own[name].shape)}"
@@ -200,19 +200,30 @@ def replace_classifier(model: nn.Module, num_classes: int) -> tuple[str, ...]:
     return tuple(replaced_classifier(name, _classes(layer), num_classes) for name, layer in others.items())
 
 
+def find_stem(model: nn.Module, *in_channels: int) -> str | None:
+    """Name of the first convolution that takes one of these numbers of channels; without numbers, of the first."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and (not in_channels or module.in_channels in in_channels):
+            return name
+    return None
+
+
 def replace_stem(model: nn.Module, in_channels: int) -> tuple[str, ...]:
-    """Give a network, in place, a new first convolution where it takes other channels; what was done, in words.
+    """Let a network for colour images, in place, take others: with a new first convolution; what was done, in words.
+
+    A network without a convolution of three channels is left as it is.
 
     Raises:
-        ValueError: there is no convolution, or it has groups.
+        ValueError: that convolution is not a plain one.
     """
-    name, old = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
-    if old is not None and old.in_channels == in_channels:
+    name = find_stem(model, in_channels, 3)
+    old = None if name is None else model.get_submodule(name)
+    if name is None or not isinstance(old, nn.Conv2d) or old.in_channels == in_channels:
         return ()
-    if old is None or old.groups != 1 or old.padding_mode != "zeros":
+    if old.groups != 1 or old.padding_mode != "zeros":
         raise ValueError(
-            f"network: expected a plain convolution first, to make it take {in_channels} channels, got "
-            f"{old or 'none'}; let the function that makes it take in_channels"
+            f"network: expected a plain first convolution to make it take {in_channels} channels, got {old}; let the "
+            "function that makes it take in_channels"
         )
     new = nn.Conv2d(
         in_channels,
@@ -224,12 +235,12 @@ def replace_stem(model: nn.Module, in_channels: int) -> tuple[str, ...]:
         bias=old.bias is not None,
     )
     model.set_submodule(name, new.to(old.weight))
-    return (f"the first convolution {name} ({old.in_channels} channels) was replaced by one of {in_channels}",)
+    return (f"the first convolution {name} (3 channels) was replaced by one of {in_channels}",)
 
 
 def replaced_classifier(name: str, before: int, now: int) -> str:
     """The note on a classifier of another size."""
-    return f"the classifier {name} ({before} classes) was replaced by one of {now} classes, newly initialised"
+    return f"the classifier {name} ({before} classes) was replaced by one of {now} classes"
 
 
 def summed_stem(name: str) -> str:

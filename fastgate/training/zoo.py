@@ -35,6 +35,7 @@ from fastgate.training.network_names import (
 from fastgate.training.weights import (
     DAMAGED,
     find_classifiers,
+    find_stem,
     first_line,
     is_fastgate_file,
     load_weights,
@@ -99,7 +100,7 @@ def find_network(
         num_classes: outputs. A classifier of another size is replaced.
         weights: `"none"`; `"default"`, those that torchvision or timm recommend, downloaded once; or a .pth, .pt, .bin
             or .safetensors file with a state dict. No code in a file is run.
-        in_channels: of the images. The first convolution is replaced where it takes others.
+        in_channels: of the images. The first convolution of a network for colour images is replaced where they differ.
         options: as in the query, in addition to it.
 
     Raises:
@@ -158,17 +159,29 @@ def _own_shape(kind: str, base: str) -> Shape | None:
         return Shape(((cifar_depth(base) - 2) // 6,) * len(WIDTHS), WIDTHS)
     if kind == "own":
         return None
-    with torch.device("meta"):
-        model, _ = build(NetworkName(kind, base), 1, 3)
-    package = importlib.import_module("torchvision.models" if kind == "torchvision" else "timm.models.resnet")
-    if not isinstance(model, package.ResNet):
+    entry = _entry_of(kind, base)
+    if entry.__module__ != f"{kind}.models.resnet":
         return None
+    with torch.device("meta"):
+        model = entry()
     stages: list[Any] = [model.get_submodule(f"layer{stage}") for stage in range(1, 5)]
     last = [stage[0].conv3 if hasattr(stage[0], "conv3") else stage[0].conv2 for stage in stages]
     return Shape(
         tuple(map(len, stages)),
         tuple(conv.out_channels // stage[0].expansion for conv, stage in zip(last, stages, strict=True)),
     )
+
+
+def _entry_of(kind: str, base: str) -> Callable[..., nn.Module]:
+    """The function of torchvision or timm that makes this network."""
+    package = import_package(kind)
+    if kind == "timm":
+        if not package.is_model(base):
+            raise unknown_network(f"timm:{base}", kind, base.partition(".")[0])
+        return package.model_entrypoint(base)
+    if base not in torchvision_names():
+        raise unknown_network(f"torchvision:{base}", kind, base)
+    return package.models.get_model_builder(base)
 
 
 def with_shape(parsed: NetworkName, shape: Shape) -> NetworkName:
@@ -199,15 +212,12 @@ def _build_cifar(parsed: NetworkName, num_classes: int, in_channels: int) -> tup
 
 
 def _build_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
-    if parsed.base not in torchvision_names():
-        raise unknown_network(str(parsed), "torchvision", parsed.base)
-    get_model = import_package("torchvision").models.get_model
-    shape = _shape_asked_for(parsed)
+    make, shape = _entry_of(parsed.kind, parsed.base), _shape_asked_for(parsed)
     if shape is None:
-        model = get_model(parsed.base, weights=None, num_classes=num_classes)
+        model = make(num_classes=num_classes)
     else:
         with torch.device("meta"):
-            model = get_model(parsed.base, weights=None, num_classes=num_classes)
+            model = make(num_classes=num_classes)
         _reshape(model, shape)
     if getattr(model, "aux_logits", False):
         raise ValueError(
@@ -235,13 +245,13 @@ def _reshape(model: Any, shape: Shape) -> None:
 def _build_timm(
     parsed: NetworkName, num_classes: int, in_channels: int, pretrained: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    timm = import_package("timm")
-    if not timm.is_model(parsed.base):
-        raise unknown_network(str(parsed), "timm", parsed.base.partition(".")[0])
+    _entry_of(parsed.kind, parsed.base)
     shape = _shape_asked_for(parsed)
     options = {} if shape is None else {"layers": shape.layers, "channels": shape.widths}
     try:
-        return timm.create_model(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options), ()
+        # not the entry itself: this one knows the tags of weights
+        create = import_package("timm").create_model
+        return create(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options), ()
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         what = "with its default weights" if pretrained else "without weights"
         raise ValueError(f"network: timm cannot make {parsed} {what} ({first_line(error)})") from error
@@ -331,7 +341,7 @@ def _pretrained_torchvision(parsed: NetworkName, num_classes: int, in_channels: 
         remedy = f"delete {cached}" if cached.exists() else f"fetch {weights.url} once, or give a file"
         raise ValueError(f"weights: no default ones for {parsed} ({first_line(error)}); {remedy}") from error
     source = f"{type(weights).__name__}.{weights.name}"
-    notes = load_weights(model, state, num_classes, source, "update torchvision, or give a file")
+    notes += load_weights(model, state, num_classes, source, "update torchvision, or give a file")
     transforms = weights.transforms()
     return model, notes, (tuple(transforms.mean), tuple(transforms.std), transforms.crop_size[0])
 
@@ -339,12 +349,11 @@ def _pretrained_torchvision(parsed: NetworkName, num_classes: int, in_channels: 
 def _pretrained_timm(parsed: NetworkName, num_classes: int, in_channels: int) -> Any:
     model, _ = _build_timm(parsed, num_classes, in_channels, pretrained=True)
     config: Any = model.pretrained_cfg
-    notes = [
-        replaced_classifier(name, config["num_classes"], num_classes)
+    notes = [] if in_channels == 3 else [summed_stem(str(find_stem(model, 1)))]
+    notes += [
+        f"{replaced_classifier(name, config['num_classes'], num_classes)}, newly initialised"
         for name in find_classifiers(model, num_classes)
         if config["num_classes"] != num_classes
     ]
-    if in_channels == 1:
-        notes.append(summed_stem(config["first_conv"]))
     data = importlib.import_module("timm.data").resolve_model_data_config(model)
     return model, tuple(notes), (tuple(data["mean"]), tuple(data["std"]), data["input_size"][-1])
