@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fastgate.files import write_atomically
+from fastgate.reports.console import print_lines, print_table
 from fastgate.reports.paper_figures import draw_result
 from fastgate.reports.quantities import format_joules, format_seconds
-
-# of a pipe or a file, which has no width of its own: wide enough for every table
-_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -146,18 +143,10 @@ def _is_quoted(row: Mapping[str, Any]) -> bool:
 def print_result(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the rows of a result of :func:`fastgate.paper.results.collect` and what one should know about them."""
     console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=_WIDTH)
     headings, lines = _write_rows(result)
-    table = Table(title=result["title"])
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in _WORDS else "right")
-    for index, line in enumerate(lines):
-        last_of_row = index + 1 == len(lines) or bool(lines[index + 1][headings.index("model")])
-        table.add_row(*line, end_section=last_of_row)
-    console.print(table)
-    for remark in _remarks(result):
-        console.print(f"- {remark}", highlight=False, markup=False, soft_wrap=True)
+    ends = [index - 1 for index, line in enumerate(lines) if index and line[headings.index("model")]]
+    print_table(result["title"], headings, lines, console, keys=headings.index("by") + 1, ends=ends)
+    print_lines([f"- {remark}" for remark in _remarks(result)], console)
 
 
 def to_markdown(result: Mapping[str, Any], figure: Path | None = None) -> str:

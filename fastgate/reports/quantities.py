@@ -1,5 +1,7 @@
 """Numbers as people read them: three digits and a unit."""
 
+UNKNOWN = "-"  # what is not known, or does not apply
+
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6))
 
 
