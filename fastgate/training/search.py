@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgate import losses, schedules
 from fastgate.gates import named_gates
 from fastgate.pruning.commitment import commit, unanimous
-from fastgate.pruning.costs import gate_costs, macs, total_cost
+from fastgate.pruning.costs import Costs, gate_costs, macs
 from fastgate.pruning.decisions import Decisions, GateDecision, decide
 from fastgate.pruning.targets import lowest_share, meet_target, within_reach
 from fastgate.training import distributed
@@ -42,7 +42,7 @@ class Search:
         self.decided: dict[str, Tensor] = {}
         self.difference = 0.0
         self.macs = self.macs_training = macs(model, image_size)
-        self.macs_of = gate_costs(model, image_size) if self.gates else {}
+        self.macs_of = dict(gate_costs(model, image_size)) if self.gates else {}
         self._constants: dict[str, Tensor] = {}  # decisions of gates that left the network
         self._weights = [
             schedules.parse(text)
@@ -59,12 +59,13 @@ class Search:
         if not self.gates or self.recipe.cost == "macs":
             return self.macs_of, self.macs
         costs = gate_costs(self.model, self.image_size, self.recipe.cost)
-        return costs, total_cost(self.model, self.image_size, self.recipe.cost)
+        return dict(costs), costs.total
 
     def _set_costs(self, costs: dict[str, Tensor], total: int) -> None:
         self.costs, self.total = costs, total
         self._switchable = sum(int(cost.sum()) for cost in costs.values())
-        self._device_costs = {name: cost.to(self.device, torch.float32) for name, cost in costs.items()}
+        # the budget is given a share of what gates switch, see schedule()
+        self._device_costs = Costs(costs, self._switchable).to(self.device, torch.float32)
         target, lowest = self.recipe.target_macs, lowest_share(costs, total)
         if self.gates and target is not None and target < lowest:
             raise ValueError(
@@ -203,7 +204,7 @@ class Search:
             "activation": (activation, losses.activation(means)),
         }
         if self.recipe.target_macs is not None:
-            parts["budget"] = (budget, losses.budget(means, target, self._device_costs, total=self._switchable))
+            parts["budget"] = (budget, losses.budget(means, target, self._device_costs))
             parts["capacity"] = (capacity, losses.capacity(means, self._parameters, total=self._capacity))
         return parts
 
