@@ -8,8 +8,9 @@ which is then counted: a tensor, a mapping of keyword arguments, a tuple of posi
 as a list of images, as the only argument. `forward(model, inputs)` calls networks that want to be called otherwise.
 """
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,33 @@ from fastgate.pruning.probe import check_reached, example_of, open_for_probing
 from fastgate.values import Forward, call, tensors_in, with_tensors
 
 COSTS = ("macs", "params", "latency")
+
+
+class Costs(dict[str, Tensor]):
+    """What each gate (channel) of a network switches, `[gates]` by name, and what the whole network costs.
+
+    Attributes:
+        total: the network with every gate open, in the same units.
+        switchable: the sum of the costs, exact wherever they are.
+    """
+
+    total: int
+    switchable: int
+
+    def __init__(self, costs: Mapping[str, Tensor], total: int) -> None:
+        super().__init__(costs)
+        self.total = total
+        self.switchable = sum(int(cost.sum()) for cost in costs.values())
+
+    def copy(self) -> "Costs":
+        """A shallow copy."""
+        return copy.copy(self)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Costs":
+        """The same costs on a device, so that losses need not copy them in every step; the sums stay exact."""
+        moved = self.copy()
+        moved.update({name: cost.to(device, dtype) for name, cost in self.items()})
+        return moved
 
 
 def macs(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> int:
@@ -76,10 +104,10 @@ class _Traced(nn.Module):
         return tuple(tensors_in(call(self.model, with_tensors(self.example, tensors), self.call)))
 
 
-def gate_costs(
-    model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None
-) -> dict[str, Tensor]:
+def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> Costs:
     """What each gate (channel) switches: gate name -> int64 `[gates]`, for one image or for example inputs.
+
+    The attribute `total` is what the whole network costs with every gate open.
 
     A closed layer gate removes its block's branch. A closed channel removes, at "middle", a row of the convolution
     before the gate and a column of the one behind it; at "before" a column of the first convolution; at "after" a row
@@ -103,15 +131,18 @@ def gate_costs(
     blocks = gated_blocks(model)
     if cost == "latency":
         latencies = block_latencies(model, inputs, forward)
-        return {
+        found = {
             name: torch.full((_gates(block),), nanoseconds)
             for (name, block), nanoseconds in zip(blocks.items(), latencies, strict=True)
         }
+        return Costs(found, total_cost(model, inputs, cost, forward=forward))
     if cost == "params":
-        return {name: _cost_of(block, lambda _, child: _parameters(child), cost) for name, block in blocks.items()}
-    calls = count_macs(model, example_of(model, inputs), forward).calls
-    check_reached(blocks, {module for _, module in calls})
-    return {name: _cost_of(block, lambda *call: calls[call], cost) for name, block in blocks.items()}
+        found = {name: _cost_of(block, lambda _, child: _parameters(child), cost) for name, block in blocks.items()}
+        return Costs(found, total_cost(model, inputs, cost, forward=forward))
+    counted = count_macs(model, example_of(model, inputs), forward)
+    check_reached(blocks, {module for _, module in counted.calls})
+    found = {name: _cost_of(block, lambda *call: counted.calls[call], cost) for name, block in blocks.items()}
+    return Costs(found, counted.total)
 
 
 def total_cost(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> int:

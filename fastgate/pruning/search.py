@@ -23,7 +23,7 @@ from fastgate.ops import synchronization
 from fastgate.pruning.commitment import check_optimizer, commit, unanimous
 from fastgate.pruning.compaction import compact
 from fastgate.pruning.config import WEIGHTS, Phase, SearchConfig
-from fastgate.pruning.costs import gate_costs, macs, total_cost
+from fastgate.pruning.costs import Costs, gate_costs, macs
 from fastgate.pruning.decisions import Decisions, GateDecision, decide, freeze, merge_decisions
 from fastgate.pruning.equality import check_equal, hold_open
 from fastgate.pruning.means import EpochMeans
@@ -61,7 +61,7 @@ class GateSearch:
         gates: all gates of the run, by name, in forward order.
         final: decisions that are final, bool `[gates]`, by name.
         epoch: that has begun last; -1 before the first.
-        costs: what each gate (channel) costs, int64 `[gates]` by name, and `total`, of the whole network.
+        costs: what the target is a share of: each gate's (channel's) cost, int64 `[gates]` by name, and the `total`.
         macs: of one example with every gate open; `gate_macs` of each gate (channel).
         macs_training: of one example in the network as it is now; closed branches of live gates are computed too.
         difference: the largest one that cutting the network has made to its outputs.
@@ -103,27 +103,23 @@ class GateSearch:
         self._samples = 0
         self._checked_state = False
         self._awaited: bool | None = None  # whether a wrapper waits for gradients of heads that do not run
-        self._on_device: dict[str, Any] = {}
+        self._on_device: dict[str, Mapping[str, Tensor]] = {}
         self.macs = self.macs_training = macs(self.model, self._example, forward=forward)
         self.gate_macs = gate_costs(self.model, self._example, forward=forward)
         self._parameters = gate_costs(self.model, self._example, "params", forward=forward)
-        self._capacity = sum(int(count.sum()) for count in self._parameters.values())
         # measured costs differ from process to process
         measured = self.config.cost == "latency"
-        self._set_costs(*(processes.from_main(self._measure) if measured else self._measure()))
+        self._set_costs(processes.from_main(self._measure) if measured else self._measure())
 
-    def _measure(self) -> tuple[dict[str, Tensor], int]:
-        """What the target is a share of: what each gate (channel) costs, and the whole network."""
-        cost = self.config.cost
-        if cost == "macs":
-            return self.gate_macs, self.macs
-        costs = gate_costs(self.model, self._example, cost, forward=self._forward)
-        return costs, total_cost(self.model, self._example, cost, forward=self._forward)
+    def _measure(self) -> Costs:
+        if self.config.cost == "macs":
+            return self.gate_macs
+        return gate_costs(self.model, self._example, self.config.cost, forward=self._forward)
 
-    def _set_costs(self, costs: dict[str, Tensor], total: int) -> None:
-        self.costs, self.total = costs, total
+    def _set_costs(self, costs: Costs) -> None:
+        self.costs = costs
         self._on_device = {}
-        target, lowest = self.config.target, lowest_share(costs, total, self.config.round_to)
+        target, lowest = self.config.target, lowest_share(costs, costs.total, self.config.round_to)
         if target is not None and target < lowest:
             raise ValueError(
                 f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 (below that is what gates cannot "
@@ -248,7 +244,9 @@ class GateSearch:
                 if name not in self.final and (steady if opened.any() else searching) >= config.commit_after
             }
             if config.target is not None:
-                found = within_reach(found, self.final, self.costs, config.target, self.total, round_to=config.round_to)
+                found = within_reach(
+                    found, self.final, self.costs, config.target, self.costs.total, round_to=config.round_to
+                )
         return Decisions({name: GateDecision(opened.double(), opened) for name, opened in found.items()})
 
     def decide(self, calibration: Iterable[Any], *, forward: Forward | None = None) -> Decisions:
@@ -269,7 +267,7 @@ class GateSearch:
         if self.config.target is None:
             return decisions
         return meet_target(
-            decisions, self.costs, self.config.target, self.total, held=self.final, round_to=self.config.round_to
+            decisions, self.costs, self.config.target, self.costs.total, held=self.final, round_to=self.config.round_to
         )
 
     def finalize(self, decisions: Mapping[str, GateDecision], inputs: Any = None) -> list[str]:
@@ -382,7 +380,7 @@ class GateSearch:
             return {}
         inside = synchronization.processes() > 1
         with nullcontext() if inside else synchronization.synchronized(batch_norms=False):
-            means = self._joined(losses.gate_means(live.items()))
+            means = losses.gate_means(live.items(), final=self._constants(live), order=self.gates)
         if torch.is_grad_enabled():
             self._epoch_means.add(means.joined.detach())
         polarization, activation, budget, capacity, target = weights
@@ -391,25 +389,30 @@ class GateSearch:
             "activation": (activation, losses.activation(means)),
         }
         if self.config.target is not None:
-            costs, parameters = self._device_costs(means.joined.device)
-            terms["budget"] = (budget, losses.budget(means, target, costs, total=self.total))
-            terms["capacity"] = (capacity, losses.capacity(means, parameters, total=self._capacity))
+            costs, parameters = (
+                self._placed(kind, means.joined.device, values)
+                for kind, values in (("costs", self.costs), ("parameters", self._parameters))
+            )
+            terms["budget"] = (budget, losses.budget(means, target, costs))
+            terms["capacity"] = (capacity, losses.capacity(means, parameters))
         return terms
 
-    def _joined(self, live: Mapping[str, Tensor]) -> losses.GateMeans:
-        """The means of all gates of the run, in forward order, from those of the live ones."""
-        device = next(iter(live.values())).device
-        final = self._placed("final", self.final, device) if self.final else {}
-        return losses.GateMeans({name: live[name] if name in live else final[name] for name in self.gates})
+    def _constants(self, live: Mapping[str, Gate]) -> Mapping[str, Tensor] | None:
+        """The final decisions, where the live gates' are."""
+        if not self.final:
+            return None
+        device = next(p.device for gate in live.values() for p in gate.parameters())
+        return self._placed("final", device, self.final)
 
-    def _device_costs(self, device: torch.device) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        return self._placed("costs", self.costs, device), self._placed("parameters", self._parameters, device)
-
-    def _placed(self, kind: str, values: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    def _placed(self, kind: str, device: torch.device, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The values as fp32 on a device, copied there once."""
         kept = self._on_device.get(kind)
         if kept is None or next(iter(kept.values())).device != device:
-            kept = self._on_device[kind] = {name: x.to(device, torch.float32) for name, x in values.items()}
+            if isinstance(values, Costs):
+                kept = values.to(device, torch.float32)
+            else:
+                kept = {name: value.to(device, torch.float32) for name, value in values.items()}
+            self._on_device[kind] = kept
         return kept
 
     def _untrained(self) -> Tensor | float:
@@ -477,7 +480,7 @@ class GateSearch:
             "recent": list(self._recent),
             "epoch_means": self._epoch_means.state(),
             "costs": dict(self.costs),
-            "total": self.total,
+            "total": self.costs.total,
             "difference": self.difference,
         }
 
@@ -509,7 +512,7 @@ class GateSearch:
         if sizes != {name: len(cost) for name, cost in state["costs"].items()}:
             raise ValueError("state: expected that of a search of the same gates, got one of another network")
         # measured costs differ from time to time: a run that goes on keeps those it began with
-        self._set_costs({name: cost.cpu() for name, cost in state["costs"].items()}, state["total"])
+        self._set_costs(Costs({name: cost.cpu() for name, cost in state["costs"].items()}, state["total"]))
         self.epoch, self.difference, self._samples = state["epoch"], state["difference"], state["samples"]
         self.final = {name: opened.cpu() for name, opened in state["final"].items()}
         self._settled_means = {name: mean.cpu() for name, mean in state["means"].items()}

@@ -1,3 +1,5 @@
+import copy
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -8,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastgate as fg
-from fastgate.pruning.costs import total_cost
+from fastgate.pruning.costs import Costs, total_cost
 from tests.helpers import (
     GATINGS,
     PlainBlock,
@@ -367,3 +369,30 @@ def test_an_unknown_cost() -> None:
     for count in (fg.gate_costs, total_cost):
         with pytest.raises(ValueError, match="cost: expected one of macs, params, latency, got 'joules'"):
             count(fg.models.resnet(8, gating="layer"), (3, 8, 8), "joules")
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_costs_know_what_the_whole_network_costs(cost: str) -> None:
+    model = fg.models.resnet(8, gating="channel")
+    inputs = torch.zeros(3, 3, 8, 8)
+    costs = fg.gate_costs(model, inputs, cost)
+    assert costs.total == total_cost(model, inputs, cost) > costs.switchable
+    assert costs.switchable == sum(int(each.sum()) for each in costs.values())
+
+
+def test_costs_in_time_know_what_the_whole_network_takes() -> None:
+    costs = fg.gate_costs(fg.models.resnet(8, gating="layer"), (3, 8, 8), "latency")
+    assert costs.total > 10_000  # nanoseconds
+
+
+def test_copies_of_costs_keep_the_sums() -> None:
+    # more than the 24 bits of fp32 hold
+    costs = Costs({"a": torch.tensor([16_777_217, 1]), "b": torch.tensor([3])}, 33_554_433)
+    copies = [costs.copy(), copy.copy(costs), copy.deepcopy(costs), pickle.loads(pickle.dumps(costs)), costs.to("cpu")]
+    for same in copies:
+        assert type(same) is Costs and list(same) == ["a", "b"]
+        assert (same.total, same.switchable) == (33_554_433, 16_777_221)
+        assert all(torch.equal(same[name], cost) for name, cost in costs.items())
+    moved = costs.to(dtype=torch.float32)
+    assert moved["a"].dtype == torch.float32 and costs["a"].dtype == torch.int64
+    assert (moved.total, moved.switchable) == (33_554_433, 16_777_221)

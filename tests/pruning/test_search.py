@@ -222,8 +222,8 @@ def test_the_loss_is_that_of_the_losses(data: TensorDataset) -> None:
     costs = torch.stack([cost.double() for cost in search.costs.values()]).squeeze()
     parameters = torch.cat(list(fg.gate_costs(Loop().model, SIZE, "params").values())).double()
     target = 1 - 0.3 * 0.5 / 3.5
-    share = 1 - float((costs * (1 - joined)).sum()) / search.total
-    switchable = float(costs.sum()) / search.total
+    share = 1 - float((costs * (1 - joined)).sum()) / search.costs.total
+    switchable = float(costs.sum()) / search.costs.total
     expected = (
         (1 + 2 * 0.5 / 7) * (joined * (1 - joined)).mean()
         + 0.25 * joined.mean()

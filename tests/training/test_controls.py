@@ -10,6 +10,7 @@ import torch
 
 import fastgate as fg
 from fastgate.pruning import search
+from fastgate.pruning.costs import Costs
 from fastgate.reports.comparison import compare_runs
 from fastgate.training.controls import draw_decisions, match_macs
 from fastgate.training.data import load_dataset
@@ -216,14 +217,13 @@ def test_a_target_in_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """The costs are measured once: a resumed run goes on with those it began with."""
     measured: list[int] = []
 
-    def measure(model: Any, inputs: Any, cost: str = "macs", **options: Any) -> dict[str, torch.Tensor]:
+    def measure(model: Any, inputs: Any, cost: str = "macs", **options: Any) -> Costs:
         if cost != "latency":
             return fg.gate_costs(model, inputs, cost, **options)
         measured.append(100_000 + 7 * len(measured))  # nanoseconds, others every time
-        return {name: torch.tensor([measured[-1]]) for name, _ in fg.named_gates(model)}
+        return Costs({name: torch.tensor([measured[-1]]) for name, _ in fg.named_gates(model)}, 1_000_000)
 
     monkeypatch.setattr(search, "gate_costs", measure)
-    monkeypatch.setattr(search, "total_cost", lambda *_, **options: 1_000_000)
     recipe = change(TINY, cost="latency", target=0.9, epochs=2, open_until=0.0, settle_at=0.5)
     train(Run(recipe, tmp_path / "run"))
     state = search_state(tmp_path / "run")
