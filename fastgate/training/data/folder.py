@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,21 +138,11 @@ class FolderLoader:
         self._augmentation = data.augmentation
         self._device = data.device
         self._normalise = Normalisation(data.mean, data.std, data.device, channels_last)
-        self._pass: object = None  # the one that batches from workers are for
+        self._reader = Reader(data.image_size[1], data.augmentation)
+        self._workers = min(data.workers, len(batching))
         self._plan = _Plan()
-        workers = min(data.workers, len(batching))
-        self._reading = DataLoader(
-            Reader(data.image_size[1], data.augmentation),
-            batch_size=None,  # a batch is read as a whole: the plan has an entry for each
-            sampler=self._plan,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=data.device.type == "cuda",
-            worker_init_fn=start_worker,
-            # workers are seeded from it, though they draw nothing: the seeds must not come out of the global one
-            generator=torch.Generator(),
-            persistent_workers=workers > 0,
-        )
+        self._reading: DataLoader[Tensor | str] | None = None
+        self._pass: object = None  # the one that batches from workers are for
 
     def __len__(self) -> int:
         return len(self._batching)
@@ -170,7 +159,10 @@ class FolderLoader:
             return
         order, crops, flips, factors = self._draw()
         labels = self._images.labels[order].to(self._device)
-        self._plan.batches = (self._files(order[part], crops[part]) for part in parts)
+        paths = self._images.paths  # not by way of self: in a circle of references workers end late, see below
+        self._plan.batches = (_wanted(paths, order[part], crops[part]) for part in parts)
+        if self._reading is None:
+            self._reading = self._start_reading()
         batches = iter(self._reading)
         for part in parts:
             if self._pass is not this_pass:
@@ -180,6 +172,10 @@ class FolderLoader:
                 )
             images = next(batches)
             if isinstance(images, str):
+                # Workers end at once when their last reference goes, but take seconds each in the garbage collector,
+                # which takes their queues first; and whoever keeps the error keeps this frame.
+                del batches
+                self._reading = None
                 raise ValueError(images)
             x = images.to(self._device, non_blocking=True)
             if self._batching.full:
@@ -191,7 +187,7 @@ class FolderLoader:
         n, augmentation = len(self._images), self._augmentation
         if not self._batching.full:
             nothing = torch.empty(0)
-            return torch.arange(n), nothing, nothing, nothing
+            return torch.arange(n), torch.full((n,), -1), nothing, nothing
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         order = torch.randperm(n, generator=generator)
         crops = torch.randint(2**63 - 1, (n,), generator=generator)
@@ -199,9 +195,24 @@ class FolderLoader:
         factors = 1 + augmentation.colour * (2 * torch.rand(n, 3, generator=generator) - 1)
         return order, crops, flips.to(self._device), factors.to(self._device)
 
-    def _files(self, order: Tensor, crops: Tensor) -> list[tuple[str, int | None]]:
-        seeds: list[Any] = crops.tolist() if self._batching.full else [None] * len(order)
-        return [(self._images.paths[i], seed) for i, seed in zip(order.tolist(), seeds, strict=True)]
+    def _start_reading(self) -> DataLoader[Tensor | str]:
+        return DataLoader(
+            self._reader,
+            batch_size=None,  # a batch is read as a whole: the plan has an entry for each
+            sampler=self._plan,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=start_worker,
+            # workers are seeded from it, though they draw nothing: the seeds must not come out of the global one
+            generator=torch.Generator(),
+            persistent_workers=self._workers > 0,
+        )
+
+
+def _wanted(paths: list[str], order: Tensor, crops: Tensor) -> list[tuple[str, int | None]]:
+    """What a Reader is asked for: files, and seeds of random crops where they are not negative."""
+    seeds = crops.tolist()
+    return [(paths[i], seed if seed >= 0 else None) for i, seed in zip(order.tolist(), seeds, strict=True)]
 
 
 class _Plan:
@@ -211,7 +222,3 @@ class _Plan:
 
     def __iter__(self) -> Iterator[list[tuple[str, int | None]]]:
         return iter(self.batches)
-
-
-def _as_it_is(batch: Tensor | str) -> Tensor | str:
-    return batch

@@ -94,7 +94,7 @@ def test_processes_share_every_training_batch(animals: Path, workers: int) -> No
         load(animals).training(24)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_evaluation_gives_every_image_once_as_torchvision_would(animals: Path, workers: int) -> None:
     data = load(animals, workers, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
     recipe = v2.Compose(
@@ -142,8 +142,9 @@ def test_images_of_all_kinds_become_red_green_and_blue(tmp_path: Path) -> None:
     write_splits(tmp_path, train={"kind": 1}, val={"kind": 0})
     pixels = np.full((16, 16, 3), (200, 100, 50), np.uint8)
     colour = Image.fromarray(pixels)
-    grey, clear, palette = colour.convert("L"), colour.convert("RGBA"), colour.convert("P")
+    grey, clear, palette = colour.convert("L"), colour.convert("RGBA"), Image.new("P", (16, 16))
     clear.putalpha(7)
+    palette.putpalette([200, 100, 50])
     folder = tmp_path / "val" / "kind"
     write(folder / "0.png", grey)
     write(folder / "1.png", clear)
@@ -154,7 +155,7 @@ def test_images_of_all_kinds_become_red_green_and_blue(tmp_path: Path) -> None:
     got = (x * 255).round().flatten(2).mean(2).tolist()
     assert got[0] == [grey.getpixel((0, 0))] * 3
     assert got[1] == [200, 100, 50]
-    assert got[2] == list(palette.convert("RGB").getpixel((0, 0)))  # type: ignore[arg-type]
+    assert got[2] == [200, 100, 50]
     assert got[3][0] == got[3][1] == got[3][2]
     assert np.abs(np.array(got[4]) - (200, 100, 50)).max() <= 2  # JPEG's own rounding
 
