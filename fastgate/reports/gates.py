@@ -6,7 +6,7 @@ import torch
 
 from fastgate.pruning.costs import gate_costs
 from fastgate.pruning.decisions import GateDecision
-from fastgate.reports.quantities import format_si
+from fastgate.reports.quantities import UNKNOWN, format_si
 from fastgate.reports.runs import RunRecord
 from fastgate.training.networks import build_network
 from fastgate.training.recipe import recipe_from_dict
@@ -19,12 +19,12 @@ class SortableCell(NamedTuple):
     key: float | None
 
 
-_UNKNOWN = SortableCell("—", None)
+_UNKNOWN = SortableCell(UNKNOWN, None)
 
 
 def trace_gates(run: RunRecord) -> dict[str, list[float]]:
     """Gate -> its open ratio in every epoch, in forward order; a decided gate's stays what it is."""
-    names = run.history[-1]["gates"] if run.history else ()
+    names = run.history[-1].get("gates", ()) if run.history else ()
     return {name: [_mean(line["gates"][name]) for line in run.history] for name in names}
 
 
@@ -35,7 +35,7 @@ def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
     for index, (name, trace) in enumerate(trace_gates(run).items(), 1):
         decision = run.decisions.get(name) if run.decisions else None
         row = {"#": SortableCell(str(index), index), "gate": SortableCell(name.removesuffix(".gate"), index)}
-        if run.recipe.gating == "channel":
+        if run.recipe.gating in ("channel", "both"):
             channels = len(run.history[-1]["gates"][name])
             row["channels"] = SortableCell(str(channels), channels)
         row["open"] = SortableCell(f"{trace[-1]:.1%}", trace[-1])
@@ -63,10 +63,16 @@ def _describe_unanimity(decision: GateDecision) -> SortableCell:
 
 
 def _count_costs(run: RunRecord) -> dict[str, int]:
-    """MACs that each gate switches; nothing before the summary says how large the images are."""
-    if run.summary is None:
+    """MACs that each gate switches; nothing before the summary says how large the images are.
+
+    Nor for a recipe of a version whose networks this one does not build.
+    """
+    if run.summary is None or "image_size" not in run.summary:
+        return {}
+    try:
+        recipe = recipe_from_dict(run.config["recipe"])
+    except ValueError:
         return {}
     with torch.random.fork_rng(devices=[]):  # building a network draws its weights
-        recipe = recipe_from_dict(run.config["recipe"])
         network = build_network(recipe, run.summary["image_size"], num_classes=1)
     return {name: int(cost.sum()) for name, cost in gate_costs(network, run.summary["image_size"]).items()}

@@ -1,60 +1,22 @@
 """A report of runs as one HTML page that needs nothing else: no network, no other file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import reduce
-from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastgate.files import write_atomically
-from fastgate.reports import conditions, gates, overview
-from fastgate.reports.charts import Curve, draw_curves, draw_gate_map, round_epochs
-from fastgate.reports.quantities import format_si
+from fastgate.reports import conditions, curves, gates, overview
+from fastgate.reports.charts import draw_gate_map, round_epochs
+from fastgate.reports.curves import JOULES, LOSSES, QUANTITIES, Track
+from fastgate.reports.loading import explain_loading
+from fastgate.reports.quantities import UNKNOWN
 from fastgate.reports.runs import RunRecord, read_run
 
 _COLOURS = 8  # of curves, in the page's style sheet
 _DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-
-
-class Quantity(NamedTuple):
-    """Something that is drawn over the epochs.
-
-    Attributes:
-        title: of its chart.
-        path: where it stands in a record of `metrics.jsonl`.
-        form: writes a number of the vertical axis.
-        from_zero: whether the axis begins at 0.
-    """
-
-    title: str
-    path: tuple[str, ...]
-    form: Callable[[float], str]
-    from_zero: bool = True
-
-
-QUANTITIES = (
-    Quantity("Accuracy", ("eval", "accuracy"), lambda share: f"{share * 100:.4g}%", from_zero=False),
-    Quantity("Open gates", ("open_ratio",), lambda share: f"{share * 100:.4g}%"),
-    Quantity("MACs per image, closed gates left out", ("macs",), format_si),
-    Quantity("MACs computed per training image", ("macs_training", "per_image"), format_si),
-    Quantity("Training seconds per epoch", ("seconds", "train"), lambda seconds: f"{seconds:.3g} s"),
-    Quantity("Training joules per epoch", ("joules", "train"), lambda joules: format_si(joules, "J")),
-)
-
-
-class Track(NamedTuple):
-    """A run or a control, as the charts show it.
-
-    Attributes:
-        style: CSS classes of its curves.
-    """
-
-    label: str
-    run: RunRecord
-    style: str
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -68,8 +30,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         The file written.
 
     Raises:
-        ValueError: a folder without a run or with one of another version, one named twice, or runs on different data
-            sets.
+        ValueError: a folder without a run, one named twice, or runs on different data sets.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.recipe.dataset for run in runs}) > 1:
@@ -99,8 +60,11 @@ def render_report(runs: Sequence[RunRecord]) -> str:
             {
                 "label": label,
                 "description": _describe(run),
-                "progress": "" if run.summary else f"{len(run.history)} of {run.recipe.epochs} epochs are done",
+                "progress": "" if run.summary else f"{len(run.history)} of {run.epochs} epochs are done",
                 "sentence": overview.compare_networks(rows[label]),
+                "target": overview.explain_target(run, rows[label]),
+                "doubts": overview.doubt(run, rows[label]),
+                "loading": explain_loading(run),
                 "rows": overview.write_cells(rows[label], columns),
             }
             for label, run in named.items()
@@ -108,7 +72,9 @@ def render_report(runs: Sequence[RunRecord]) -> str:
         columns=columns,
         energy=overview.explain_energy(runs),
         tracks=tracks,
-        charts={quantity.title: _draw(quantity, tracks) for quantity in QUANTITIES},
+        charts=_draw_charts(tracks),
+        losses={**{loss.title: curves.draw(loss, tracks) for loss in LOSSES}, **curves.draw_gate_losses(tracks)},
+        joules=JOULES.title,
         gates=[_show_gates(label, named[label], trace) for label, trace in traces.items()],
         conditions=conditions.align([conditions.list_conditions(run) for run in runs]),
         recipe=conditions.align([conditions.list_recipe(run) for run in runs]),
@@ -116,13 +82,14 @@ def render_report(runs: Sequence[RunRecord]) -> str:
 
 
 def _dataset(run: RunRecord) -> str:
-    return _DATASETS.get(run.recipe.dataset, run.recipe.dataset)
+    return _DATASETS.get(run.recipe.dataset or "", run.recipe.dataset or UNKNOWN)
 
 
 def _describe(run: RunRecord) -> str:
     recipe = run.recipe
-    gating = "no gates" if recipe.gating == "none" else f"{recipe.gating} gates"
-    return f"{recipe.network.replace('resnet', 'ResNet-')} on {_dataset(run)}, {gating}, {recipe.epochs} epochs"
+    gating = "no gates" if recipe.gating == "none" else f"{recipe.gating or UNKNOWN} gates"
+    network = (recipe.network or UNKNOWN).replace("resnet", "ResNet-")
+    return f"{network} on {_dataset(run)}, {gating}, {run.epochs} epochs"
 
 
 def _list_tracks(named: Mapping[str, RunRecord]) -> list[Track]:
@@ -132,28 +99,20 @@ def _list_tracks(named: Mapping[str, RunRecord]) -> list[Track]:
         own = {label: run} | {f"{label}, {name} control": control for name, control in run.controls.items()}
         for name, track in own.items():
             style = f"c{len(tracks) % _COLOURS}"
-            tracks.append(Track(name, track, style if track is run else f"{style} dashed"))
+            is_control = track is not run
+            tracks.append(Track(name, track, f"{style} dashed" if is_control else style, is_control))
     return tracks
 
 
-def _draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
-    """The chart of a quantity; None where no run knows it."""
-    curves = []
-    for track in tracks:
-        points: list[tuple[float, float]] = []
-        for line in track.run.history:
-            value: Any = reduce(getitem, quantity.path, line)
-            if value is not None:  # joules that were not metered
-                points.append((line["epoch"], value))
-        curves.append(Curve(track.style, points))
-    if not any(curve.points for curve in curves):
-        return None
-    epochs = max(track.run.recipe.epochs for track in tracks)
-    return draw_curves(curves, epochs, quantity.form, from_zero=quantity.from_zero)
+def _draw_charts(tracks: Sequence[Track]) -> dict[str, str | None]:
+    """Title -> chart: the accuracy as a whole and its last part, then the rest."""
+    accuracy, *others = [(quantity.title, curves.draw(quantity, tracks)) for quantity in QUANTITIES]
+    last = curves.draw_last_accuracy(tracks)
+    return dict([accuracy, *([] if last is None else [last]), *others])
 
 
 def _show_gates(label: str, run: RunRecord, trace: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    epochs = run.recipe.epochs
+    epochs = run.epochs
     return {
         "label": label,
         "names": [name.removesuffix(".gate") for name in trace],

@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastgate.reports.quantities import format_seconds, format_si
-from fastgate.reports.runs import RunRecord
+from fastgate.energy.sums import add_known
+from fastgate.reports.quantities import UNKNOWN, format_seconds, format_si
+from fastgate.reports.runs import RunRecord, look_up
+from fastgate.reports.targets import describe_target, share_reached
+from fastgate.reports.timing import doubt_times
 from fastgate.training.spending import sum_joules
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -22,21 +25,24 @@ class Column:
         field: the entry of a summary's row.
         form: writes a value.
         shared: whether to add the share of the unpruned network's value.
-        absent: what stands for a value that could not be had; one that does not apply is a dash.
+        absent: what stands for a value that could not be had; one that does not apply, or that the run's version did
+            not record, is a dash.
+        spread: the entry of the quartiles, if it is measured over rounds.
     """
 
     title: str
     field: str
     form: Callable[[float], str]
     shared: bool = True
-    absent: str = "—"
+    absent: str = UNKNOWN
+    spread: str | None = None
 
 
 class Cell(NamedTuple):
-    """What a cell says, and a smaller remark beside it."""
+    """What a cell says, and smaller remarks below it."""
 
     text: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def _joules(value: float) -> str:
@@ -48,8 +54,8 @@ COLUMNS = (
     Column("open gates", "open_ratio", lambda share: f"{share:.1%}", shared=False),
     Column("MACs", "macs", format_si),
     Column("parameters", "parameters", format_si),
-    Column("latency", "latency_ms", lambda ms: f"{ms:.2f} ms"),
-    Column("images/s", "images_per_second", lambda rate: f"{rate:,.0f}"),
+    Column("latency", "latency_ms", lambda ms: f"{ms:.2f} ms", spread="latency_ms_quartiles"),
+    Column("images/s", "images_per_second", lambda rate: f"{rate:,.0f}", spread="images_per_second_quartiles"),
     Column("training time", "seconds_training", format_seconds),
     Column("training MACs", "macs_training", format_si),
     Column("training energy", "joules_training", _joules, absent=_NOT_METERED),
@@ -69,11 +75,11 @@ def collect_rows(run: RunRecord) -> Rows:
 def _last_epoch(run: RunRecord) -> dict[str, Any]:
     last = run.history[-1]
     return {
-        "accuracy": last["eval"]["accuracy"],
-        "open_ratio": last["open_ratio"],
-        "macs": last["macs"],
-        "seconds_training": sum(line["seconds"]["train"] for line in run.history),
-        "macs_training": last["macs_training"]["total"],
+        "accuracy": look_up(last, "eval", "accuracy"),
+        "open_ratio": last.get("open_ratio"),
+        "macs": last.get("macs"),
+        "seconds_training": add_known([look_up(line, "seconds", "train") for line in run.history]),
+        "macs_training": look_up(last, "macs_training", "total"),
         "joules_training": sum_joules(run.history, "train"),
     }
 
@@ -96,8 +102,12 @@ def write_cells(rows: Rows, columns: Sequence[Column]) -> dict[str, list[Cell]]:
 def _write_cell(row: Mapping[str, Any], base: Mapping[str, Any], column: Column) -> Cell:
     value, other = row.get(column.field), base.get(column.field)
     if value is None:
-        return Cell(column.absent if column.field in row else "—")
-    return Cell(column.form(value), f"{value / other:.0%}" if column.shared and other else "")
+        return Cell(column.absent if column.field in row else UNKNOWN)
+    notes = [f"{value / other:.0%}"] if column.shared and other else []
+    if column.spread and (quartiles := row.get(column.spread)):
+        low, high = map(column.form, quartiles)
+        notes.append(f"{low.split()[0]}\N{EN DASH}{high}")
+    return Cell(column.form(value), tuple(notes))
 
 
 def compare_networks(rows: Rows) -> str:
@@ -105,26 +115,41 @@ def compare_networks(rows: Rows) -> str:
     small, base = rows.get("compact"), rows.get("unpruned")
     if small is None or base is None:
         return ""
-    against = "" if base["accuracy"] is None else f" against {base['accuracy']:.2%}"
+    against = "" if base.get("accuracy") is None else f" against {base['accuracy']:.2%}"
+    rates = [row.get("images_per_second") for row in (small, base)]
+    faster = "" if None in rates else f" and classifies {rates[0] / rates[1]:.2f} times as many images per second"
     return (
-        f"The compact network has {small['macs'] / base['macs']:.1%} of the unpruned network's MACs and classifies "
-        f"{small['images_per_second'] / base['images_per_second']:.2f} times as many images per second, at "
+        f"The compact network has {small['macs'] / base['macs']:.1%} of the unpruned network's MACs{faster}, at "
         f"{small['accuracy']:.2%}{against} top-1 accuracy."
     )
+
+
+def explain_target(run: RunRecord, rows: Rows) -> str:
+    """What share of the cost was asked for and what was reached, as a sentence; empty without a target."""
+    said = describe_target(run.recipe, share_reached(run.recipe, rows))
+    return f"{said[0].upper()}{said[1:]}." if said else ""
+
+
+def doubt(run: RunRecord, rows: Rows) -> list[str]:
+    """Why the times in the rows should not be trusted, if there is a reason."""
+    return doubt_times(rows, (run.summary or {}).get("environment", {}))
 
 
 def explain_energy(runs: Sequence[RunRecord]) -> str:
     """Where the joules of the runs and their controls come from, or why there are none."""
     sources: dict[str, None] = {}
     remarks: dict[str, None] = {}  # each once
+    records: list[Mapping[str, Any]] = []
     for track in [track for run in runs for track in (run, *run.controls.values())]:
-        rows = track.summary["rows"].values() if track.summary else ()
-        for energy in [record["energy"] for record in (*track.history, *rows)]:
-            if energy["source"] != "unavailable":
-                sources[energy["source"]] = None
-            remarks |= dict.fromkeys(energy["warnings"])
-    if not sources and not remarks:
+        records += [*track.history, *(track.summary["rows"].values() if track.summary else ())]
+    for energy in [record["energy"] for record in records if record.get("energy")]:
+        if energy["source"] != "unavailable":
+            sources[energy["source"]] = None
+        remarks |= dict.fromkeys(energy["warnings"])
+    if not records:
         return "no epoch is finished"
+    if not sources and not remarks:
+        return "not recorded: the runs are of a version that did not meter it"
     if not sources:
         return f"joules were not metered: {'; '.join(remarks)}"
     return "; ".join([f"joules from {', '.join(sources)}", *remarks])

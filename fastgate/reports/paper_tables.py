@@ -1,6 +1,7 @@
 """The paper's rows beside ours, in the terminal and as Markdown."""
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ _COLUMNS = (
     _Column("training", _seconds),
     _Column("energy", _joules),
 )
+# characters of a name in the terminal
+_NAME_WIDTH = 26
 _WORDS = ("data set", "model", "by")
 # columns that belong to one table of the paper; the others go with every table
 _SPECIAL = {"table3": {"unpruned %", "FLOPs cut %"}, "table4": {"R_polar"}}
@@ -144,9 +147,21 @@ def print_result(result: Mapping[str, Any], console: Console | None = None) -> N
     """Print the rows of a result of :func:`fastgate.paper.results.collect` and what one should know about them."""
     console = console or Console()
     headings, lines = _write_rows(result)
-    ends = [index - 1 for index, line in enumerate(lines) if index and line[headings.index("model")]]
-    print_table(result["title"], headings, lines, console, keys=headings.index("by") + 1, ends=ends)
+    print_table(result["title"], *_stack(headings, lines), console)
     print_lines([f"- {remark}" for remark in _remarks(result)], console)
+
+
+def _stack(headings: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same with one column of words, which leaves room for numbers: a row's name, and below it whose they are."""
+    words = headings.index("by") + 1
+    stacked = []
+    for line in lines:
+        *name, by = line[:words]
+        if name[-1]:
+            stacked.append(["\n".join(textwrap.wrap(": ".join(name), _NAME_WIDTH)), *[""] * (len(headings) - words)])
+        indented = textwrap.wrap(by, _NAME_WIDTH, initial_indent="  ", subsequent_indent="  ")
+        stacked.append(["\n".join(indented), *line[words:]])
+    return ["", *headings[words:]], stacked
 
 
 def to_markdown(result: Mapping[str, Any], figure: Path | None = None) -> str:

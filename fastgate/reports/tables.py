@@ -19,6 +19,8 @@ from fastgate.tuning import Tuned
 
 # characters of the description of a call, in lines of its own cell
 _CALL_WIDTH = 30
+# fields of a recipe that every run is described by, also where they do not differ
+_SAID = {"network", "gating", "epochs", "target", "target_macs"}
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -27,7 +29,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     recipe, rows, environment = read_recipe(summary["recipe"]), summary["rows"], summary.get("environment", {})
     print_table(
         f"{recipe.network} on {recipe.dataset}, {recipe.epochs} epochs, seed {recipe.seed}",
-        ("network", "acc. %", "open %", "MACs", "params", "latency ms", "quartiles ms", "images/s"),
+        ("network", "acc. %", "open %", "MACs", "params", "ms/image", "quartiles ms", "images/s"),
         [
             (
                 name,
@@ -36,7 +38,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
                 _write(row.get("macs"), format_si),
                 _write(row.get("parameters"), format_si),
                 _write(row.get("latency_ms"), _milliseconds),
-                _write(row.get("latency_ms_quartiles"), lambda pair: "-".join(map(_milliseconds, pair))),
+                _write(row.get("latency_ms_quartiles"), lambda pair: "–".join(map(_milliseconds, pair))),
                 _write(row.get("images_per_second"), lambda rate: f"{rate:,.0f}"),
             )
             for name, row in rows.items()
@@ -51,7 +53,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     torch = environment.get("versions", {}).get("torch", UNKNOWN)
     lines = [f"acc.: test accuracy of the last epoch; {where}; torch {torch}; {summary.get('date', UNKNOWN)}"]
     if "latency" in summary:
-        lines.append(f"latency: {summary['latency']}")
+        lines.append(f"time: {summary['latency']}")
     lines += doubt_times(rows, environment)
     if target := describe_target(recipe, share_reached(recipe, rows)):
         lines.append(f"target: {target}")
@@ -155,7 +157,7 @@ def _describe_group(number: int | None, group: Mapping[str, Any]) -> str:
         f"{recipe.network or UNKNOWN}, {_gates(recipe.gating)}, {recipe.epochs or UNKNOWN} epochs",
         f"seed{'s' if len(group['seeds']) > 1 else ''} {', '.join(map(str, group['seeds']))}",
         target,
-        ", ".join(f"{name} {value}" for name, value in group["differs"].items()),
+        ", ".join(f"{name} {value}" for name, value in group["differs"].items() if name.split(".")[-1] not in _SAID),
     ]
     folders = group["folders"][0] if len(group["folders"]) == 1 else f"{group['folders'][0]}, ..."
     return f"{'' if number is None else f'{number}  '}{folders}: {'; '.join(filter(None, parts))}"
@@ -204,7 +206,7 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     joules = result["joules_per_image"]
     print_table(
         f"{result['path']} on {result['dataset']}",
-        ("acc. %", "loss", "MACs", "params", "latency ms", "images/s", "J/image", "images/J"),
+        ("acc. %", "loss", "MACs", "params", "ms/image", "images/s", "J/image", "images/J"),
         [
             (
                 f"{100 * result['accuracy']:.2f}",
@@ -222,7 +224,7 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     )
     energy = result["energy"]
     if quartiles := result.get("latency_ms_quartiles"):
-        print_lines([f"latency: quartiles over the rounds {'-'.join(map(_milliseconds, quartiles))} ms"], console)
+        print_lines([f"latency: quartiles over the rounds {'–'.join(map(_milliseconds, quartiles))} ms"], console)
     print_lines(doubt_times({"network": result}, {"cpu_cores": os.cpu_count()}), console)  # measured here and now
     print_lines([f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]], console)
 

@@ -152,7 +152,11 @@ def checkpoint_state(folder: Path) -> dict[str, torch.Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     for index, entry in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items() if value is not None}
-    return tensors | {"rng": state["rng"], "epoch": torch.tensor(state["epoch"]), "step": torch.tensor(state["step"])}
+    return tensors | {
+        "rng": state["random"]["cpu"],
+        "epoch": torch.tensor(state["epoch"]),
+        "step": torch.tensor(state["step"]),
+    }
 
 
 def differences(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:

@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tests.votes import cast_votes
 
 # every step differs from the one before in learning rate, target and a weight; with chosen votes one epoch is held
 # open, three are alive, two follow a commit, and one is settled
-RECIPE = replace(
+RECIPE = change(
     TINY,
     epochs=7,
     warmup_epochs=2.0,

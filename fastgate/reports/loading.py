@@ -1,0 +1,51 @@
+"""How the network of a run is loaded and fed, as code to copy."""
+
+from typing import Any
+
+from fastgate.reports.runs import RunRecord
+from fastgate.training.pipeline import NETWORK
+
+_CODE = """import fastgate as fg
+import torch
+from torchvision.transforms import v2
+
+model = fg.load({network!r})  # a plain network, in eval mode on the CPU
+preprocess = v2.Compose([
+    v2.ToImage(),{gray}
+    v2.Resize(({height}, {width})),
+    v2.ToDtype(torch.float32, scale=True),  # 0 to 1
+    v2.Normalize(mean={mean}, std={std}),
+])
+with torch.inference_mode():
+    scores = model(preprocess(image)[None])  # image: a PIL image; scores: [1, classes]
+{answer}"""
+
+
+def explain_loading(run: RunRecord) -> dict[str, Any] | None:
+    """The code, and what in it the run folder does not say; None before the run is finished.
+
+    The summary's `preprocessing` says `mean` and `std` per channel, of images scaled to 0..1, and `class_names` by
+    label (None where they have none). Summaries of earlier versions know the size of the images alone.
+    """
+    if run.summary is None or "image_size" not in run.summary:
+        return None
+    channels, height, width = run.summary["image_size"]
+    known = run.summary.get("preprocessing") or {}
+    names = known.get("class_names")
+    missing = [] if known.get("mean") else ["mean and std of the training images"]
+    code = _CODE.format(
+        network=str(run.folder / NETWORK),
+        gray="\n    v2.Grayscale()," if channels == 1 else "",
+        height=height,
+        width=width,
+        mean=_numbers(known.get("mean")),
+        std=_numbers(known.get("std")),
+        answer="print(class_names[scores.argmax()])" if names else "print(scores.argmax().item())  # the label",
+    )
+    if names:
+        code = code.replace("\nwith torch", f"\nclass_names = {list(names)!r}\nwith torch")
+    return {"code": code, "missing": missing}
+
+
+def _numbers(values: list[float] | None) -> str:
+    return "[...]" if values is None else f"[{', '.join(f'{value:.6g}' for value in values)}]"
