@@ -12,7 +12,7 @@ from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.parallel import mark_stale, wrappers_of
 
 
-def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+def commit(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
     """Remove from a network in training, in place, what frozen gates closed, and their heads; live gates stay live.
 
     Closed blocks leave, closed channels are cut, an open block becomes a plain one. In eval mode the network computes
@@ -26,7 +26,7 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
 
     Args:
         model: a network with gates, some or all frozen.
-        optimizer: of this network's parameters, all or some; it may hold others too.
+        optimizer: of this network's parameters, all or some; it may hold others too. None before there is one.
 
     Returns:
         The same model, unless it is itself one closed block: then what is left of that.
@@ -37,7 +37,10 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
     """
     _check_whole(model)
     names = _names(model)
-    _check_own(names, optimizer)
+    if optimizer is None:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.empty(0))])
+    else:
+        _check_own(names, optimizer)
     shapes = {name: parameter.shape for parameter, known_as in names.items() for name in known_as}
     state = {name: entries for parameter, entries in optimizer.state.items() for name in names.get(parameter, ())}
     foreign = {parameter: entries for parameter, entries in optimizer.state.items() if parameter not in names}

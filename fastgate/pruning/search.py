@@ -52,7 +52,8 @@ class GateSearch:
     Args:
         model: a network with gates, or a wrapper of one; it and the optimizer are cut in place.
         example_inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
-        optimizer: that trains the network and its gates; see :func:`fastgate.parameter_groups`.
+        optimizer: that trains the network and its gates; see :func:`fastgate.parameter_groups`. None where it is made
+            later, see :meth:`use`.
         epochs: of the whole run.
         config: default `SearchConfig()`.
         forward: `(model, inputs) -> outputs`, for networks that are called otherwise; it gets whole batches.
@@ -75,7 +76,7 @@ class GateSearch:
         self,
         model: nn.Module,
         example_inputs: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         epochs: int,
         config: SearchConfig | None = None,
@@ -84,13 +85,14 @@ class GateSearch:
         if epochs < 1:
             raise ValueError(f"epochs: expected a positive number, got {epochs}")
         self.model = unwrapped(model)
-        self.optimizer = optimizer
         self.epochs = epochs
         self.config = config or SearchConfig()
         self.gates: dict[str, Gate] = dict(named_gates(self.model))
         if not self.gates:
             raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
-        check_optimizer(self.model, optimizer)
+        self.optimizer: torch.optim.Optimizer | None = None
+        if optimizer is not None:
+            self.use(optimizer)
         self.final: dict[str, Tensor] = {}
         self.epoch = -1
         self.difference = 0.0
@@ -110,6 +112,17 @@ class GateSearch:
         # measured costs differ from process to process
         measured = self.config.cost == "latency"
         self._set_costs(processes.from_main(self._measure) if measured else self._measure())
+
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cut this optimizer with the network; it may be inside a wrapper, as of accelerate.
+
+        Raises:
+            ValueError: it does not train all gates, or is that of another network.
+        """
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        check_optimizer(self.model, optimizer)
+        self.optimizer = optimizer
 
     def _measure(self) -> Costs:
         if self.config.cost == "macs":
@@ -191,6 +204,8 @@ class GateSearch:
                 f"calibration: expected batches in epoch {epoch}, in which the rest of the gates is decided, got none; "
                 "pass a loader of training images"
             )
+        if self.optimizer is None:
+            raise ValueError("optimizer: expected one before the first epoch, got none; give it to use(optimizer)")
         if not self._checked_state and self.optimizer.state and self.config.compact_training:
             check_optimizer(self.model, self.optimizer)
             self._checked_state = True
@@ -482,6 +497,7 @@ class GateSearch:
             "costs": dict(self.costs),
             "total": self.costs.total,
             "difference": self.difference,
+            "example": self._example,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ def test_full_is_section_5_as_printed() -> None:
 
 
 def test_rows_ask_for_what_their_names_say() -> None:
-    polar = {name: recipe.lambda_polar for name, recipe in recipes_of("table5").items()}
+    polar = {name: recipe.search.polarization for name, recipe in recipes_of("table5").items()}
     assert [polar[f"λ_polar = {i}"] for i in range(4)] == ["0", "1", "2", "3"]
     assert polar["λ_polar ↑"] == "0:0, 125:2, 190:3"
     gatings = {name: recipe.estimator for name, recipe in recipes_of("table4").items()}
@@ -76,7 +76,7 @@ def test_rows_ask_for_what_their_names_say() -> None:
 def test_a_rising_lambda_keeps_its_place_in_shorter_training() -> None:
     plan = plan_target("table5", "full", {"epochs": 70})
     rising = next(row.runs[0].recipe for row in plan.rows if row.name == "λ_polar ↑")
-    assert (rising.epochs, rising.lambda_polar) == (70, "0:0, 25:2, 38:3")
+    assert (rising.run.epochs, rising.search.polarization) == (70, "0:0, 25:2, 38:3")
     assert "epochs 70" in plan.notes[0]
 
 

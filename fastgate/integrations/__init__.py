@@ -1,0 +1,1 @@
+"""Callbacks for other trainers: `fastgate.integrations.lightning` and `fastgate.integrations.transformers`."""

@@ -1,0 +1,262 @@
+"""Lightning: `Trainer(callbacks=[GateSearchCallback(), EnergyCallback()])`. Needs the package lightning.
+
+Importing this module lets `LightningModule.load_from_checkpoint` read checkpoints of networks that were pruned in
+training, by :func:`load_from_checkpoint`.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from fastgate.energy.meter import EnergyMeter
+from fastgate.energy.timeline import Timeline
+from fastgate.gates import named_gates
+from fastgate.integrations.session import Session, restore_shape
+from fastgate.pruning.config import SearchConfig
+from fastgate.pruning.search import GateSearch
+from fastgate.values import Forward
+
+
+class GateSearchCallback(pl.Callback):
+    """Prunes the network of a `LightningModule` while it trains; `trainer.fit(model)` is all else that is needed.
+
+    Gates are added before the optimizer is made, unless the module has some; their losses are added to what
+    `training_step` returns. At each epoch's start gates may become final, and what they closed leaves the network and
+    the optimizer. Checkpoints hold the search; a run that goes on (`ckpt_path`) does so from there. Training ends with
+    the compact network in :attr:`small` and, where a file can describe it, in `small.safetensors` in the trainer's
+    folder. Logged are `gates/open_ratio`, `gates/macs` and `gates/polarization`, per epoch.
+
+    The weight decay of the optimizer counts for the gates' parameters too; to leave them out, add the gates in the
+    module itself and give the optimizer :func:`fastgate.parameter_groups`.
+
+    Args:
+        config: when gates are open, live and final, and the target.
+        gating: "layer" or "channel".
+        calibration: batches that gates are decided over; None reads the data set of the training loader in order.
+        forward: `(module, batch) -> anything`, for modules that are not called with a batch's first item.
+        folder: where the compact network is written; None takes the trainer's `default_root_dir`.
+        gate_options: of :func:`fastgate.attach`.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig | None = None,
+        gating: str = "layer",
+        *,
+        calibration: Iterable[Any] | None = None,
+        forward: Forward | None = None,
+        folder: str | Path | None = None,
+        **gate_options: Any,
+    ) -> None:
+        self._session = Session(config, gating, calibration, forward, gate_options)
+        self._folder = folder
+        self._wrapped: list[str] = []
+
+    @property
+    def search(self) -> GateSearch | None:
+        """The search; None before training begins."""
+        return self._session.search
+
+    @property
+    def small(self) -> nn.Module | None:
+        """The compact network, once training has ended."""
+        return self._session.small
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Be there when a checkpoint is loaded, and before the optimizer is made."""
+        if not self._wrapped:
+            self._wrap(pl_module, "on_load_checkpoint", self._loading)
+            self._wrap(pl_module, "configure_optimizers", self._configuring)
+            self._wrap(pl_module, "training_step", functools.partial(self._training, trainer))
+
+    def _wrap(self, module: pl.LightningModule, name: str, wrapper: Callable[..., Any]) -> None:
+        """Let a method of the module go through the wrapper, which gets it first; see :meth:`teardown`."""
+        setattr(module, name, functools.partial(wrapper, module, getattr(module, name)))
+        self._wrapped.append(name)
+
+    def _loading(self, module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        if state := checkpoint.get("callbacks", {}).get(self.state_key):
+            self._add_gates(module)
+            self._session.restore(module, state)
+        original(checkpoint)
+
+    def _configuring(self, module: pl.LightningModule, original: Callable[..., Any]) -> Any:
+        self._add_gates(module)
+        return original()
+
+    def _add_gates(self, module: pl.LightningModule) -> None:
+        self._session.add_gates(module)
+        if self._session.forward is None and type(module).forward is pl.LightningModule.forward:
+            self._session.forward = _only_child_with_gates(module)
+
+    def _training(
+        self, trainer: pl.Trainer, module: pl.LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The module's training step, with the gate losses."""
+        output, search = original(*args, **kwargs), self.search
+        if search is None or output is None:
+            return output
+        if not module.automatic_optimization:
+            raise ValueError(
+                "GateSearchCallback: expected automatic optimization, got a module that calls backward itself; use "
+                "fastgate.GateSearch in its training_step"
+            )
+        extra = search.loss(trainer.fit_loop.batch_idx / max(trainer.num_training_batches, 1))
+        if isinstance(output, Tensor):
+            return output + extra
+        return {**output, "loss": output["loss"] + extra}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the search, or go on with it."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"optimizers: expected one, which a search can cut, got {len(trainer.optimizers)}")
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            raise ValueError(
+                f"max_epochs: expected a number of epochs, of which a search's phases are shares, got "
+                f"{trainer.max_epochs}"
+            )
+        self._session.begin(pl_module, trainer.optimizers[0], trainer.max_epochs, trainer.train_dataloader)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The gates' part of the epoch."""
+        self._session.begin_epoch(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the gates do."""
+        if self.search is None:
+            return
+        metrics = self.search.metrics()
+        logged = {f"gates/{name}": float(metrics[name]) for name in ("open_ratio", "macs", "polarization")}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the compact network and write it, unless training was interrupted."""
+        if trainer.current_epoch >= (trainer.max_epochs or 0):
+            self._session.end(self._folder or trainer.default_root_dir)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The module gets its own methods back."""
+        for name in self._wrapped:
+            pl_module.__dict__.pop(name, None)
+        self._wrapped = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The search, for a checkpoint."""
+        return self._session.state_dict()
+
+
+def _only_child_with_gates(module: nn.Module) -> Forward:
+    """For a module without a forward of its own: calls the child that holds its gates with a batch's first item."""
+    names = {name.split(".", maxsplit=1)[0] for name, _ in named_gates(module)}
+    if len(names) != 1:
+        raise ValueError(
+            f"forward: expected a LightningModule with a forward, got one whose gates are in {', '.join(names)}; give "
+            "the callback forward=, a function (module, batch) that calls the network"
+        )
+    name = names.pop()
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        return getattr(module, name)(batch[0] if isinstance(batch, tuple | list) else batch)
+
+    return forward
+
+
+def load_from_checkpoint(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> Any:
+    """`module_class.load_from_checkpoint(...)`, for a network that a :class:`GateSearchCallback` was pruning, too.
+
+    The module is made anew, brought to the shape it had, and loaded; gates that were live are still in it.
+    """
+    original, own = module_class.on_load_checkpoint, vars(module_class).get("on_load_checkpoint")
+
+    def with_shape(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: Mapping[str, Any] = checkpoint.get("callbacks", {})
+        for state in states.values():
+            if isinstance(state, Mapping) and {"gating", "gate_options", "search"} <= state.keys():
+                restore_shape(self, state)
+        original(self, checkpoint)
+
+    module_class.on_load_checkpoint = with_shape
+    try:
+        return _load(module_class, *args, **kwargs)
+    finally:
+        if own is None:
+            del module_class.on_load_checkpoint
+        else:
+            module_class.on_load_checkpoint = own  # type: ignore[method-assign]
+
+
+_LIGHTNINGS = vars(pl.LightningModule)["load_from_checkpoint"]
+
+
+def _load(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> Any:
+    return _LIGHTNINGS.__get__(None, module_class)(*args, **kwargs)
+
+
+pl.LightningModule.load_from_checkpoint = classmethod(load_from_checkpoint)  # type: ignore[assignment]
+
+
+class EnergyCallback(pl.Callback):
+    """Meters every epoch, training and validation apart, and logs their joules.
+
+    Each process meters its own device. The work is waited for at the ends of epochs and validations only.
+
+    Args:
+        meter: default: one for the device that Lightning trains on.
+
+    Attributes:
+        history: one entry per epoch: epoch, and joules, seconds, source and warnings of "train" and "validation".
+    """
+
+    def __init__(self, meter: EnergyMeter | None = None) -> None:
+        self.history: list[dict[str, Any]] = []
+        self._given = meter
+        self._meter: EnergyMeter | None = None
+        self._timeline: Timeline | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the meter, once the device is known."""
+        self._meter = self._given or EnergyMeter(trainer.strategy.root_device)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin an epoch."""
+        if self._meter is not None:
+            self._timeline = Timeline(self._meter)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What came before in this epoch was training."""
+        if self._timeline is not None:
+            self._timeline.end_phase("train")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Back to training."""
+        if self._timeline is not None:
+            self._timeline.end_phase("validation")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch."""
+        if self._timeline is None:
+            return
+        self._timeline.end_phase("train")
+        phases = {phase: self._timeline.collect(phase) for phase in ("train", "validation")}
+        self._timeline = None
+        self.history.append({"epoch": trainer.current_epoch, **phases})
+        joules = {f"energy/{name}_joules": phase["joules"] for name, phase in phases.items()}
+        known = {name: value for name, value in joules.items() if value is not None}
+        for logger in trainer.loggers if known else []:
+            logger.log_metrics(known, step=trainer.global_step)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """An epoch that failed is not logged."""
+        self._timeline = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the meter back, unless it was given."""
+        self._timeline = None
+        if self._meter is not None and self._meter is not self._given:
+            self._meter.close()
+        self._meter = None
