@@ -189,14 +189,15 @@ def budget(
                 "total: expected what the whole network costs, of which the target is a share, got costs that do not "
                 "say it; use fastgate.gate_costs(model, inputs) as it is, or pass total=fastgate.macs(model, inputs)"
             )
-    if not isinstance(switchable, Tensor):
-        if total is not None and total < switchable:
+    if not isinstance(target, Tensor) and _readable(switchable):
+        switchable = float(switchable)
+        if whole < switchable and total is not None:  # measured times may overlap
             raise ValueError(
-                f"total: expected at least the {switchable:.0f} that gates switch, got {total}; give the cost "
-                "of the whole network for the same inputs, in the units of the costs"
+                f"total: expected at least the {switchable:.0f} that gates switch, got {total}; give the cost of the "
+                "whole network for the same inputs, in the units of the costs"
             )
         lowest = (whole - switchable) / whole
-        if not isinstance(target, Tensor) and target < lowest:
+        if target < lowest:
             raise ValueError(
                 f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's cost (less is not gated), "
                 f"got {target}"
@@ -240,9 +241,10 @@ def _weigh(means: GateMeans, costs: Mapping[str, Tensor], reorder: bool) -> tupl
     if reorder:
         means = _ordered(means, list(costs), "costs")
     weights = torch.cat([costs[name] for name in means])
-    switchable: float | Tensor | None = getattr(costs, "switchable", None)
-    if switchable is None:
-        switchable = weights.sum()
-        if switchable.device.type == "cpu" and not torch.compiler.is_compiling():  # no waiting, no break in a graph
-            switchable = switchable.item()
-    return means, weights.to(means.joined), switchable
+    switchable = getattr(costs, "switchable", None)
+    return means, weights.to(means.joined), weights.sum() if switchable is None else switchable
+
+
+def _readable(value: float | Tensor) -> bool:
+    """Whether the value can be had without waiting for a device or leaving a compiled graph."""
+    return not isinstance(value, Tensor) or (value.device.type == "cpu" and not torch.compiler.is_compiling())

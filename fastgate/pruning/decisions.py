@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fastgate import processes
 from fastgate.files import write_atomically
 from fastgate.gates import Gate, named_gates
 from fastgate.modes import eval_mode
+from fastgate.pruning.costs import gate_costs
 from fastgate.values import Forward, call, to_device_of
 
 FORMAT = "fastgate-decisions"
@@ -142,9 +145,21 @@ class Decisions(Mapping[str, GateDecision]):
 
 
 def decide(
-    model: nn.Module, loader: Iterable[Any], threshold: float = 0.5, *, forward: Forward | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    threshold: float = 0.5,
+    *,
+    target: float | None = None,
+    cost: str = "macs",
+    costs: Mapping[str, Tensor] | None = None,
+    total: int | None = None,
+    round_to: int | None = None,
+    forward: Forward | None = None,
 ) -> Decisions:
     """Ask every gate about every sample, in one evaluation pass, and open those whose mean exceeds `threshold`.
+
+    With a target the decisions are instead those that meet it and of these the ones that samples are most for, see
+    :func:`fastgate.pruning.targets.meet_target`. Gates that are frozen keep their decision.
 
     The mean is over what the gate decided on: every call in a forward and every row of each. A compiled network runs
     eagerly for that.
@@ -155,24 +170,71 @@ def decide(
             mapping is passed as keyword arguments, labels and all; a plain tuple as positional ones; anything else,
             such as a list of images, as the only argument.
         threshold: between 0 and 1.
+        target: wanted share of what the whole network costs, 0 to 1.
+        cost: what the target is a share of, see :func:`fastgate.gate_costs`: it is counted (`"latency"`: measured) on
+            the first batch, as a whole.
+        costs: what each gate (channel) switches, where that is known: nothing is then counted.
+        total: what the whole network costs with every gate open; None: `costs.total`.
+        round_to: channel gates: the numbers of open channels are multiples of it, or all.
         forward: `(model, batch) -> anything`, for networks that are called otherwise; it gets the whole batch.
 
     Raises:
         ValueError: no gates, no samples, a gate that did not run or whose logits are nan, a threshold outside 0 to
-            1.
+            1; a target that no decisions reach (the message names the range) or beside a threshold; costs that do not
+            say what the whole network costs; `costs`, `total` or `round_to` without a target.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
     gates = dict(named_gates(model))
     if not gates:
         raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
+    if target is None:
+        for name, value in {"costs": costs, "total": total, "round_to": round_to}.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected it beside a target, got no target; pass target=")
+    elif threshold != 0.5:
+        raise ValueError(f"threshold: expected none beside a target, which decides instead, got {threshold}")
+    batches = iter(loader)
+    first = list(islice(batches, 1))
+    meet = None
+    if target is not None and first:
+        if costs is None:
+            costs = gate_costs(model, _inputs_of(first[0], forward), cost, forward=forward)
+        meet = _meeting(target, costs, total, round_to)
+    decisions = _ask(model, gates, chain(first, batches), threshold, forward)
+    return decisions if meet is None else meet(decisions, held={name for name, gate in gates.items() if gate.frozen})
+
+
+def _meeting(
+    target: float, costs: Mapping[str, Tensor], total: int | None, round_to: int | None
+) -> Callable[..., Decisions]:
+    """What makes decisions meet a target; one that is out of reach is found out before any gate is asked."""
+    from fastgate.pruning.targets import check_target, meet_target  # they work on the decisions of this module
+
+    total = getattr(costs, "total", None) if total is None else total
+    if total is None:
+        raise ValueError(
+            "total: expected what the whole network costs, of which the target is a share, got costs that do not say "
+            "it; use fastgate.gate_costs(model, inputs) as it is, or pass total=fastgate.macs(model, inputs)"
+        )
+    check_target(costs, target, total, round_to)
+    return partial(meet_target, costs=costs, target=target, total=total, round_to=round_to)
+
+
+def _inputs_of(batch: Any, forward: Forward | None) -> Any:
+    return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
+
+
+def _ask(
+    model: nn.Module, gates: Mapping[str, Gate], batches: Iterable[Any], threshold: float, forward: Forward | None
+) -> Decisions:
     device = next(model.parameters()).device
     opened = {name: torch.zeros(gate.gates, dtype=torch.float64, device=device) for name, gate in gates.items()}
     rows = dict.fromkeys(gates, 0)
     samples = 0
     with torch.no_grad(), eval_mode(model), torch.compiler.set_stance("force_eager"), _collected(gates) as calls:
-        for batch in loader:
-            inputs = batch[0] if forward is None and isinstance(batch, tuple | list) else batch
+        for batch in batches:
+            inputs = _inputs_of(batch, forward)
             call(model, to_device_of(model, inputs), forward)
             for name, outputs in calls.items():
                 if not outputs:

@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastgate as fg
+from fastgate.pruning.costs import total_cost
 from fastgate.pruning.decisions import GateDecision
+from fastgate.pruning.targets import meet_target
 from tests.helpers import assert_same_state, draw_masks, freeze_with, state_copy
 
 
@@ -201,6 +204,83 @@ def test_decisions_of_an_earlier_forward_do_not_count() -> None:
     model.whole = False
     with pytest.raises(ValueError, match="gate 'layer' did not run in the model's forward"):
         fg.decide(model, [images(SIGNS)])
+
+
+def random_network(gating: str) -> nn.Module:
+    """A network whose gates are divided about random images."""
+    model = fg.models.resnet(14, gating=gating, hidden_features=8)
+    with torch.no_grad():
+        for _, gate in fg.named_gates(model):
+            for parameter in gate.parameters():
+                parameter.normal_()
+    return model
+
+
+BATCHES = [torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_a_target_is_met_with_what_the_first_batch_costs(cost: str) -> None:
+    model = random_network("channel")
+    asked = fg.decide(model, BATCHES)
+    met = fg.decide(model, BATCHES, target=0.6, cost=cost)
+    assert met.samples == asked.samples == 18
+    assert all(torch.equal(met[name].mean, gate.mean) for name, gate in asked.items())
+    fg.freeze(model, met)
+    small = fg.compact(model)
+    assert total_cost(small, (3, 8, 8), cost) == pytest.approx(0.6 * total_cost(model, (3, 8, 8), cost), rel=0.005)
+
+
+def test_a_target_with_known_costs_and_rounded_channels() -> None:
+    model = random_network("channel")
+    costs = fg.gate_costs(model, (3, 8, 8))
+    met = fg.decide(model, (batch for batch in BATCHES), target=0.6, costs=costs, round_to=8)
+    assert met == meet_target(fg.decide(model, BATCHES), costs, 0.6, costs.total, round_to=8)
+    assert all(int(gate.open.sum()) % 8 == 0 for gate in met.values())
+    assert met == fg.decide(model, BATCHES, target=0.6, costs=dict(costs), total=costs.total, round_to=8)
+
+
+def test_a_target_for_networks_that_are_called_otherwise() -> None:
+    model = random_network("layer")
+    wanted = fg.decide(model, BATCHES, target=0.6)
+    batches = [{"image": {"pixels": batch}} for batch in BATCHES]
+    assert fg.decide(model, batches, target=0.6, forward=lambda net, batch: net(batch["image"]["pixels"])) == wanted
+
+
+def test_frozen_gates_keep_their_decision_beside_a_target() -> None:
+    model = random_network("layer")
+    gates = dict(fg.named_gates(model))
+    first, *_, last = gates
+    gates[first].freeze(torch.tensor([False]))
+    gates[last].freeze(torch.tensor([True]))
+    for target in (0.3, 0.9):
+        met = fg.decide(model, BATCHES, target=target)
+        assert (met[first].open.item(), met[last].open.item()) == (False, True)
+
+
+def test_a_target_out_of_reach_is_refused_before_any_gate_is_asked() -> None:
+    def loader() -> Iterator[Tensor]:
+        yield BATCHES[0]
+        raise AssertionError("the second batch was asked for")
+
+    with pytest.raises(ValueError, match=r"target: expected 0\.\d+ to 1 of the network's cost .*, got 0.01"):
+        fg.decide(random_network("layer"), loader(), target=0.01)
+
+
+def test_what_does_not_go_with_a_target_or_without() -> None:
+    model = random_network("channel")
+    costs = fg.gate_costs(model, (3, 8, 8))
+    for name, value in {"costs": costs, "total": 1, "round_to": 8}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected it beside a target"):
+            fg.decide(model, BATCHES, **{name: value})
+    with pytest.raises(ValueError, match=r"threshold: expected none beside a target.*, got 0.7"):
+        fg.decide(model, BATCHES, 0.7, target=0.6)
+    with pytest.raises(ValueError, match=r"total: expected what the whole network costs.*fastgate\.gate_costs"):
+        fg.decide(model, BATCHES, target=0.6, costs=dict(costs))
+    with pytest.raises(ValueError, match="cost: expected one of macs, params, latency, got 'joules'"):
+        fg.decide(model, BATCHES, target=0.6, cost="joules")
+    with pytest.raises(ValueError, match="loader: expected at least one batch, got none"):
+        fg.decide(model, [], target=0.6)
 
 
 def test_decisions_are_equal_where_their_tensors_are() -> None:
