@@ -341,6 +341,7 @@ class GateSearch:
             ValueError: no calibration data where they are needed.
             NotEqual: it does not compute what the frozen network computes.
         """
+        processes.share_buffers(self.model)  # every process has the same network
         if not any(named_gates(self.model)):
             return copy_network(self.model)
         forward = forward or self._forward

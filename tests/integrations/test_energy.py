@@ -86,7 +86,7 @@ def run_lightning(fake: Fake, folder: Path, callback: Any, *, fail: bool = False
 
 @pytest.mark.parametrize("validations", [1, 2])
 def test_lightning(board: Fake, tmp_path: Path, validations: int) -> None:
-    from fastgate.energy.lightning import EnergyCallback
+    from fastgate.integrations.lightning import EnergyCallback
 
     callback = EnergyCallback(board.meter())
     # the sanity check before training belongs to no epoch
@@ -102,7 +102,7 @@ def test_lightning(board: Fake, tmp_path: Path, validations: int) -> None:
 
 
 def test_lightning_makes_and_closes_a_meter_of_its_own(board: Fake, tmp_path: Path) -> None:
-    from fastgate.energy.lightning import EnergyCallback
+    from fastgate.integrations.lightning import EnergyCallback
 
     callback = EnergyCallback()
     trainer = run_lightning(board, tmp_path, callback)
@@ -114,7 +114,7 @@ def test_lightning_makes_and_closes_a_meter_of_its_own(board: Fake, tmp_path: Pa
 
 
 def test_lightning_with_one_of_two_boards_standing_still(fake: Fake, tmp_path: Path) -> None:
-    from fastgate.energy.lightning import EnergyCallback
+    from fastgate.integrations.lightning import EnergyCallback
 
     fake.board(T4, 30)
     fake.board(T4_TOO, 70)
@@ -126,7 +126,7 @@ def test_lightning_with_one_of_two_boards_standing_still(fake: Fake, tmp_path: P
 
 
 def test_lightning_after_an_exception(board: Fake, tmp_path: Path) -> None:
-    from fastgate.energy.lightning import EnergyCallback
+    from fastgate.integrations.lightning import EnergyCallback
 
     callback = EnergyCallback(board.meter())
     with pytest.raises(RuntimeError, match="mine"):
@@ -166,7 +166,7 @@ def run_transformers(fake: Fake, folder: Path, callback: Any, **options: Any) ->
     ],
 )
 def test_transformers(board: Fake, tmp_path: Path, options: dict[str, Any], phases: list[str]) -> None:
-    from fastgate.energy.transformers import EnergyCallback
+    from fastgate.integrations.transformers import EnergyCallback
 
     callback = EnergyCallback(board.meter())
     trainer = run_transformers(board, tmp_path, callback, **options)
@@ -177,7 +177,7 @@ def test_transformers(board: Fake, tmp_path: Path, options: dict[str, Any], phas
 
 
 def test_transformers_with_one_of_two_boards_standing_still(fake: Fake, tmp_path: Path) -> None:
-    from fastgate.energy.transformers import EnergyCallback
+    from fastgate.integrations.transformers import EnergyCallback
 
     fake.board(T4, 30)
     fake.board(T4_TOO, 70)
@@ -199,7 +199,7 @@ def test_one_process_of_several_says_so(board: Fake, monkeypatch: pytest.MonkeyP
 
 
 def test_transformers_makes_and_closes_a_meter_of_its_own(board: Fake, tmp_path: Path) -> None:
-    from fastgate.energy.transformers import EnergyCallback
+    from fastgate.integrations.transformers import EnergyCallback
 
     callback = EnergyCallback()
     run_transformers(board, tmp_path, callback)
