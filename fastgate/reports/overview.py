@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastgate.energy.sums import add_known
-from fastgate.reports.quantities import UNKNOWN, format_seconds, format_si
+from fastgate.reports.quantities import UNKNOWN, format_seconds, format_si, shorten
 from fastgate.reports.runs import RunRecord, look_up
 from fastgate.reports.targets import describe_target, share_reached
 from fastgate.reports.timing import doubt_times
@@ -125,8 +125,13 @@ def compare_networks(rows: Rows) -> str:
 
 
 def explain_target(run: RunRecord, rows: Rows) -> str:
-    """What share of the cost was asked for and what was reached, as a sentence; empty without a target."""
+    """What share of the cost was asked for and what was reached, as a sentence; empty without a target.
+
+    A share of MACs that was reached is said by :func:`compare_networks`.
+    """
     said = describe_target(run.recipe, share_reached(run.recipe, rows))
+    if said and run.recipe.cost == "macs" and compare_networks(rows):
+        said, _ = said.split(",")
     return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
@@ -151,5 +156,5 @@ def explain_energy(runs: Sequence[RunRecord]) -> str:
     if not sources and not remarks:
         return "not recorded: the runs are of a version that did not meter it"
     if not sources:
-        return f"joules were not metered: {'; '.join(remarks)}"
-    return "; ".join([f"joules from {', '.join(sources)}", *remarks])
+        return f"joules were not metered: {'; '.join(shorten(remarks))}"
+    return "; ".join([f"joules from {', '.join(sources)}", *shorten(remarks)])

@@ -91,6 +91,9 @@ def test_the_summary_is_that_of_the_run_folder(layer: Path) -> None:
         assert shown["open gates"] == f"{true['open_ratio']:.1%}"
         assert float(shown["MACs"].split()[0]) == pytest.approx(true["macs"] / 1e3, rel=5e-3)
         assert shown["latency"].startswith(f"{true['latency_ms']:.2f} ms")
+        low, high = true["latency_ms_quartiles"]
+        assert low <= true["latency_ms"] <= high
+        assert shown["latency"].endswith(f" {low:.2f}\N{EN DASH}{high:.2f} ms")
         assert shown["images/s"].startswith(f"{true['images_per_second']:,.0f}")
     compact = dict(zip(header, next(row for row in cells if row[0] == "compact"), strict=True))
     assert compact["MACs"].endswith(f" {rows['compact']['macs'] / rows['unpruned']['macs']:.0%}")
