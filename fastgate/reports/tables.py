@@ -18,7 +18,7 @@ from fastgate.reports.timing import doubt_times
 from fastgate.tuning import Tuned
 
 # characters of the description of a call, in lines of its own cell
-_CALL_WIDTH = 30
+_CALL_WIDTH = 26
 # fields of a recipe that every run is described by, also where they do not differ
 _SAID = {"network", "gating", "epochs", "target", "target_macs"}
 
@@ -164,7 +164,7 @@ def _describe_group(number: int | None, group: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {value}" for name, value in group["differs"].items() if name.split(".")[-1] not in _SAID),
     ]
     folders = group["folders"][0] if len(group["folders"]) == 1 else f"{group['folders'][0]}, ..."
-    return f"{'' if number is None else f'{number}  '}{folders}: {'; '.join(filter(None, parts))}"
+    return f"{'' if number is None else f'{number}: '}{folders}: {'; '.join(filter(None, parts))}"
 
 
 def _gates(gating: str | None) -> str:
