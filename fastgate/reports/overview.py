@@ -116,8 +116,8 @@ def compare_networks(rows: Rows) -> str:
     if small is None or base is None:
         return ""
     against = "" if base.get("accuracy") is None else f" against {base['accuracy']:.2%}"
-    rates = [row.get("images_per_second") for row in (small, base)]
-    faster = "" if None in rates else f" and classifies {rates[0] / rates[1]:.2f} times as many images per second"
+    rate, base_rate = small.get("images_per_second"), base.get("images_per_second")
+    faster = f" and classifies {rate / base_rate:.2f} times as many images per second" if rate and base_rate else ""
     return (
         f"The compact network has {small['macs'] / base['macs']:.1%} of the unpruned network's MACs{faster}, at "
         f"{small['accuracy']:.2%}{against} top-1 accuracy."
