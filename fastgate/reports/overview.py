@@ -135,9 +135,10 @@ def explain_target(run: RunRecord, rows: Rows) -> str:
     return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
-def doubt(run: RunRecord, rows: Rows) -> list[str]:
-    """Why the times in the rows should not be trusted, if there is a reason."""
-    return doubt_times(rows, (run.summary or {}).get("environment", {}))
+def doubt(run: RunRecord, rows: Rows) -> str:
+    """Why the times in the rows should not be trusted, as a sentence; empty if there is no reason."""
+    said = doubt_times(rows, (run.summary or {}).get("environment", {}))
+    return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
 def explain_energy(runs: Sequence[RunRecord]) -> str:

@@ -54,7 +54,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     lines = [f"acc.: test accuracy of the last epoch; {where}; torch {torch}; {summary.get('date', UNKNOWN)}"]
     if "latency" in summary:
         lines.append(f"time: {summary['latency']}")
-    lines += doubt_times(rows, environment)
+    lines += filter(None, [doubt_times(rows, environment)])
     if target := describe_target(recipe, share_reached(recipe, rows)):
         lines.append(f"target: {target}")
     if summary.get("max_abs_difference") is not None:
@@ -229,7 +229,8 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     energy = result["energy"]
     if quartiles := result.get("latency_ms_quartiles"):
         print_lines([f"latency: quartiles over the rounds {_range(quartiles)} ms"], console)
-    print_lines(doubt_times({"network": result}, {"cpu_cores": os.cpu_count()}), console)  # measured here and now
+    doubt = doubt_times({"network": result}, {"cpu_cores": os.cpu_count()})  # measured here and now
+    print_lines([doubt] if doubt else [], console)
     print_lines([f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]], console)
 
 

@@ -217,7 +217,7 @@ def test_a_busy_machine_is_named(layer: Path, tmp_path: Path) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     text = write_report([run]).read_text()
     (said,) = re.findall(r'<p class="doubt">(.*?)</p>', text, re.S)
-    assert "(compact 40%)" in said and "load average 1000.0 on" in said
+    assert "40% (compact)" in said and "load average was 1000.0 on" in said
     rows = {row[0]: row[1] for row in read_tables(run / "report.html")[-2]}
     assert rows["load average"].startswith("1000.00")
 
