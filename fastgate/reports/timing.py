@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-# half of the passes lie within this share of the median on a machine that does nothing else: wider is worth a warning
+# a definition, as a share of the median: half of the passes lie between the quartiles
 _SPREAD = 0.1
-# of the cores: above it threads waited for one, ours among them
+# a definition, as a share of the cores: above them threads wait for one, ours among them
 _LOAD = 1.25
 
 _QUARTILES = {"latency_ms": "latency", "images_per_second": "images per second"}
