@@ -22,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "run"
     result = run_cli("train", *TINY_OPTIONS, "--output", folder)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"compact +│ +\d+\.\d\d% │ +\d+\.\d% │", result.stdout)
+    assert re.search(r"compact +\d+\.\d\d +\d+\.\d ", result.stdout)
     # no terminal here: one plain line per epoch
     assert [f"epoch {i}/4" in line for i, line in enumerate(result.stderr.splitlines()[-4:], 1)] == [True] * 4
     return folder
@@ -47,7 +47,7 @@ def test_evaluate(run: Path) -> None:
     for source in (run, run / "model.safetensors"):
         result = run_cli("evaluate", source, "--device", "cpu")
         assert result.returncode == 0, result.stderr
-        assert f"{accuracy:.2%}" in result.stdout
+        assert f"{100 * accuracy:.2f}" in result.stdout
 
 
 def test_compact_a_frozen_checkpoint(run: Path, tmp_path: Path) -> None:

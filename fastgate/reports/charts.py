@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _WIDTH, _PLOT = 360, 170  # of the picture; of the plot's height
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 54, 8, 22
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 62, 8, 22
 _STRIP, _THIN = 13, 5  # height of a strip of phases with its words, and without
 _LABEL = 11  # height of a line of text
 _SHADES = 20  # of the gate map: steps of 5%
@@ -48,7 +48,7 @@ def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def round_logs(low: float, high: float) -> list[float]:
-    """Round numbers that enclose low and high, both above 0: powers of ten, of one or two decades 1, 2 and 5 of each."""
+    """Round numbers that enclose low and high, both above 0: powers of ten; of two decades 1, 2 and 5 of each."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     if last - first > 2:
         return [10.0**i for i in range(first, last + 1)]
@@ -125,11 +125,11 @@ def draw_curves(
             x, y = placed[-1]
             parts.append(f'<polyline class="curve {curve.style}" points="{points}" data-said="{said}"/>')
             parts.append(f'<circle class="end {curve.style}" cx="{x}" cy="{y}" r="2.5"/>')
-            ends.append((y, curve.style.split()[0], form(curve.points[-1][1])))
+            ends.append((y, x, curve.style.split()[0], form(curve.points[-1][1])))
     parts.append("</svg>")
     ends.sort()
-    for y, (_, style, text) in zip(_spread([y for y, _, _ in ends], top, bottom), ends, strict=True):
-        parts.append(f'<text class="last {style}" x="{right + 6}" y="{y + 3.5:.1f}">{text}</text>')
+    for y, (_, x, style, text) in zip(_spread([end[0] for end in ends], top, bottom), ends, strict=True):
+        parts.append(f'<text class="last {style}" x="{x + 6:.1f}" y="{y + 3.5:.1f}">{text}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -147,7 +147,7 @@ def _draw_strip(
         parts.append(f'<rect class="{name}" x="{left}" y="{y}" width="{right - left:.1f}" height="{height - 2}"/>')
         if begin > first:
             parts.append(f'<path d="M{left} {y}V{bottom}"/>')
-        if height == _STRIP and right - left > 5.5 * len(name):
+        if height == _STRIP and right - left > 5.3 * len(name) + 2:
             parts.append(f'<text x="{(left + right) / 2:.1f}" y="{y + 8.5}" text-anchor="middle">{name}</text>')
         parts.append("</g>")
     return parts

@@ -1,6 +1,7 @@
 """Tables in the terminal: nothing in them is cut, however narrow it is."""
 
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -49,8 +50,9 @@ def print_table(
         whole = sum(widths[index] + _GAP for index in part) - _GAP
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0), width=whole)
         for index in part:
-            side = "left" if index < keys else "right"
-            table.add_column(Text(headings[index]), justify=side, no_wrap=True, min_width=widths[index])
+            heading = Text(headings[index])
+            justify: Literal["left", "right"] = "left" if index < keys else "right"
+            table.add_column(heading, justify=justify, no_wrap=True, min_width=widths[index])
         for at, row in enumerate(rows):
             table.add_row(*(Text(row[index]) for index in part), end_section=at in ends)
         console.print(table, crop=False)

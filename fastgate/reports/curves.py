@@ -63,6 +63,7 @@ LOSSES = (
 )
 # of epochs, where there are enough of them: the part that the second chart of the accuracy shows
 _LAST_PART, _ENOUGH = 1 / 3, 6
+_LEAST_SPAN = 0.01  # of its axis
 
 
 def draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
@@ -81,8 +82,8 @@ def draw(quantity: Quantity, tracks: Sequence[Track]) -> str | None:
 def draw_last_accuracy(tracks: Sequence[Track]) -> tuple[str, str] | None:
     """Title and chart of the accuracy of the last third, on an axis of its own; None where it is too early for that.
 
-    The axis leaves out drops that lie far below the rest (Tukey's fence: 1.5 quartile distances below the lower
-    quartile), but never the value that a curve ends with.
+    The axis spans at least a point. It leaves out drops that lie far below the rest (as Tukey's whiskers do: more
+    than 1.5 quartile distances below the lower quartile), but never the value that a curve ends with.
     """
     epochs = max(track.run.epochs for track in tracks)
     first = epochs - round(epochs * _LAST_PART) + 1
@@ -94,8 +95,8 @@ def draw_last_accuracy(tracks: Sequence[Track]) -> tuple[str, str] | None:
     if epochs < _ENOUGH or len(values) < 2:
         return None
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    fence = lower - 1.5 * (upper - lower)
-    floor = min([fence, *(curve.points[-1][1] for curve in curves if curve.points)])
+    whisker = min(value for value in values if value >= lower - 1.5 * (upper - lower))
+    floor = min([whisker, max(values) - _LEAST_SPAN, *(curve.points[-1][1] for curve in curves if curve.points)])
     title = f"Accuracy, from epoch {first}"
     below = sum(value < floor for value in values)
     if below:

@@ -63,7 +63,7 @@ def render_report(runs: Sequence[RunRecord]) -> str:
                 "progress": "" if run.summary else f"{len(run.history)} of {run.epochs} epochs are done",
                 "sentence": overview.compare_networks(rows[label]),
                 "target": overview.explain_target(run, rows[label]),
-                "doubts": overview.doubt(run, rows[label]),
+                "doubt": overview.doubt(run, rows[label]),
                 "loading": explain_loading(run),
                 "rows": overview.write_cells(rows[label], columns),
             }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastgate.energy.sums import add_known
-from fastgate.reports.quantities import UNKNOWN, format_seconds, format_si
+from fastgate.reports.quantities import UNKNOWN, format_seconds, format_si, shorten
 from fastgate.reports.runs import RunRecord, look_up
 from fastgate.reports.targets import describe_target, share_reached
 from fastgate.reports.timing import doubt_times
@@ -116,8 +116,8 @@ def compare_networks(rows: Rows) -> str:
     if small is None or base is None:
         return ""
     against = "" if base.get("accuracy") is None else f" against {base['accuracy']:.2%}"
-    rates = [row.get("images_per_second") for row in (small, base)]
-    faster = "" if None in rates else f" and classifies {rates[0] / rates[1]:.2f} times as many images per second"
+    rate, base_rate = small.get("images_per_second"), base.get("images_per_second")
+    faster = f" and classifies {rate / base_rate:.2f} times as many images per second" if rate and base_rate else ""
     return (
         f"The compact network has {small['macs'] / base['macs']:.1%} of the unpruned network's MACs{faster}, at "
         f"{small['accuracy']:.2%}{against} top-1 accuracy."
@@ -125,14 +125,20 @@ def compare_networks(rows: Rows) -> str:
 
 
 def explain_target(run: RunRecord, rows: Rows) -> str:
-    """What share of the cost was asked for and what was reached, as a sentence; empty without a target."""
+    """What share of the cost was asked for and what was reached, as a sentence; empty without a target.
+
+    A share of MACs that was reached is said by :func:`compare_networks`.
+    """
     said = describe_target(run.recipe, share_reached(run.recipe, rows))
+    if said and run.recipe.cost == "macs" and compare_networks(rows):
+        said, _ = said.split(",")
     return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
-def doubt(run: RunRecord, rows: Rows) -> list[str]:
-    """Why the times in the rows should not be trusted, if there is a reason."""
-    return doubt_times(rows, (run.summary or {}).get("environment", {}))
+def doubt(run: RunRecord, rows: Rows) -> str:
+    """Why the times in the rows should not be trusted, as a sentence; empty if there is no reason."""
+    said = doubt_times(rows, (run.summary or {}).get("environment", {}))
+    return f"{said[0].upper()}{said[1:]}." if said else ""
 
 
 def explain_energy(runs: Sequence[RunRecord]) -> str:
@@ -151,5 +157,5 @@ def explain_energy(runs: Sequence[RunRecord]) -> str:
     if not sources and not remarks:
         return "not recorded: the runs are of a version that did not meter it"
     if not sources:
-        return f"joules were not metered: {'; '.join(remarks)}"
-    return "; ".join([f"joules from {', '.join(sources)}", *remarks])
+        return f"joules were not metered: {'; '.join(shorten(remarks))}"
+    return "; ".join([f"joules from {', '.join(sources)}", *shorten(remarks)])

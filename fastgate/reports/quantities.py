@@ -1,5 +1,8 @@
 """Numbers as people read them: three digits and a unit."""
 
+import re
+from collections.abc import Iterable
+
 UNKNOWN = "-"  # what is not known, or does not apply
 
 _PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3), ("µ", 1e-6))
@@ -25,3 +28,11 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shorten(remarks: Iterable[str]) -> list[str]:
+    """Remarks that differ in their numbers alone become the first of them, with how many more there are."""
+    alike: dict[str, list[str]] = {}
+    for remark in remarks:
+        alike.setdefault(re.sub(r"(?<![\w-])\d+(\.\d+)?(e-?\d+)?(?![\w-])", "#", remark), []).append(remark)
+    return [first + (f" (and {len(more)} more like it)" if more else "") for first, *more in alike.values()]

@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from fastgate.reports.console import print_lines, print_table
-from fastgate.reports.quantities import UNKNOWN, format_joules, format_si
+from fastgate.reports.quantities import UNKNOWN, format_joules, format_si, shorten
 from fastgate.reports.recipes import read_recipe
 from fastgate.reports.targets import describe_target, share_reached
 from fastgate.reports.timing import doubt_times
 from fastgate.tuning import Tuned
 
 # characters of the description of a call, in lines of its own cell
-_CALL_WIDTH = 30
+_CALL_WIDTH = 26
 # fields of a recipe that every run is described by, also where they do not differ
 _SAID = {"network", "gating", "epochs", "target", "target_macs"}
 
@@ -38,7 +38,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
                 _write(row.get("macs"), format_si),
                 _write(row.get("parameters"), format_si),
                 _write(row.get("latency_ms"), _milliseconds),
-                _write(row.get("latency_ms_quartiles"), lambda pair: "–".join(map(_milliseconds, pair))),
+                _write(row.get("latency_ms_quartiles"), _range),
                 _write(row.get("images_per_second"), lambda rate: f"{rate:,.0f}"),
             )
             for name, row in rows.items()
@@ -54,7 +54,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     lines = [f"acc.: test accuracy of the last epoch; {where}; torch {torch}; {summary.get('date', UNKNOWN)}"]
     if "latency" in summary:
         lines.append(f"time: {summary['latency']}")
-    lines += doubt_times(rows, environment)
+    lines += filter(None, [doubt_times(rows, environment)])
     if target := describe_target(recipe, share_reached(recipe, rows)):
         lines.append(f"target: {target}")
     if summary.get("max_abs_difference") is not None:
@@ -74,6 +74,10 @@ def _write(value: Any, form: Callable[[Any], str]) -> str:
 def _milliseconds(value: float) -> str:
     """Four digits, as a table's column has them."""
     return f"{value:.3f}" if value < 10 else f"{value:.4g}"
+
+
+def _range(quartiles: Sequence[float]) -> str:
+    return "\N{EN DASH}".join(map(_milliseconds, quartiles))
 
 
 def _print_training(summary: dict[str, Any], console: Console) -> None:
@@ -144,8 +148,8 @@ def print_comparison(comparison: dict[str, Any], console: Console | None = None)
     lines = [_describe_group(number if len(groups) > 1 else None, group) for number, group in enumerate(groups, 1)]
     several = any(len(group["seeds"]) > 1 for group in groups)
     lines.append(
-        f"{'mean ± standard deviation over the seeds' if several else 'one seed, no spread'}; to compact: accuracy less "
-        "that of the compact network of the same run; tr.: training, all epochs"
+        f"{'mean ± standard deviation over the seeds' if several else 'one seed, no spread'}; to compact: accuracy "
+        "less that of the compact network of the same run; tr.: training, all epochs"
     )
     print_lines(lines, console)
 
@@ -160,7 +164,7 @@ def _describe_group(number: int | None, group: Mapping[str, Any]) -> str:
         ", ".join(f"{name} {value}" for name, value in group["differs"].items() if name.split(".")[-1] not in _SAID),
     ]
     folders = group["folders"][0] if len(group["folders"]) == 1 else f"{group['folders'][0]}, ..."
-    return f"{'' if number is None else f'{number}  '}{folders}: {'; '.join(filter(None, parts))}"
+    return f"{'' if number is None else f'{number}: '}{folders}: {'; '.join(filter(None, parts))}"
 
 
 def _gates(gating: str | None) -> str:
@@ -197,7 +201,7 @@ def _print_energy(summary: dict[str, Any], console: Console) -> None:
     console.print()
     print_table("energy of training and evaluation, and of inference per image", headings, lines, console)
     warnings = [*energy["warnings"], *(text for row in rows.values() for text in row["energy"]["warnings"])]
-    print_lines([f"energy: {energy['source']}", *dict.fromkeys(warnings)], console)
+    print_lines([f"energy: {energy['source']}", *shorten(dict.fromkeys(warnings))], console)
 
 
 def print_evaluation(result: dict[str, Any], console: Console | None = None) -> None:
@@ -224,8 +228,9 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     )
     energy = result["energy"]
     if quartiles := result.get("latency_ms_quartiles"):
-        print_lines([f"latency: quartiles over the rounds {'–'.join(map(_milliseconds, quartiles))} ms"], console)
-    print_lines(doubt_times({"network": result}, {"cpu_cores": os.cpu_count()}), console)  # measured here and now
+        print_lines([f"latency: quartiles over the rounds {_range(quartiles)} ms"], console)
+    doubt = doubt_times({"network": result}, {"cpu_cores": os.cpu_count()})  # measured here and now
+    print_lines([doubt] if doubt else [], console)
     print_lines([f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]], console)
 
 

@@ -3,34 +3,34 @@
 from collections.abc import Mapping
 from typing import Any
 
-# half of the passes lie within this share of the median on a machine that does nothing else: wider is worth a warning
+# a definition, as a share of the median: half of the passes lie between the quartiles
 _SPREAD = 0.1
-# of the cores: above it threads waited for one, ours among them
+# a definition, as a share of the cores: above them threads wait for one, ours among them
 _LOAD = 1.25
 
 _QUARTILES = {"latency_ms": "latency", "images_per_second": "images per second"}
 
 
-def doubt_times(rows: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any]) -> list[str]:
-    """Warnings about the latencies and rates of a summary's rows; none for rows that do not know their spread.
+def doubt_times(rows: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
+    """A warning about the latencies and rates of a summary's rows; empty if there is no reason, or none is known.
 
     The machine counts as busy when the quartiles of a time are further apart than 10 % of its median, or when more
     threads wanted to run, over the minute before, than 1.25 times its cores (the run's own threads among them).
     """
-    warnings = []
+    reasons = []
     for field, name in _QUARTILES.items():
         spreads = {network: spread for network, row in rows.items() if (spread := _spread(row, field)) is not None}
-        if wide := {network: spread for network, spread in spreads.items() if spread > _SPREAD}:
-            listed = ", ".join(f"{network} {spread:.0%}" for network, spread in wide.items())
-            warnings.append(
-                f"{name} on a busy machine: the quartiles over the rounds lie more than {_SPREAD:.0%} of the median "
-                f"apart ({listed})"
+        if wide := [f"{spread:.0%} ({network})" for network, spread in spreads.items() if spread > _SPREAD]:
+            reasons.append(
+                f"the quartiles of {name} lie {', '.join(wide)} of the median apart, more than {_SPREAD:.0%}"
             )
     load = max((row["load_average"] for row in rows.values() if row.get("load_average") is not None), default=None)
     cores = environment.get("cpu_cores")
     if load is not None and cores and load > _LOAD * cores:
-        warnings.append(f"measured on a busy machine: load average {load:.1f} on {cores} cores")
-    return [*warnings, "measure times again on a quiet machine before you compare them"] if warnings else []
+        reasons.append(f"the load average was {load:.1f} on {cores} cores")
+    if not reasons:
+        return ""
+    return f"busy machine: {'; '.join(reasons)}; measure the times again on a quiet machine before they are compared"
 
 
 def _spread(row: Mapping[str, Any], field: str) -> float | None:

@@ -1,18 +1,23 @@
 """The report of real short runs: what it says is what the run folders hold, and a browser shows it without a fault."""
 
+import html
 import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import fastgate as fg
 from fastgate.reports.html import write_report
+from fastgate.training.data import load_dataset
 from fastgate.training.networks import build_network
 from fastgate.training.pipeline import Run, train
 from fastgate.training.recipe import change
@@ -91,10 +96,14 @@ def test_the_summary_is_that_of_the_run_folder(layer: Path) -> None:
         assert shown["open gates"] == f"{true['open_ratio']:.1%}"
         assert float(shown["MACs"].split()[0]) == pytest.approx(true["macs"] / 1e3, rel=5e-3)
         assert shown["latency"].startswith(f"{true['latency_ms']:.2f} ms")
+        low, high = true["latency_ms_quartiles"]
+        assert low <= true["latency_ms"] <= high
+        assert shown["latency"].endswith(f" {low:.2f}\N{EN DASH}{high:.2f} ms")
         assert shown["images/s"].startswith(f"{true['images_per_second']:,.0f}")
     compact = dict(zip(header, next(row for row in cells if row[0] == "compact"), strict=True))
     assert compact["MACs"].endswith(f" {rows['compact']['macs'] / rows['unpruned']['macs']:.0%}")
-    assert f"has {rows['compact']['macs'] / rows['unpruned']['macs']:.1%} of the unpruned" in page.read_text()
+    reached = f"{rows['compact']['macs'] / rows['unpruned']['macs']:.1%}"
+    assert f"Asked for 50% of the MACs. The compact network has {reached} of the unpruned" in page.read_text()
 
 
 def test_unknown_joules_have_a_reason_and_are_never_0(layer: Path) -> None:
@@ -132,8 +141,111 @@ def test_curves_of_the_run_and_its_control(layer: Path) -> None:
     history = [json.loads(line) for line in (layer / "metrics.jsonl").read_text().splitlines()]
     said = ";".join(f"epoch {line['epoch']}: {line['eval']['accuracy'] * 100:.4g}%" for line in history)
     assert f'data-said="{said}"' in text
-    assert text.count('<polyline class="curve c0"') == text.count('<polyline class="curve c1 dashed"') == 5
+    # both in seven charts, the gates' losses of the run alone
+    assert (text.count('<polyline class="curve c0"'), text.count('<polyline class="curve c1 dashed"')) == (10, 7)
     assert "layer, unpruned control" in text
+
+
+def charts(text: str) -> dict[str, str]:
+    """Title -> SVG of every chart of the page."""
+    found = re.findall(r"<figcaption>([^<]*)<output></output></figcaption>(<svg.*?</svg></figure>|<svg.*)", text)
+    return dict(found)
+
+
+def test_curves_mark_the_phases_and_losses_stand_beside_them(layer: Path, channel: Path) -> None:
+    text = write_report([layer]).read_text()
+    assert "(open 1, search 2\N{EN DASH}3, settled 4)" in text
+    drawn = charts(text)
+    assert list(drawn) == [
+        *("Accuracy", "Open gates", "MACs per image, closed gates left out", "MACs computed per training image"),
+        *("Training seconds per epoch", "Task loss in training", "Loss in evaluation"),
+        *(f"{name} loss, without its weight" for name in ("Polarization", "Budget", "Capacity")),
+    ]
+    for svg in drawn.values():
+        assert re.findall(r"<title>([^<]*)</title>", svg) == [
+            *("open: epoch 1", "search: epoch 2 to 3", "settled: epoch 4")
+        ]
+    history = [json.loads(line) for line in (layer / "metrics.jsonl").read_text().splitlines()]
+    task = ";".join(f"epoch {line['epoch']}: {line['train']['task']:.3g}" for line in history)
+    assert f'data-said="{task}"' in drawn["Task loss in training"]
+    budget = ";".join(f"epoch {line['epoch']}: {line['train']['budget']:.3g}" for line in history[1:3])
+    assert re.findall('data-said="([^"]*)"', drawn["Budget loss, without its weight"]) == [budget]
+    # two runs of the same course share a strip, grey
+    assert write_report([layer, channel]).read_text().count('class="phase shared"') == 3 * len(drawn)
+
+
+def test_lines_that_name_their_phase_are_believed(layer: Path, tmp_path: Path) -> None:
+    def name(line: dict[str, Any]) -> None:
+        line["phase"] = "search" if line["epoch"] < 4 else "settled"
+
+    text = write_report([copy_run(layer, tmp_path / "named", name)]).read_text()
+    assert "(search 1\N{EN DASH}3, settled 4)" in text
+
+
+def test_the_end_of_the_accuracy_can_be_read(layer: Path, tmp_path: Path) -> None:
+    """A run that ends between 92 and 94 % has an axis about that range, whatever lies before it."""
+    run = copy_run(layer, tmp_path / "long")
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"]["epochs"] = 60
+    (run / "config.json").write_text(json.dumps(config))
+    accuracies = [0.1 + 0.02 * i for i in range(40)] + [0.92 + 0.001 * i for i in range(20)]
+    accuracies[45] = 0.5  # a drop in between
+    lines = [
+        {**line, "epoch": epoch, "eval": {**line["eval"], "accuracy": value}}
+        for epoch, value in enumerate(accuracies, 1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = charts(write_report([run]).read_text())
+    whole = re.findall(r'text-anchor="end">([\d.]+)%<', drawn["Accuracy"])
+    assert min(map(float, whole)) <= 10 and max(map(float, whole)) >= 93.9
+    part = re.findall(r'text-anchor="end">([\d.]+)%<', drawn["Accuracy, from epoch 41 (1 lower value not shown)"])
+    assert 91 <= min(map(float, part)) <= 92 and 93.9 <= max(map(float, part)) <= 95
+    assert len(part) >= 4
+    assert ">93.9%</text>" in drawn["Accuracy"]
+
+
+def test_a_busy_machine_is_named(layer: Path, tmp_path: Path) -> None:
+    run = copy_run(layer, tmp_path / "busy")
+    summary = json.loads((run / "summary.json").read_text())
+    for row in summary["rows"].values():
+        row["latency_ms_quartiles"] = row["images_per_second_quartiles"] = None
+        row["load_average"] = 0.0
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert 'class="doubt"' not in write_report([run]).read_text()
+    summary["rows"]["compact"].update(latency_ms=1.0, latency_ms_quartiles=[0.9, 1.3], load_average=1000.0)
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = write_report([run]).read_text()
+    (said,) = re.findall(r'<p class="doubt">(.*?)</p>', text, re.S)
+    assert "40% (compact)" in said and "load average was 1000.0 on" in said
+    rows = {row[0]: row[1] for row in read_tables(run / "report.html")[-2]}
+    assert rows["load average"].startswith("1000.00")
+
+
+def test_how_to_load_the_network(layer: Path, tmp_path: Path) -> None:
+    """The code on the page runs, and gives the label that the network gives."""
+    run = copy_run(layer, tmp_path / "loaded")
+
+    def code() -> str:
+        (found,) = re.findall(r"<pre[^>]*><code>(.*?)</code>", write_report([run]).read_text(), re.S)
+        return html.unescape(found)
+
+    assert "mean=[...]" in code() and "does not say: mean and std" in (run / "report.html").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    data = load_dataset("digits")
+    names = [f"digit {i}" for i in range(10)]
+    summary["preprocessing"] = {"mean": data.mean, "std": data.std, "class_names": names}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = code()
+    assert "does not say" not in (run / "report.html").read_text()
+    image = Image.fromarray(data.test.images[0, 0].numpy())
+    scope: dict[str, Any] = {"image": image}
+    with redirect_stdout(StringIO()) as out:
+        exec(text, scope)
+    x = ((data.test.images[:1].float() / 255) - data.mean[0]) / data.std[0]
+    expected = fg.load(run / "model.safetensors")(x)
+    torch.testing.assert_close(scope["scores"], expected, rtol=1e-4, atol=1e-4)  # the code has six digits of the mean
+    assert out.getvalue() == f"digit {int(expected.argmax())}\n"
 
 
 def test_every_gate_has_its_row(layer: Path, channel: Path) -> None:
@@ -206,9 +318,9 @@ def test_wrong_folders_are_refused(layer: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"expected runs on one data set, got .*layer \(digits\), .*other \(cifar10\)"):
         write_report([layer, other])
-    del config["recipe"]["dataset"]
+    del config["recipe"]
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="expected exactly the fields of this version, got a difference at dataset"):
+    with pytest.raises(ValueError, match="expected the configuration of a run with its recipe, got none"):
         write_report([other])
     cut = copy_run(layer, tmp_path / "cut")
     (cut / "metrics.jsonl").write_text('{"epoch": 1')
@@ -255,7 +367,7 @@ def test_a_browser_shows_everything(layer: Path, channel: Path) -> None:
     page = write_report([layer, channel])
     seen, errors = inspect_page(page, LOOK)
     assert errors == []
-    assert seen["charts"] == [True] * 5 and seen["maps"] == [True] * 2
+    assert seen["charts"] == [True] * 10 and seen["maps"] == [True] * 2
     assert seen["rising"] == sorted(seen["rising"]) and len(set(seen["rising"])) > 1
     assert seen["falling"] == sorted(seen["rising"], reverse=True)
     assert seen["sorted"] == "MACs"
@@ -274,6 +386,29 @@ def test_a_phone_does_not_scroll_sideways(layer: Path, channel: Path) -> None:
     seen, _ = inspect_page(page, LOOK, width=360)
     assert seen["width"] == 360
     assert seen["page"] <= 360
+
+
+SCROLLED = """
+const wide = [...document.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth + 1);
+return wide.map(box => {
+  const style = getComputedStyle(box);
+  return { focusable: box.tabIndex === 0, shadows: style.backgroundImage.split("linear-gradient").length - 1,
+    moves: style.backgroundAttachment, card: getComputedStyle(box.closest(".card")).backgroundColor,
+    cover: style.backgroundImage.match(/rgb\\([^)]*\\)/)[0] };
+});
+"""
+
+
+@in_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_shows_that_a_table_goes_on(layer: Path, dark: bool) -> None:
+    """Shadows at both sides stay; what covers them at the table's ends has the card's colour and scrolls away."""
+    wide, errors = inspect_page(write_report([layer]), SCROLLED, width=390, dark=dark)
+    assert errors == [] and wide
+    for box in wide:
+        assert box["focusable"] and box["shadows"] == 4
+        assert box["moves"] == "local, local, scroll, scroll"
+        assert box["cover"] == box["card"]
 
 
 @in_browser

@@ -161,7 +161,7 @@ def test_compare(runs: list[Path]) -> None:
 def test_compare_on_the_command_line(runs: list[Path], tmp_path: Path) -> None:
     result = run_cli("compare", *runs, "--output", tmp_path / "comparison.json")
     assert result.returncode == 0, result.stderr
-    assert "seeds 1, 2: mean ± standard deviation" in result.stdout
+    assert "; seeds 1, 2;" in result.stdout and "mean ± standard deviation over the seeds" in result.stdout
     mean = compare_runs(runs)["groups"][0]["networks"]["compact"]["accuracy"]
     assert f"{100 * mean['mean']:.2f}±{100 * mean['spread']:.2f}" in result.stdout
     assert read(tmp_path, "comparison.json") == compare_runs(runs)
