@@ -108,10 +108,10 @@ def flip_and_colour(images: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
     # sums of integers are exact in any order, and so no matter how a device shares them out
     sums = images.sum((2, 3), dtype=torch.int64, keepdim=True).float()
     mean = _grey(sums) / (images.shape[2] * images.shape[3]) * brightness
-    x = torch.where(flips[:, None, None, None], images.flip(3), images).float() * brightness
-    x = mean + contrast * (x - mean)
+    x = torch.where(flips[:, None, None, None], images.flip(3), images).float()
+    x.mul_(brightness * contrast).add_((1 - contrast) * mean)
     grey = _grey(x)
-    return (grey + saturation * (x - grey)).clamp(0, 255)
+    return x.mul_(saturation).add_((1 - saturation) * grey).clamp_(0, 255)
 
 
 def _grey(x: Tensor) -> Tensor:
