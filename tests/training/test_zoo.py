@@ -153,14 +153,14 @@ def test_options_that_cannot_be_met(name: str, message: str) -> None:
         ("torchvision:fcn_resnet50", r"did you mean torchvision:resnet50"),  # it segments
         ("timm:resnet50dd", r"did you mean timm:resnet50d"),
         ("torchvison:resnet18", r"but there is no module torchvison here; did you mean torchvision:resnet18"),
-        ("cifar:resnet", r"did you mean resnet20"),
+        ("cifar:resnet", r"did you mean resnet56, resnet44, resnet32"),
         ("qqqq", "nothing known is called alike"),
         ("", "nothing known is called alike"),
         ("a b:c", "nothing known is called alike"),
     ],
 )
 def test_unknown_names(name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=rf"network: expected resnetDEPTH \(.*, got '.*; {hint}|{hint}") as error:
+    with pytest.raises(ValueError, match=hint) as error:
         find_network(name, 10)
     text = str(error.value)
     assert "torchvision:NAME, timm:NAME or package.module:function, got" in text and "\n" not in text
