@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from heapq import merge
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from fastgate.pruning.costs import macs
 from fastgate.training.network_names import parse_name
-from fastgate.training.zoo import Shape, build, scaled, shape_of, with_shape
+from fastgate.training.zoo import NoChannelsError, Shape, build, scaled, shape_of, with_shape
 
 # channels that a stage may be away from the common factor
 _REACH = 3
@@ -49,9 +51,12 @@ def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: i
 
     @cache
     def count(layers: tuple[int, ...], widths: tuple[int, ...]) -> int:
-        with torch.device("meta"):
+        # where channels are in groups, the narrowest networks have none left: not one that is looked for
+        with torch.device("meta"), warnings.catch_warnings(), suppress(NoChannelsError):
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             model, _ = build(with_shape(parsed, Shape(layers, widths)), num_classes, image_size[0])
-        return macs(model, image_size)
+            return macs(model, image_size)
+        return 0
 
     depths = list(_depths(parsed.kind, full.layers))
     least = count(depths[0], (1,) * len(full.widths))
@@ -111,7 +116,13 @@ def _match_widths(
     near = [range(max(1, width - _REACH), width + _REACH + 1) for width in scaled(full, factor)]
     candidates = sorted(itertools.product(*near), key=unevenness)
     estimates = torch.tensor([_terms(full, widths) for widths in candidates], dtype=torch.float64) @ fitted
-    promising = (widths for widths, macs in zip(candidates, estimates.tolist(), strict=True) if is_met(macs))
+    # timm's first stage, at its own width, needs no shortcut: what the fit has too much for all such networks
+    shortcut = float(torch.tensor(_terms(full, full), dtype=torch.float64) @ fitted) - count(full)
+    promising = (
+        widths
+        for widths, estimate in zip(candidates, estimates.tolist(), strict=True)
+        if is_met(estimate - shortcut * (widths[0] == full[0]))
+    )
     # counted too: of some blocks the fit is not exact
     return next((widths for widths in itertools.islice(promising, _COUNTED) if is_met(count(widths))), None)
 
@@ -123,7 +134,7 @@ def _fit_macs(full: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) ->
     one of them is not a stage's.
     """
     stages = range(len(full))
-    # none at its own width, at which the first stage of timm's networks needs no shortcut: one polynomial for all others
+    # none at its own width, see above
     shares = [{}, *({i: 3} for i in stages), *({i: 4} for i in stages), *({i: 3, i + 1: 3} for i in stages[:-1])]
     counted = [tuple(width * share.get(i, 2) for i, width in enumerate(full)) for share in shares]
     return torch.linalg.solve(

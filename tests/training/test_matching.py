@@ -57,7 +57,7 @@ def test_small_widths_are_uneven_where_they_have_to_be() -> None:
     """Where no common factor gives whole channels that meet the MACs, single stages differ from it."""
     size = (1, 8, 8)
     full = macs_of("resnet8?widths=4,8,12", size)
-    for share in (0.9, 0.8, 0.7, 0.6, 0.5):
+    for share in (0.9, 0.6):
         found = match_macs("resnet8?widths=4,8,12", 10, size, round(share * full), tolerance=0.03)
         assert macs_of(found, size) == pytest.approx(share * full, rel=0.03)
 

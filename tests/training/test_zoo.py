@@ -120,6 +120,7 @@ def test_a_chosen_network_is_saved_as_any_other(tmp_path: Path) -> None:
     assert torch.equal(fg.load(tmp_path / "net.safetensors")(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -130,6 +131,11 @@ def test_a_chosen_network_is_saved_as_any_other(tmp_path: Path) -> None:
         ("resnet8?width=-1", "expected for the option width a positive factor such as 0.75, got '-1'"),
         ("resnet8?width=0.5&widths=4,8,12", r"expected width \(a factor\) or widths \(channels\), got both"),
         ("resnet8?width", r"expected options like \?layers=2,1,1,1&width=0\.75, got"),
+        (
+            "timm:resnext50_32x4d?layers=1,1,1,1&width=0.1",
+            r"expected wider stages for .*, whose layer1\.0\.conv2 has no",
+        ),
+        ("torchvision:resnext50_32x4d?layers=1,1,1,1&width=0.1", "expected wider stages for torchvision:resnext50"),
         ("resnet8?shortcut=none", "shortcut: expected one of conv, pad, got 'none'"),
         ("torchvision:regnet_x_400mf?width=0.5", "expected options for a ResNet, got torchvision:regnet_x_400mf"),
         ("timm:test_convnext?layers=1,1,1,1", "expected options for a ResNet, got timm:test_convnext"),
@@ -166,6 +172,7 @@ def test_unknown_names(name: str, hint: str) -> None:
     assert "torchvision:NAME, timm:NAME or package.module:function, got" in text and "\n" not in text
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_names_of_networks_that_cannot_be_used() -> None:
     with pytest.raises(ValueError, match=r"depth: expected 6n \+ 2"):
         find_network("cifar:resnet18", 10)
