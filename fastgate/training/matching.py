@@ -18,8 +18,8 @@ from fastgate.training.zoo import NoChannelsError, Shape, build, scaled, shape_o
 
 # channels that a stage may be away from the common factor
 _REACH = 3
-# networks that are counted before the next depth is tried
-_COUNTED = 16
+# networks that are counted, after the fit, before the next depth is tried
+_COUNTED = 8
 
 
 def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: int, *, tolerance: float = 0.01) -> str:
@@ -106,9 +106,34 @@ def _match_widths(
     if count((1,) * len(full)) > (1 + tolerance) * wanted:
         return None
     fitted = _fit_macs(full, count)
+    # timm's first stage, at its own width, needs no shortcut: what the fit has too much for all such networks
+    shortcut = float(torch.tensor(_terms(full, full), dtype=torch.float64) @ fitted) - count(full)
+    bias, tried = 1.0, set()
+    for _ in range(_COUNTED):
+        for widths, estimate in _by_unevenness(full, fitted, wanted / bias):
+            estimate -= shortcut * (widths[0] == full[0])
+            if widths not in tried and is_met(bias * estimate):
+                break
+        else:
+            return None
+        if is_met(found := count(widths)):
+            return widths
+        if not found:
+            return None
+        # of groups of channels, whose sizes are rounded, the fit is not exact
+        bias = found / estimate
+        tried.add(widths)
+    return None
+
+
+def _by_unevenness(
+    full: tuple[int, ...], fitted: Tensor, wanted: float
+) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Widths near those of the wanted MACs, and their MACs by the fit; those first whose stages are scaled most alike."""
     # of stages that are scaled alike, a quadratic polynomial in one factor
     constant, linear, square = fitted[0], fitted[1 : len(full) + 1].sum(), fitted[len(full) + 1 :].sum()
-    factor = float((-linear + (linear**2 + 4 * square * max(wanted - constant, 1)).sqrt()) / (2 * square))
+    rest = max(wanted - float(constant), 1.0)
+    factor = float((-linear + (linear**2 + 4 * square * rest).sqrt()) / (2 * square))
 
     def unevenness(widths: tuple[int, ...]) -> float:
         return sum(math.log(width / (factor * own)) ** 2 for width, own in zip(widths, full, strict=True))
@@ -116,15 +141,7 @@ def _match_widths(
     near = [range(max(1, width - _REACH), width + _REACH + 1) for width in scaled(full, factor)]
     candidates = sorted(itertools.product(*near), key=unevenness)
     estimates = torch.tensor([_terms(full, widths) for widths in candidates], dtype=torch.float64) @ fitted
-    # timm's first stage, at its own width, needs no shortcut: what the fit has too much for all such networks
-    shortcut = float(torch.tensor(_terms(full, full), dtype=torch.float64) @ fitted) - count(full)
-    promising = (
-        widths
-        for widths, estimate in zip(candidates, estimates.tolist(), strict=True)
-        if is_met(estimate - shortcut * (widths[0] == full[0]))
-    )
-    # counted too: of some blocks the fit is not exact
-    return next((widths for widths in itertools.islice(promising, _COUNTED) if is_met(count(widths))), None)
+    return zip(candidates, estimates.tolist(), strict=True)
 
 
 def _fit_macs(full: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) -> Tensor:
@@ -134,7 +151,7 @@ def _fit_macs(full: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) ->
     one of them is not a stage's.
     """
     stages = range(len(full))
-    # none at its own width, see above
+    # none at its own width, where timm's first stage differs
     shares = [{}, *({i: 3} for i in stages), *({i: 4} for i in stages), *({i: 3, i + 1: 3} for i in stages[:-1])]
     counted = [tuple(width * share.get(i, 2) for i, width in enumerate(full)) for share in shares]
     return torch.linalg.solve(

@@ -133,7 +133,7 @@ def test_a_chosen_network_is_saved_as_any_other(tmp_path: Path) -> None:
         ("resnet8?width", r"expected options like \?layers=2,1,1,1&width=0\.75, got"),
         (
             "timm:resnext50_32x4d?layers=1,1,1,1&width=0.1",
-            r"expected wider stages for .*, whose layer1\.0\.conv2 has no",
+            r"expected wider stages for .*, whose layer1.* has no",
         ),
         ("torchvision:resnext50_32x4d?layers=1,1,1,1&width=0.1", "expected wider stages for torchvision:resnext50"),
         ("resnet8?shortcut=none", "shortcut: expected one of conv, pad, got 'none'"),
