@@ -126,9 +126,7 @@ def _match_widths(
     return None
 
 
-def _by_unevenness(
-    full: tuple[int, ...], fitted: Tensor, wanted: float
-) -> Iterator[tuple[tuple[int, ...], float]]:
+def _by_unevenness(full: tuple[int, ...], fitted: Tensor, wanted: float) -> Iterator[tuple[tuple[int, ...], float]]:
     """Widths near those of the wanted MACs, and their MACs by the fit; those first whose stages are scaled most alike."""
     # of stages that are scaled alike, a quadratic polynomial in one factor
     constant, linear, square = fitted[0], fitted[1 : len(full) + 1].sum(), fitted[len(full) + 1 :].sum()
