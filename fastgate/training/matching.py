@@ -110,8 +110,8 @@ def _match_widths(
     shortcut = float(torch.tensor(_terms(full, full), dtype=torch.float64) @ fitted) - count(full)
     bias, tried = 1.0, set()
     for _ in range(_COUNTED):
-        for widths, estimate in _by_unevenness(full, fitted, wanted / bias):
-            estimate -= shortcut * (widths[0] == full[0])
+        for widths, smooth in _by_unevenness(full, fitted, wanted / bias):
+            estimate = smooth - shortcut * (widths[0] == full[0])
             if widths not in tried and is_met(bias * estimate):
                 break
         else:
@@ -127,7 +127,7 @@ def _match_widths(
 
 
 def _by_unevenness(full: tuple[int, ...], fitted: Tensor, wanted: float) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Widths near those of the wanted MACs, and their MACs by the fit; those first whose stages are scaled most alike."""
+    """Widths near the wanted MACs, with their MACs by the fit; those first whose stages are scaled most alike."""
     # of stages that are scaled alike, a quadratic polynomial in one factor
     constant, linear, square = fitted[0], fitted[1 : len(full) + 1].sum(), fitted[len(full) + 1 :].sum()
     rest = max(wanted - float(constant), 1.0)
