@@ -2,24 +2,32 @@
 
 import itertools
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from heapq import merge
 
 import torch
+from torch import Tensor
 
 from fastgate.pruning.costs import macs
 from fastgate.training.network_names import parse_name
-from fastgate.training.zoo import Shape, build, scaled, shape_of, with_shape
+from fastgate.training.zoo import NoChannelsError, Shape, build, scaled, shape_of, with_shape
+
+# channels that a stage may be away from the common factor
+_REACH = 3
+# networks that are counted, after the fit, before the next depth is tried
+_COUNTED = 8
 
 
 def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: int, *, tolerance: float = 0.01) -> str:
     """The name of a plain network of the same family with the wanted MACs: its depth as far as that goes, then widths.
 
     The depth is the one that comes closest at the network's own widths, the blocks shared out over the stages as there;
-    where whole channels cannot make up for the rest, the next one. The widths are those of all stages times one factor,
-    rounded; where that does not meet the MACs, the least uneven ones that do.
+    where whole channels cannot make up for the rest, the next one. Of the widths at which a depth has the wanted MACs,
+    those are taken whose stages are scaled most alike.
 
     Args:
         name: of a ResNet of this library, torchvision or timm: the deepest that is considered.
@@ -43,9 +51,12 @@ def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: i
 
     @cache
     def count(layers: tuple[int, ...], widths: tuple[int, ...]) -> int:
-        with torch.device("meta"):
+        # where channels are in groups, the narrowest networks have none left: not one that is looked for
+        with torch.device("meta"), warnings.catch_warnings(), suppress(NoChannelsError):
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             model, _ = build(with_shape(parsed, Shape(layers, widths)), num_classes, image_size[0])
-        return macs(model, image_size)
+            return macs(model, image_size)
+        return 0
 
     depths = list(_depths(parsed.kind, full.layers))
     least = count(depths[0], (1,) * len(full.widths))
@@ -86,21 +97,68 @@ def _match_widths(
     full: tuple[int, ...], wanted: int, tolerance: float, count: Callable[[tuple[int, ...]], int]
 ) -> tuple[int, ...] | None:
     """Channels of the stages that have the wanted MACs, scaled as evenly as whole channels allow; None if none have."""
-    factor, tried = 1.0, set()
-    while (widths := scaled(full, factor)) not in tried:
-        if abs(count(widths) - wanted) <= tolerance * wanted:
+
+    def is_met(macs: float) -> bool:
+        return abs(macs - wanted) <= tolerance * wanted
+
+    if is_met(count(full)):
+        return full
+    if count((1,) * len(full)) > (1 + tolerance) * wanted:
+        return None
+    fitted = _fit_macs(full, count)
+    # timm's first stage, at its own width, needs no shortcut: what the fit has too much for all such networks
+    shortcut = float(torch.tensor(_terms(full, full), dtype=torch.float64) @ fitted) - count(full)
+    bias, tried = 1.0, set()
+    for _ in range(_COUNTED):
+        for widths, smooth in _by_unevenness(full, fitted, wanted / bias):
+            estimate = smooth - shortcut * (widths[0] == full[0])
+            if widths not in tried and is_met(bias * estimate):
+                break
+        else:
+            return None
+        if is_met(found := count(widths)):
             return widths
+        if not found:
+            return None
+        # of groups of channels, whose sizes are rounded, the fit is not exact
+        bias = found / estimate
         tried.add(widths)
-        # most MACs grow with the square of the widths, so that this closes in
-        factor *= math.sqrt(wanted / count(widths))
+    return None
+
+
+def _by_unevenness(full: tuple[int, ...], fitted: Tensor, wanted: float) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Widths near the wanted MACs, with their MACs by the fit; those first whose stages are scaled most alike."""
+    # of stages that are scaled alike, a quadratic polynomial in one factor
+    constant, linear, square = fitted[0], fitted[1 : len(full) + 1].sum(), fitted[len(full) + 1 :].sum()
+    rest = max(wanted - float(constant), 1.0)
+    factor = float((-linear + (linear**2 + 4 * square * rest).sqrt()) / (2 * square))
 
     def unevenness(widths: tuple[int, ...]) -> float:
         return sum(math.log(width / (factor * own)) ** 2 for width, own in zip(widths, full, strict=True))
 
-    near = [range(max(1, width - 3), width + 4) for width in scaled(full, factor)]
-    if count(tuple(each[0] for each in near)) > (1 + tolerance) * wanted:
-        return None
-    if count(tuple(each[-1] for each in near)) < (1 - tolerance) * wanted:
-        return None
-    by_unevenness = sorted(itertools.product(*near), key=unevenness)
-    return next((widths for widths in by_unevenness if abs(count(widths) - wanted) <= tolerance * wanted), None)
+    near = [range(max(1, width - _REACH), width + _REACH + 1) for width in scaled(full, factor)]
+    candidates = sorted(itertools.product(*near), key=unevenness)
+    estimates = torch.tensor([_terms(full, widths) for widths in candidates], dtype=torch.float64) @ fitted
+    return zip(candidates, estimates.tolist(), strict=True)
+
+
+def _fit_macs(full: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) -> Tensor:
+    """MACs by the widths of the stages: coefficients of `_terms`, from as many networks that are counted.
+
+    A convolution's MACs are its inputs times its outputs, and those are of one stage, of two that follow each other, or
+    one of them is not a stage's.
+    """
+    stages = range(len(full))
+    # none at its own width, where timm's first stage differs
+    shares = [{}, *({i: 3} for i in stages), *({i: 4} for i in stages), *({i: 3, i + 1: 3} for i in stages[:-1])]
+    counted = [tuple(width * share.get(i, 2) for i, width in enumerate(full)) for share in shares]
+    return torch.linalg.solve(
+        torch.tensor([_terms(full, widths) for widths in counted], dtype=torch.float64),
+        torch.tensor([count(widths) for widths in counted], dtype=torch.float64),
+    )
+
+
+def _terms(full: tuple[int, ...], widths: tuple[int, ...]) -> list[float]:
+    """One, the widths, their squares and the products of neighbours; as shares of the full widths."""
+    shares = [width / own for width, own in zip(widths, full, strict=True)]
+    return [1.0, *shares, *(x * x for x in shares), *(x * y for x, y in itertools.pairwise(shares))]

@@ -83,6 +83,10 @@ class Shape(NamedTuple):
     widths: tuple[int, ...]
 
 
+class NoChannelsError(ValueError):
+    """Widths so small that convolutions in groups have no channels left."""
+
+
 def find_network(
     name: str,
     num_classes: int,
@@ -204,6 +208,12 @@ def _shape_asked_for(parsed: NetworkName) -> Shape | None:
     return shape
 
 
+def _check_channels(model: nn.Module, parsed: NetworkName) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.out_channels == 0:
+            raise NoChannelsError(f"network: expected wider stages for {parsed}, whose {name} has no channels left")
+
+
 def _build_cifar(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
     shape = _shape_asked_for(parsed)
     options = {"shortcut": parsed.options["shortcut"]} if "shortcut" in parsed.options else {}
@@ -219,6 +229,7 @@ def _build_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) 
         with torch.device("meta"):
             model = make(num_classes=num_classes)
         _reshape(model, shape)
+        _check_channels(model, parsed)
     if getattr(model, "aux_logits", False):
         raise ValueError(
             f"network: expected one output, got {parsed} with auxiliary classifiers; use a network of timm, such as "
@@ -251,10 +262,12 @@ def _build_timm(
     try:
         # not the entry itself: this one knows the tags of weights
         create = import_package("timm").create_model
-        return create(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options), ()
+        model = create(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         what = "with its default weights" if pretrained else "without weights"
         raise ValueError(f"network: timm cannot make {parsed} {what} ({first_line(error)})") from error
+    _check_channels(model, parsed)
+    return model, ()
 
 
 def _build_own(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:

@@ -14,8 +14,17 @@ def macs_of(name: str, size: tuple[int, int, int] = SMALL) -> int:
     return fg.macs(find_network(name, 10, in_channels=size[0]).model, size)
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18", "timm:test_resnet"])
-@pytest.mark.parametrize("share", [0.8, 0.5, 0.2])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("torchvision:resnet18", 0.5),
+        ("torchvision:resnet18", 0.1),
+        ("torchvision:resnext50_32x4d", 0.3),
+        ("timm:resnet18", 0.5),
+        ("timm:test_resnet", 0.8),
+        ("timm:test_resnet", 0.5),  # most of it is the stem, which stays
+    ],
+)
 def test_within_a_percent(name: str, share: float) -> None:
     wanted = round(share * macs_of(name))
     found = match_macs(name, 10, SMALL, wanted)
@@ -48,7 +57,7 @@ def test_small_widths_are_uneven_where_they_have_to_be() -> None:
     """Where no common factor gives whole channels that meet the MACs, single stages differ from it."""
     size = (1, 8, 8)
     full = macs_of("resnet8?widths=4,8,12", size)
-    for share in (0.9, 0.8, 0.7, 0.6, 0.5):
+    for share in (0.9, 0.6):
         found = match_macs("resnet8?widths=4,8,12", 10, size, round(share * full), tolerance=0.03)
         assert macs_of(found, size) == pytest.approx(share * full, rel=0.03)
 
@@ -69,7 +78,7 @@ def test_families_without_depth_and_widths(name: str) -> None:
 
 def test_macs_that_no_network_has() -> None:
     with pytest.raises(
-        ValueError, match="wanted: expected at least .* MACs, of the smallest network like timm:resnet18,"
+        ValueError, match=r"wanted: expected at least .* MACs, of the smallest network like timm:resnet18,"
     ):
         match_macs("timm:resnet18", 10, SMALL, 10_000)
     least = macs_of("resnet8?widths=1,1,1", (1, 8, 8))

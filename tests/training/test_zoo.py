@@ -120,6 +120,7 @@ def test_a_chosen_network_is_saved_as_any_other(tmp_path: Path) -> None:
     assert torch.equal(fg.load(tmp_path / "net.safetensors")(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -130,6 +131,11 @@ def test_a_chosen_network_is_saved_as_any_other(tmp_path: Path) -> None:
         ("resnet8?width=-1", "expected for the option width a positive factor such as 0.75, got '-1'"),
         ("resnet8?width=0.5&widths=4,8,12", r"expected width \(a factor\) or widths \(channels\), got both"),
         ("resnet8?width", r"expected options like \?layers=2,1,1,1&width=0\.75, got"),
+        (
+            "timm:resnext50_32x4d?layers=1,1,1,1&width=0.1",
+            r"expected wider stages for .*, whose layer1.* has no",
+        ),
+        ("torchvision:resnext50_32x4d?layers=1,1,1,1&width=0.1", "expected wider stages for torchvision:resnext50"),
         ("resnet8?shortcut=none", "shortcut: expected one of conv, pad, got 'none'"),
         ("torchvision:regnet_x_400mf?width=0.5", "expected options for a ResNet, got torchvision:regnet_x_400mf"),
         ("timm:test_convnext?layers=1,1,1,1", "expected options for a ResNet, got timm:test_convnext"),
@@ -153,19 +159,20 @@ def test_options_that_cannot_be_met(name: str, message: str) -> None:
         ("torchvision:fcn_resnet50", r"did you mean torchvision:resnet50"),  # it segments
         ("timm:resnet50dd", r"did you mean timm:resnet50d"),
         ("torchvison:resnet18", r"but there is no module torchvison here; did you mean torchvision:resnet18"),
-        ("cifar:resnet", r"did you mean resnet20"),
+        ("cifar:resnet", r"did you mean resnet56, resnet44, resnet32"),
         ("qqqq", "nothing known is called alike"),
         ("", "nothing known is called alike"),
         ("a b:c", "nothing known is called alike"),
     ],
 )
 def test_unknown_names(name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=rf"network: expected resnetDEPTH \(.*, got '.*; {hint}|{hint}") as error:
+    with pytest.raises(ValueError, match=hint) as error:
         find_network(name, 10)
     text = str(error.value)
     assert "torchvision:NAME, timm:NAME or package.module:function, got" in text and "\n" not in text
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_names_of_networks_that_cannot_be_used() -> None:
     with pytest.raises(ValueError, match=r"depth: expected 6n \+ 2"):
         find_network("cifar:resnet18", 10)
