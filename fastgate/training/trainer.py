@@ -134,6 +134,7 @@ class Trainer:
                         self._choose_kernels()
                         with synchronized(batch_norms=self.recipe.sync_batch_norms):
                             self._train_epoch(progress, interrupted)
+                            self.search.refresh(self.train_batches.start_at(self.epoch), self.dtype)
                         if not self.recipe.sync_batch_norms:
                             distributed.share_buffers(self.model)
                 except Interrupted:
