@@ -44,26 +44,28 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
             come in training (shuffled, of a training step's size).
 
     Raises:
-        ValueError: no batch norm in training mode, or no batch.
+        ValueError: no batch norm in training mode, or no batch. Then, and where a batch fails, all stays as it was.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     if not norms:
         raise ValueError("model: expected batch norms in training mode, got none; call model.train() first")
     before = [(norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
-    seen = 0
+    seen, whole = 0, False
     try:
         with torch.no_grad(), eval_mode(model), torch.compiler.set_stance("force_eager"):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train()
                 norm.momentum = None  # the mean over all calls
-            for seen, batch in enumerate(batches, 1):  # noqa: B007 (counts them)
+            for batch in batches:
                 inputs = batch[0] if isinstance(batch, tuple | list) else batch
                 call(model, to_device_of(model, inputs))
+                seen += 1
+        whole = True
     finally:
         for norm, (momentum, (mean, var, tracked)) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            if not norm.num_batches_tracked:
+            if not whole or not norm.num_batches_tracked:
                 norm.running_mean.copy_(mean)
                 norm.running_var.copy_(var)
             norm.num_batches_tracked.copy_(tracked)

@@ -1,0 +1,130 @@
+"""Does the release of gates jolt a network? `python -m bench.release --dataset digits --seeds 1 2 3 --output FILE`.
+
+Each run is made twice, without and with `Search.refresh`: accuracy on the test images after every epoch, and the worst
+ratio of an epoch's to the one before, from the epoch of release to that of the last decisions. Where it jolts it also
+says why: accuracy at the end of the epoch of release with the running statistics of the network's batch norms, of the
+gate heads', or of both taken anew. Runs are added to the file.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastgate.env import describe_environment
+from fastgate.files import write_atomically
+from fastgate.gates import named_gates
+from fastgate.training.data import Dataset, load_dataset
+from fastgate.training.networks import evaluate
+from fastgate.training.presets import Recipe, get_preset
+from fastgate.training.search import refresh_statistics
+from fastgate.training.trainer import Trainer
+
+TEST_IMAGES = 2000  # of CIFAR-10
+REFRESH_BATCHES = 10
+
+
+def load(dataset: str, data_root: str | None, images: int) -> tuple[Dataset, Recipe]:
+    """The demo on digits; on CIFAR-10 a short run of it on a few training images, always the same ones."""
+    recipe = replace(get_preset("demo"), control="none", precision="fp32")
+    data = load_dataset(dataset, data_root)
+    if dataset == "digits":
+        return data, recipe
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    data = replace(data, train=data.train.take(order[:images]), test=data.test.take(torch.arange(TEST_IMAGES)))
+    return data, replace(recipe, dataset=dataset, epochs=10, warmup_epochs=1.0)
+
+
+class Measured(Trainer):
+    """A run that can be made without `Search.refresh`, and then says what the epoch of release is like with it."""
+
+    release: dict[str, float] | None = None
+
+    def prepare(self, mended: bool) -> None:
+        """Before :meth:`fit`."""
+        if not mended:
+            self.search.refresh = self._explain  # type: ignore[method-assign]
+
+    def _explain(self, *arguments: Any) -> None:
+        if self.release is not None or all(gate.frozen for gate in self.search.live.values()):
+            return
+        self.release = {
+            name: evaluate(self._refreshed(network, heads), self.batches(self.dataset.test))["accuracy"]
+            for name, network, heads in (
+                ("as trained", False, False),
+                ("network anew", True, False),
+                ("heads anew", False, True),
+                ("both anew", True, True),
+            )
+        }
+
+    def _refreshed(self, network: bool, heads: bool) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        refresh_statistics(model, islice(self.train_batches.start_at(self.epoch), REFRESH_BATCHES))
+        in_heads = tuple(f"{name}." for name, _ in named_gates(model))
+        with torch.no_grad():
+            for (name, buffer), old in zip(model.named_buffers(), self.model.buffers(), strict=True):
+                if not (heads if name.startswith(in_heads) else network):
+                    buffer.copy_(old)
+        return model
+
+
+def measure(data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """One recipe before and after the mend."""
+    released, settled = (round(share * recipe.epochs) for share in (recipe.open_until, recipe.settle_at or 1))
+    run: dict[str, Any] = {
+        "dataset": recipe.dataset,
+        "gating": recipe.gating,
+        "seed": recipe.seed,
+        "epochs": recipe.epochs,
+        "images": len(data.train),
+        "released_in_epoch": released + 1,
+        "settled_in_epoch": settled + 1,
+    }
+    for variant in ("before", "after"):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Measured(recipe, data, Path(folder))
+            trainer.prepare(variant == "after")
+            trainer.fit()
+        accuracy = [line["eval"]["accuracy"] for line in trainer.history]
+        run[variant] = {
+            "worst_ratio": min(b / a for a, b in islice(pairwise(accuracy), released - 1, settled)),
+            "final": accuracy[-1],
+            "macs": trainer.history[-1]["macs"] / trainer.search.macs,
+            "accuracy": accuracy,
+        }
+        if trainer.release is not None:
+            run["at_release"] = trainer.release
+    return run
+
+
+def main() -> None:
+    """Measure and add to the file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--data-root")
+    parser.add_argument("--images", type=int, default=3000, help="of CIFAR-10, to train on")
+    parser.add_argument("--gatings", nargs="+", default=["layer", "channel"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    data, recipe = load(options.dataset, options.data_root, options.images)
+    for gating in options.gatings:
+        for seed in options.seeds:
+            run = measure(data, replace(recipe, gating=gating, seed=seed))
+            print(json.dumps(run))
+            found = json.loads(options.output.read_text()) if options.output.exists() else {"runs": []}
+            found = {"environment": describe_environment(), "runs": [*found["runs"], run]}
+            write_atomically(options.output, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
