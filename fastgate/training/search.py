@@ -49,7 +49,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     if not norms:
         raise ValueError("model: expected batch norms in training mode, got none; call model.train() first")
-    before = [(norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     seen, whole = 0, False
     try:
         with torch.no_grad(), eval_mode(model), torch.compiler.set_stance("force_eager"):
@@ -63,12 +63,12 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
                 seen += 1
         whole = True
     finally:
-        for norm, (momentum, (mean, var, tracked)) in zip(norms, before, strict=True):
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            if not whole or not norm.num_batches_tracked:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(var)
-            norm.num_batches_tracked.copy_(tracked)
+            ran = whole and bool(norm.num_batches_tracked)
+            for name, value in buffers.items():
+                if not ran or name == "num_batches_tracked":
+                    norm.get_buffer(name).copy_(value)
     if not seen:
         raise ValueError("batches: expected at least one, got none")
 
