@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ from fastgate.pruning.equality import check_equal, hold_open
 from fastgate.pruning.means import EpochMeans
 from fastgate.pruning.parallel import unwrapped, wrappers_of
 from fastgate.pruning.probe import example_of
+from fastgate.pruning.statistics import has_statistics, refresh_statistics
 from fastgate.pruning.targets import lowest_share, meet_target, within_reach
 from fastgate.values import Forward, device_of, tensors_in, with_tensors
 
 _STATE_VERSION = 1
+# as far back as a running average of PyTorch's momentum (0.1) looks
+_STATISTICS_BATCHES = 10
 
 
 class GateSearch:
@@ -329,6 +333,22 @@ class GateSearch:
         """Let frozen gates and what they closed leave the network and the optimizer."""
         commit(self.model, self.optimizer)
         self.macs_training = macs(self.model, self._example, forward=self._forward)
+
+    def refresh(self, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
+        """While a target opens and closes gates: take the running statistics of batch norms anew; before an evaluation.
+
+        Running averages look ten steps back, and gates may have changed since what they averaged: an evaluation sees
+        another network than training does. See :func:`fastgate.pruning.statistics.refresh_statistics`. Does nothing
+        where no gate is live, without a target, and in a network without batch norms in training mode.
+
+        Args:
+            batches: of training: shuffled, of a step's size; ten are read.
+            forward: in place of the search's own.
+        """
+        live = any(not gate.frozen for gate in self.live.values())
+        if live and self.config.target is not None and has_statistics(self.model):
+            with _random_state_kept(device_of(self.model)):
+                refresh_statistics(self.model, islice(batches, _STATISTICS_BATCHES), forward=forward or self._forward)
 
     def compact(self, calibration: Iterable[Any] | None = None, *, forward: Forward | None = None) -> nn.Module:
         """The compact network, a plain one without gates; the network in training stays as it is.

@@ -320,7 +320,7 @@ def _write_summary(
         "rows": rows,
         "recipe": recipe_to_dict(run.recipe),
         "image_size": list(data.image_size),
-        "data": describe_data(data),
+        "preprocessing": describe_data(data),
         "images_trained": run.recipe.run.epochs * len(trainer.train_loader) * run.recipe.run.batch_size,
         "device": run.device,
         "processes": processes.count(),

@@ -174,6 +174,7 @@ class Trainer:
                         self._tell("on_train_begin")
                         with synchronized(batch_norms=self._sync_batch_norms):
                             self._train_epoch(interrupted)
+                            self._refresh_statistics()
                         if not self._sync_batch_norms:
                             processes.share_buffers(self.model)
                     except Interrupted:
@@ -211,6 +212,14 @@ class Trainer:
             alone = self.device.type == "cpu" or processes.count() == 1  # GPUs of several processes wait here
             if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and processes.any_process(bool(interrupted)):
                 raise Interrupted
+
+    def _refresh_statistics(self) -> None:
+        """So that the evaluation sees the network that training ends with."""
+        if self.search is not None:
+            loader: Any = self.train_loader
+            batches = loader.start_at(self.epoch) if hasattr(loader, "start_at") else loader
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                self.search.refresh(batches)
 
     def _batches(self) -> Iterator[Any]:
         """The epoch's batches from the next step on, on the network's device."""

@@ -147,9 +147,7 @@ def test_the_gate_losses_are_accumulated_once(kind: type[nn.Module], tmp_path: P
         )  # fmt: skip
         fg.attach(model, "layer")
         optimizer = Watched(model.parameters(), 1e-9)
-        trainer = Trainer(
-            model, arguments, train_dataset=data, callbacks=[callback], optimizers=(optimizer, None)
-        )
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback], optimizers=(optimizer, None))
         trainer.train()
         pulls.append(grads[0])
     assert bool((pulls[0] > 1).all())
