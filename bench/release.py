@@ -1,6 +1,6 @@
 """Does the release of gates jolt a network? `python -m bench.release --dataset digits --seeds 1 2 3 --output FILE`.
 
-Each run is made twice, without and with `GateSearch.refresh`: accuracy on the test images after every epoch, and the worst
+Each run is made without and with `GateSearch.refresh`: accuracy on the test images after every epoch, and the worst
 ratio of an epoch's to the one before, from the epoch of release to that of the last decisions. Where it jolts it also
 says why: accuracy at the end of the epoch of release with the running statistics of the network's batch norms, of the
 gate heads', or of both taken anew. Runs are added to the file.

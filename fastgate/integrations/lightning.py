@@ -187,7 +187,7 @@ def load_from_checkpoint(module_class: type[pl.LightningModule], *args: Any, **k
         if own is None:
             del module_class.on_load_checkpoint
         else:
-            module_class.on_load_checkpoint = own  # type: ignore[method-assign]
+            module_class.on_load_checkpoint = own
 
 
 _LIGHTNINGS = vars(pl.LightningModule)["load_from_checkpoint"]
@@ -197,7 +197,7 @@ def _load(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> 
     return _LIGHTNINGS.__get__(None, module_class)(*args, **kwargs)
 
 
-pl.LightningModule.load_from_checkpoint = classmethod(load_from_checkpoint)  # type: ignore[assignment]
+pl.LightningModule.load_from_checkpoint = classmethod(load_from_checkpoint)
 
 
 class EnergyCallback(pl.Callback):

@@ -1,4 +1,4 @@
-"""Training with a search in loops of several processes: `python -m tests.integrations.loops KIND OUT`, or by torchrun."""
+"""A search in loops of several processes: `python -m tests.integrations.loops KIND-GATING OUT`, or by torchrun."""
 
 import json
 import sys
