@@ -15,10 +15,12 @@ from bench import input_pipeline, report
 from bench.record_gates import read_gates, record_gates
 from bench.scaling import add_run
 from bench.test_gated_conv import Convolution, make_gate
+from fastgate.training.callbacks import Checkpoints
 from fastgate.training.data import Batches
 from fastgate.training.networks import load_network
 from fastgate.training.pipeline import Run, start_trainer
 from fastgate.training.recipe import change
+from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY, run_parallel
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +87,11 @@ def test_recorded_gates_differ_from_sample_to_sample(batch: int) -> None:
         assert varying.sum() >= channels // 4, stage
 
 
+def checkpoints(trainer: Trainer) -> Checkpoints:
+    (found,) = (callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+    return found
+
+
 def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
     options = {"network": "resnet14", "epochs": 1, "open_until": 0.0, "anneal_until": 0.0, "settle_at": None}
     run = Run(change(TINY, gating="channel", init_logit=None, **options), tmp_path)
@@ -94,7 +101,7 @@ def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
     with torch.no_grad():
         for gate in trainer.search.gates.values():  # whatever it has learned: some open for all, some for none
             gate.fc2.bias[:8] += torch.tensor([100.0, -100.0] * 4)
-    trainer._save_checkpoint()
+    checkpoints(trainer)._save(trainer)
     record_gates(tmp_path, tmp_path, tmp_path / "gates.npz")
     recorded, conditions = read_gates(tmp_path / "gates.npz")
     model, _ = load_network(tmp_path / "checkpoint.pt")
@@ -108,7 +115,7 @@ def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
     assert conditions["recipe"] == asdict(run.recipe)
     for gate in trainer.search.gates.values():
         gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
-    trainer._save_checkpoint()
+    checkpoints(trainer)._save(trainer)
     with pytest.raises(ValueError, match="expected a run of live channel gates, got gating 'channel' or frozen ones"):
         record_gates(tmp_path, tmp_path)
 

@@ -4,13 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# gate losses of an epoch's line of metrics, and the field that weighs them
-_WEIGHTS = {
-    "polarization": "lambda_polar",
-    "activation": "lambda_activation",
-    "budget": "lambda_budget",
-    "capacity": "lambda_capacity",
-}
+from fastgate.pruning.config import WEIGHTS
+from fastgate.training.recipe import OLD_NAMES
 
 
 @dataclass(frozen=True)
@@ -18,7 +13,7 @@ class RecipeFacts:
     """The facts of a recipe that reports name; what its version did not record is None.
 
     Attributes:
-        fields: the whole recipe, flat: field -> value; a field of a section is "section.field".
+        fields: the whole recipe: option -> value.
         target: share of the whole network's cost that was asked for.
         cost: what the target is a share of: "macs", "params" or "latency".
         open_until: share of the epochs for which gates are held open.
@@ -42,32 +37,32 @@ def read_recipe(recipe: Mapping[str, Any]) -> RecipeFacts:
     """The facts of a recipe as it stands in a run's `config.json` or `summary.json`, of any version."""
     flat = _flatten(recipe)
 
-    def find(*names: str) -> Any:
-        """The value of the first of these fields that is there, in whatever section."""
-        return next((value for name in names for key, value in flat.items() if key.split(".")[-1] == name), None)
-
     return RecipeFacts(
         fields=flat,
-        dataset=find("dataset"),
-        network=find("network"),
-        gating=find("gating"),
-        epochs=find("epochs"),
-        seed=find("seed"),
-        precision=find("precision"),
-        target=find("target", "target_macs"),
-        cost=find("cost") or "macs",  # the only one there was, before there was a choice
-        open_until=find("open_until"),
-        weights={loss: str(find(loss, field)) for loss, field in _WEIGHTS.items() if find(loss, field) is not None},
+        dataset=flat.get("dataset"),
+        network=flat.get("network"),
+        gating=flat.get("gating"),
+        epochs=flat.get("epochs"),
+        seed=flat.get("seed"),
+        precision=flat.get("precision"),
+        target=flat.get("target"),
+        cost=flat.get("cost") or "macs",  # the only one there was, before there was a choice
+        open_until=flat.get("open_until"),
+        weights={loss: str(flat[loss]) for loss in WEIGHTS if loss in flat},
     )
 
 
 def without_seed(facts: RecipeFacts) -> dict[str, Any]:
     """The fields in which runs of the same recipe agree."""
-    return {name: value for name, value in facts.fields.items() if name.split(".")[-1] != "seed"}
+    return {name: value for name, value in facts.fields.items() if name != "seed"}
 
 
-def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names, whatever section they stand in; those of the first version by what they are called now."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        if isinstance(value, Mapping):
+            flat |= _flatten(value)
+        elif name != "version":
+            flat[OLD_NAMES.get(name, name)] = value
     return flat

@@ -347,8 +347,8 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return {"version": VERSION, **asdict(recipe)}
 
 
-# what runs of the first version did where their recipes do not say it: these options came later
-_BEFORE = {
+# what runs of the first version did where their recipes do not say it: these options came with later ones of it
+_BEFORE: dict[str, Any] = {
     "widths": "16,32,64",
     "cost": "macs",
     "commit_after": None,
@@ -357,6 +357,8 @@ _BEFORE = {
     "control": "none",
     "sync_batch_norms": True,
 }
+# and these with the second version, whose defaults do what was done
+_ADDED = ("image_size", "workers", "weights", "optimizer", "label_smoothing", "compile")
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
@@ -370,11 +372,11 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"recipe: expected version 1 or {VERSION}, got {version!r}; use a later version of fastgate")
     if version == 1:
         flat = {OLD_NAMES.get(name, name): value for name, value in data.items()}
-        flat = {**_BEFORE, "round_to": None, **flat}
+        flat = {**_BEFORE, "round_to": None, **{name: OPTIONS[name].default for name in _ADDED}, **flat}
     else:
         flat = {name: value for part in data.values() if isinstance(part, Mapping) for name, value in part.items()}
-        if missing := OPTIONS.keys() - flat.keys():
-            raise ValueError(f"recipe: expected every option of version {VERSION}, got none of {sorted(missing)[0]}")
+    if missing := OPTIONS.keys() - flat.keys():
+        raise ValueError(f"recipe: expected every option of version {version}, got none of {sorted(missing)[0]}")
     if odd := flat.keys() - OPTIONS.keys():
         raise ValueError(f"recipe: expected the options of fastgate train, got {sorted(odd)[0]} too")
     return make_recipe(**flat)

@@ -46,31 +46,40 @@ def test_full_is_section_5_as_printed() -> None:
         for name in ("baseline", "layer pruned", "channel pruned"):
             recipe = recipes[dataset, name]
             assert (recipe.model.network, recipe.run.epochs, recipe.run.seed) == ("resnet110", 350, 1)
-            assert (recipe.run.batch_size, recipe.lr_schedule, recipe.warmup_epochs) == (batch_size, schedule, 0)
-            assert (recipe.learning_rate, recipe.momentum, recipe.nesterov) == (0.1, 0.9, False)
-            assert (recipe.weight_decay, recipe.gate_weight_decay) == (5e-4, 5e-4)
-            assert (recipe.window, recipe.init_logit, recipe.search.target) == ("clipped", None, None)
-    assert recipes[CIFAR10, "channel pruned"].position == "after"
-    assert recipes[CIFAR100, "channel pruned"].position == "middle"
-    assert recipes[CIFAR10, "channel pruned"].gate_input == "flatten"
+            assert (recipe.run.batch_size, recipe.optimizer.lr_schedule, recipe.optimizer.warmup_epochs) == (
+                batch_size,
+                schedule,
+                0,
+            )
+            assert (recipe.optimizer.learning_rate, recipe.optimizer.momentum, recipe.optimizer.nesterov) == (
+                0.1,
+                0.9,
+                False,
+            )
+            assert (recipe.optimizer.weight_decay, recipe.optimizer.gate_weight_decay) == (5e-4, 5e-4)
+            assert (recipe.gates.window, recipe.gates.init_logit, recipe.search.target) == ("clipped", None, None)
+    assert recipes[CIFAR10, "channel pruned"].gates.position == "after"
+    assert recipes[CIFAR100, "channel pruned"].gates.position == "middle"
+    assert recipes[CIFAR10, "channel pruned"].gates.gate_input == "flatten"
 
 
 def test_rows_ask_for_what_their_names_say() -> None:
     polar = {name: recipe.search.polarization for name, recipe in recipes_of("table5").items()}
-    assert [polar[f"λ_polar = {i}"] for i in range(4)] == ["0", "1", "2", "3"]
+    assert [polar[f"λ_polar = {i}"] for i in range(4)] == [0, 1, 2, 3]
     assert polar["λ_polar ↑"] == "0:0, 125:2, 190:3"
-    gatings = {name: recipe.estimator for name, recipe in recipes_of("table4").items()}
+    gatings = {name: recipe.gates.estimator for name, recipe in recipes_of("table4").items()}
     assert gatings["STE"] == "straight_through" and gatings["Gumbel-softmax"] == "gumbel"
     assert gatings["Bernoulli"] == "mean_threshold"  # as section 5.4 describes it
     channels = recipes_of("table6")
     assert all(
-        (channels[f"{depth}FC-{position}"].gate_depth, channels[f"{depth}FC-{position}"].position) == (depth, position)
+        (channels[f"{depth}FC-{position}"].gates.gate_depth, channels[f"{depth}FC-{position}"].gates.position)
+        == (depth, position)
         for depth in (1, 2)
         for position in ("before", "middle", "after")
     )
     ours = next(row for row in plan_target("table3", "full").rows if row.name == "Ours")
     assert [run.recipe.run.seed for run in ours.runs] == [1, 2, 3, 4, 5]
-    assert {(run.recipe.model.network, run.recipe.estimator) for run in ours.runs} == {("resnet56", "gumbel")}
+    assert {(run.recipe.model.network, run.recipe.gates.estimator) for run in ours.runs} == {("resnet56", "gumbel")}
 
 
 def test_a_rising_lambda_keeps_its_place_in_shorter_training() -> None:

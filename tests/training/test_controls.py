@@ -1,7 +1,6 @@
 """What the compact network is compared with: the networks of the controls, their runs, and the comparison."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         cast_votes(patch.setattr)
         for seed in (1, 2):
             folders.append(tmp_path_factory.mktemp("controls") / f"seed{seed}")
-            train(Run(replace(ALL, seed=seed), folders[-1]))
+            train(Run(change(ALL, seed=seed), folders[-1]))
     return folders
 
 
@@ -49,8 +48,8 @@ def test_a_plain_network_of_equal_macs(network: str, share: float) -> None:
     wanted = round(share * fg.macs(build_network(recipe, CIFAR, 10), CIFAR))
     found = match_macs(recipe, CIFAR, 10, wanted)
     assert fg.macs(build_network(found, CIFAR, 10), CIFAR) == pytest.approx(wanted, rel=0.01)
-    assert found.depth <= recipe.depth
-    assert replace(found, network=network, widths="16,32,64") == recipe
+    assert found.model.cifar_depth <= recipe.model.cifar_depth
+    assert change(found, network=network, widths="16,32,64") == recipe
     if share == 1.0:
         assert found == recipe
 

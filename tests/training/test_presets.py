@@ -88,7 +88,7 @@ def test_recipes_survive_json() -> None:
     with pytest.raises(ValueError, match="expected version 1 or 2, got 3"):
         recipe_from_dict({"version": 3})
     with pytest.raises(ValueError, match="got lamda too"):
-        recipe_from_dict({"lamda": 1})
+        recipe_from_dict({**recipe_to_dict(Recipe()), "more": {"lamda": 1}})
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)

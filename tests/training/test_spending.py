@@ -198,7 +198,7 @@ def test_summary_and_table(burning: Path, tmp_path: Path) -> None:
             summary = train(run)
     finally:
         hook.remove()
-    steps = 4 * len(trainer_of(TINY, load_dataset("digits"), tmp_path / "other").train_batches)
+    steps = 4 * len(trainer_of(TINY, load_dataset("digits"), tmp_path / "other").train_loader)
     for name in ("gated", "unpruned"):
         row = summary["rows"][name]
         assert (row["joules_training"], row["joules_evaluation"]) == (2.0 * steps, 20.0)
