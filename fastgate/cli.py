@@ -233,9 +233,9 @@ def evaluate(
     result = {
         "path": path,
         "dataset": dataset,
+        **measure_networks({"network": model}, data, batches)["network"],
         **evaluate_network(model, batches, num_classes=data.num_classes),
     }
-    result = {**measure_networks({"network": model}, data, batches)["network"], **result}
     print_evaluation(result)
 
 

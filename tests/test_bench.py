@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from fastgate.training.callbacks import Checkpoints
 from fastgate.training.data import Batches
 from fastgate.training.networks import load_network
 from fastgate.training.pipeline import Run, start_trainer
-from fastgate.training.recipe import change
+from fastgate.training.recipe import change, recipe_to_dict
 from fastgate.training.trainer import Trainer
 from tests.training.runs import TINY, run_parallel
 
@@ -112,7 +111,7 @@ def test_gates_are_recorded_as_the_network_decides(tmp_path: Path) -> None:
         decisions = gates[f"layer{stage}.1.gate"].decisions
         assert 0 < decisions.mean() < 1
         assert torch.equal(opened, decisions == 1)
-    assert conditions["recipe"] == asdict(run.recipe)
+    assert conditions["recipe"] == recipe_to_dict(run.recipe)
     for gate in trainer.search.gates.values():
         gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
     checkpoints(trainer)._save(trainer)

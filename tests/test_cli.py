@@ -143,7 +143,7 @@ def test_bad_files_are_one_line_too(run: Path, live: Path, tmp_path: Path) -> No
         (["evaluate", foreign_network(tmp_path)], "expected format 'fastgate-network'"),
         (["evaluate", tmp_path / "color.safetensors"], "pass --dataset"),
         (["evaluate", tmp_path / "color.safetensors", "--dataset", "digits"], "x: expected [N, 3, H, W], got [1, 1"),
-        (["evaluate", tmp_path / "gray.safetensors", "--dataset", "digits"], "has 7 classes, but digits has 10"),
+        (["evaluate", tmp_path / "gray.safetensors", "--dataset", "digits"], "has 7 classes, but the data set has 10"),
         (["compact", live, "--decisions", other], "these are decisions of another network"),
         (["report", run, tmp_path], "expected a run folder with config.json"),
         (["train", "--resume", "--output", tmp_path], "expected a run folder with config.json"),
@@ -158,5 +158,5 @@ def test_a_non_finite_loss_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     result = run_cli("train", *TINY_OPTIONS, "--learning-rate", "1e20", "--output", tmp_path / "run")
     assert result.returncode == 1
     assert "error: the loss is not finite in epoch" in result.stderr
-    assert "Lower learning_rate (1e+20)" in result.stderr
+    assert "Lower the learning rate (" in result.stderr
     assert "Traceback" not in result.stderr

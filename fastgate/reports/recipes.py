@@ -58,7 +58,7 @@ def without_seed(facts: RecipeFacts) -> dict[str, Any]:
 
 
 def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names, whatever section they stand in; those of the first version by what they are called now."""
+    """Options by name, whatever section they stand in; those of the first version by what they are called now."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
         if isinstance(value, Mapping):

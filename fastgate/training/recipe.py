@@ -374,7 +374,10 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         flat = {OLD_NAMES.get(name, name): value for name, value in data.items()}
         flat = {**_BEFORE, "round_to": None, **{name: OPTIONS[name].default for name in _ADDED}, **flat}
     else:
-        flat = {name: value for part in data.values() if isinstance(part, Mapping) for name, value in part.items()}
+        flat = {}
+        for name, value in data.items():
+            flat |= value if isinstance(value, Mapping) else {name: value}
+        del flat["version"]
     if missing := OPTIONS.keys() - flat.keys():
         raise ValueError(f"recipe: expected every option of version {version}, got none of {sorted(missing)[0]}")
     if odd := flat.keys() - OPTIONS.keys():

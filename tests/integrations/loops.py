@@ -28,7 +28,7 @@ def make_data() -> TensorDataset:
 
 def make_model(gating: str) -> nn.Module:
     torch.manual_seed(0)
-    return fg.models.resnet(8, 4, gating=gating, widths=(4, 6, 8))
+    return fg.models.resnet(8, 4, gating=gating)
 
 
 def record(search: fg.GateSearch, small: nn.Module, stale: list[str]) -> dict[str, Any]:

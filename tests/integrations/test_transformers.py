@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,8 +102,10 @@ class OwnLoss(Trainer):
 
 
 def test_gates_that_would_not_learn_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="label_smoothing_factor: expected 0, got 0.1"):
-        train(tmp_path, "layer", label_smoothing_factor=0.1)
+    model = Net()
+    model.config = SimpleNamespace(problem_type=None)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0, got 0\.1"):
+        train(tmp_path, "layer", model=model, label_smoothing_factor=0.1)
     images, labels = make_data().tensors
     data = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)]
     arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, report_to=[], use_cpu=True, disable_tqdm=True)

@@ -43,7 +43,7 @@ class Loop:
 
     def __init__(self, gating: str = "layer", kind: str = "sgd", config: fg.SearchConfig = EARLY) -> None:
         torch.manual_seed(0)
-        self.model = fg.models.resnet(8, 4, gating=gating, widths=(4, 6, 8))
+        self.model = fg.models.resnet(8, 4, gating=gating)
         self.optimizer = OPTIMIZERS[kind](fg.parameter_groups(self.model))
         self.search = fg.GateSearch(self.model, SIZE, self.optimizer, epochs=EPOCHS, config=config)
 
@@ -109,9 +109,7 @@ def test_the_life_of_a_run(gating: str, data: TensorDataset) -> None:
     assert phases == ["open", "search", "search", "search", "search", "search", "settled"]
     assert ratios[0] == 1.0
     stages = [name.split(".", maxsplit=1)[0] for names in finals for name in names]
-    if gating == "layer":  # of channels two in five leave the target within reach in one stage alone
-        assert stages == ["layer1", "layer3", "layer2"] and [len(names) for names in finals] == [0, 0, 0, 0, 2, 0, 1]
-    assert sorted(stages) == ["layer1", "layer2", "layer3"] and finals[:4] == [[]] * 4 and finals[4]
+    assert stages == ["layer1", "layer3", "layer2"] and [len(names) for names in finals] == [0, 0, 0, 0, 2, 0, 1]
     assert macs[3] == whole > macs[4] == macs[5] >= macs[6]
     assert list(fg.named_gates(loop.model)) == []
     trained = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}
@@ -327,7 +325,7 @@ def test_a_network_that_is_called_otherwise(data: TensorDataset) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.resnet = fg.models.resnet(8, 4, gating="layer", widths=(4, 6, 8))
+            self.resnet = fg.models.resnet(8, 4, gating="layer")
 
         def forward(self, *, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
             return {"logits": self.resnet(pixel_values)}

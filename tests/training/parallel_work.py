@@ -48,7 +48,7 @@ STOP = (3, 2)
 def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) -> None:
     """Train; keep the gradients of every epoch's first step and what training ends with."""
     recipe = _ALL[name]
-    trainer = trainer_of(recipe, load_dataset("digits", validation=recipe.validation), folder, resume=resume)
+    trainer = trainer_of(recipe, load_dataset("digits", validation=recipe.data.validation), folder, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     gradients: dict[str, Tensor] = {}
 
