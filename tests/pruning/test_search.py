@@ -109,7 +109,10 @@ def test_the_life_of_a_run(gating: str, data: TensorDataset) -> None:
     assert phases == ["open", "search", "search", "search", "search", "search", "settled"]
     assert ratios[0] == 1.0
     stages = [name.split(".", maxsplit=1)[0] for names in finals for name in names]
-    assert stages == ["layer1", "layer3", "layer2"] and [len(names) for names in finals] == [0, 0, 0, 0, 2, 0, 1]
+    if gating == "layer":
+        assert stages == ["layer1", "layer3", "layer2"] and [len(names) for names in finals] == [0, 0, 0, 0, 2, 0, 1]
+    # of two in five channels open, one stage's is what the target allows
+    assert sorted(stages) == ["layer1", "layer2", "layer3"] and finals[:4] == [[]] * 4 and finals[4] and finals[6]
     assert macs[3] == whole > macs[4] == macs[5] >= macs[6]
     assert list(fg.named_gates(loop.model)) == []
     trained = {id(p) for group in loop.optimizer.param_groups for p in group["params"]}

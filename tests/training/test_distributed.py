@@ -94,7 +94,7 @@ def test_two_processes_train_as_one(runs: dict[int, Path], name: str) -> None:
     assert_close(two["state"], one["state"], LATER)
     assert two["agree"]
     lines = [metrics(runs[processes] / name) for processes in (1, 2)]
-    assert len(lines[0]) == len(lines[1]) == RECIPES[name].epochs
+    assert len(lines[0]) == len(lines[1]) == RECIPES[name].run.epochs
     for expected, got in zip(*lines, strict=True):
         assert got["train"] == pytest.approx(expected["train"], rel=LATER)
         assert (got["gates"], got["macs_training"]) == (expected["gates"], expected["macs_training"])
