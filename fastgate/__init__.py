@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors
     from fastgate import energy, functional, losses, models, schedules
+    from fastgate.api import train
     from fastgate.energy import EnergyMeter, measure_energy
     from fastgate.gates import ChannelGate, LayerGate, named_gates
     from fastgate.losses import activation, budget, polarization
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 # where the public names are: each is imported when first used, so that `fastgate.energy` needs no torch
 _HOMES = {
     "fastgate": ("energy", "functional", "losses", "models", "schedules"),
+    "fastgate.api": ("train",),
     "fastgate.energy": ("EnergyMeter", "measure_energy"),
     "fastgate.gates": ("ChannelGate", "LayerGate", "named_gates"),
     "fastgate.losses": ("activation", "budget", "polarization"),

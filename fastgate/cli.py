@@ -22,6 +22,7 @@ from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
 from fastgate.training import distributed
+from fastgate.training.distributed import resolve_device
 from fastgate.training.presets import PRESETS, get_preset
 from fastgate.training.recipe import (
     OLD_NAMES,
@@ -44,23 +45,6 @@ app.add_typer(energy, name="energy")
 DataRoot = Annotated[str | None, typer.Option(help="folder with the CIFAR files; default: FASTGATE_DATA")]
 Download = Annotated[bool, typer.Option("--download", help="let torchvision download CIFAR into the data root")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto is the GPU if there is one")]
-
-
-def resolve_device(device: str) -> str:
-    """The device to use: "auto" is CUDA where there is one; an explicit one that is missing is an error."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}") from error
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
-    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
-        )
-    return distributed.own_device(device)
 
 
 def _say_version(asked: bool) -> None:

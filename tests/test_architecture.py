@@ -29,6 +29,7 @@ FLOORS = {
     "pruning": 6,
     "integrations": 7,
     "training": 7,
+    "api": 8,
     "paper": 8,
     "reports": 8,
     "cli": 9,

@@ -18,7 +18,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch) -> None:
     images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
-    names = {"images": images, "labels": labels, "criterion": nn.CrossEntropyLoss(), "loader": [(images, labels)]}
+    names = {"epochs": 4, "criterion": nn.CrossEntropyLoss(), "loader": [(images, labels)] * 2}
     exec(code[1], names)
     assert torch.isfinite(names["loss"])  # type: ignore[call-overload]
     assert fg.load(tmp_path / "small.safetensors").fc.out_features == 10

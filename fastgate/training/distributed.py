@@ -99,6 +99,23 @@ def own_device(device: str) -> str:
     return f"cuda:{local}"
 
 
+def resolve_device(device: str) -> str:
+    """The device to use: "auto" is CUDA where there is one; an explicit one that is missing is an error."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
+        )
+    return own_device(device)
+
+
 @contextmanager
 def first_of_node() -> Iterator[None]:
     """Let one process of each node through the block first, then the others: what it downloads they find."""

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -193,8 +193,20 @@ def start_trainer(run: Run, data: Data, *, resume: bool) -> Trainer:
     return trainer
 
 
-def train(run: Run, data: Data | None = None, *, resume: bool = False) -> dict[str, Any]:
-    """Train a run to its end, and the controls that its recipe asks for; returns and writes the summary.
+class Outcome(NamedTuple):
+    """What a run comes to: its summary, and the network in its `model.safetensors`."""
+
+    summary: dict[str, Any]
+    network: nn.Module
+
+
+def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
+    """Train a run to its end, and its controls; returns the summary, see :func:`finish`."""
+    return finish(run, resume=resume).summary
+
+
+def finish(run: Run, data: Data | None = None, *, resume: bool = False) -> Outcome:
+    """Train a run to its end, and the controls that its recipe asks for; the summary is written too.
 
     The summary (`summary.json`) has a row per network: "unpruned", "gated", "compact" and the other controls, with test
     accuracy of the last epoch, open ratio, MACs, parameters, latency and throughput, what training took, and the
@@ -204,6 +216,11 @@ def train(run: Run, data: Data | None = None, *, resume: bool = False) -> dict[s
 
     Under torchrun all processes train, in a folder that all of them can read; the main one measures and writes.
     """
+    if run.model is not None and "equal-macs" in run.recipe.run.controls:
+        raise ValueError(
+            "control: equal-macs is for networks by name, whose depth and widths can be chosen, got a network; leave "
+            "it out, or train a smaller network of your own as a run beside this one"
+        )
     run = replace(run, recipe=open_folder(run.folder, run.recipe, resume=resume))
     data = data or run.load_data()
     trainer = start_trainer(run, data, resume=resume)
@@ -211,9 +228,8 @@ def train(run: Run, data: Data | None = None, *, resume: bool = False) -> dict[s
     search = trainer.search
     if search is None:
         _save_network(trainer.model, run, data)
-        return processes.from_main(
-            lambda: _write_summary(run, data, {"unpruned": trainer.model}, {"unpruned": trainer}, None)
-        )
+        networks, trainers = {"unpruned": trainer.model}, {"unpruned": trainer}
+        return Outcome(processes.from_main(lambda: _write_summary(run, data, networks, trainers, None)), trainer.model)
 
     decisions = search.decisions if search.phase is Phase.SETTLED else search.decide(trainer.calibration)
     if processes.is_main():
@@ -237,7 +253,10 @@ def train(run: Run, data: Data | None = None, *, resume: bool = False) -> dict[s
         networks["unpruned"] = _plain_network(run, data)
     own = {**({"gated": trainer.model} if gated else {}), "compact": small}
     networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
-    return processes.from_main(lambda: _write_summary(run, data, networks, trainers, decisions, difference=difference))
+    summary = processes.from_main(
+        lambda: _write_summary(run, data, networks, trainers, decisions, difference=difference)
+    )
+    return Outcome(summary, small)
 
 
 def _plain_network(run: Run, data: Data) -> nn.Module:

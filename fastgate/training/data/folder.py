@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from fastgate.training.data.augmentation import Augmentation, Normalisation, check_channels, flip_and_colour
 from fastgate.training.data.interface import Batching, check_split, evaluation_batch_size
 from fastgate.training.data.layout import Split, find_splits
-from fastgate.training.data.reading import Reader, default_workers, start_worker
+from fastgate.training.data.reading import Reader, default_workers, interrupts_held_back, start_worker
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -163,7 +163,8 @@ class FolderLoader:
         self._plan.batches = (_wanted(paths, order[part], crops[part]) for part in parts)
         if self._reading is None:
             self._reading = self._start_reading()
-        batches = iter(self._reading)
+        with interrupts_held_back():
+            batches = iter(self._reading)
         for part in parts:
             if self._pass is not this_pass:
                 raise RuntimeError(
