@@ -139,7 +139,9 @@ def test_the_gate_losses_reach_the_backward_pass(tmp_path: Path) -> None:
                 gates = [gate for _, gate in fg.named_gates(pl_module)]
                 grads.append(torch.stack([gate.fc2.bias.grad.flatten()[0].clone() for gate in gates]))  # noqa: B023
 
-        trainer = pl.Trainer(max_steps=1, max_epochs=1, callbacks=[callback, Watch()], **QUIET, **options)
+        trainer = pl.Trainer(
+            max_steps=1, max_epochs=1, callbacks=[callback, Watch()], default_root_dir=tmp_path, **QUIET, **options
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(module, loader())
@@ -165,7 +167,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizers: expected one, which a search can cut, got 2"):
         fit(tmp_path, module=Two())
     with pytest.raises(ValueError, match="max_epochs: expected a number of epochs"):
-        pl.Trainer(max_epochs=-1, callbacks=[GateSearchCallback()], **QUIET).fit(Module(), loader())
+        pl.Trainer(max_epochs=-1, callbacks=[GateSearchCallback()], default_root_dir=tmp_path, **QUIET).fit(
+            Module(), loader()
+        )
 
 
 def test_metrics_are_logged(tmp_path: Path) -> None:
