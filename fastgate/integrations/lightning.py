@@ -125,6 +125,13 @@ class GateSearchCallback(pl.Callback):
         """The gates' part of the epoch."""
         self._session.begin_epoch(trainer.current_epoch)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After the last one, running statistics are made those of the network as it is, for the validation."""
+        if batch_idx + 1 == trainer.num_training_batches:
+            self._session.refresh()
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the gates do."""
         if self.search is None:

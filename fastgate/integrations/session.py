@@ -53,6 +53,7 @@ class Session:
         self.search: GateSearch | None = None
         self.small: nn.Module | None = None
         self._calibration = calibration
+        self._loader: Any = None
 
     def add_gates(self, model: nn.Module) -> None:
         """Add gates to a network that has none: before its optimizer is made."""
@@ -93,6 +94,7 @@ class Session:
         Raises:
             ValueError: a run that goes on with another number of epochs, or see :class:`fastgate.GateSearch`.
         """
+        self._loader = loader
         if self._calibration is None:
             self._calibration = in_order(loader)
         if self.search is None:
@@ -114,6 +116,11 @@ class Session:
             for wrapper in wrappers_of(self.search.model):
                 renew(wrapper)
         return names
+
+    def refresh(self) -> None:
+        """At the end of an epoch: the evaluation that may follow sees the network as it is now, see `GateSearch`."""
+        if self.search is not None and isinstance(self._loader, DataLoader):
+            self.search.refresh(in_order(self._loader, shuffled_by=self.search.epoch))
 
     def end(self, folder: str | os.PathLike[str]) -> None:
         """Training has ended: make the compact network, and write it to the folder where a file can describe it."""
@@ -169,8 +176,12 @@ def first_batch(batches: Iterable[Any]) -> Any:
     raise ValueError("calibration: expected at least one batch, got none")
 
 
-def in_order(loader: Any) -> Iterable[Any]:
+def in_order(loader: Any, shuffled_by: int | None = None) -> Iterable[Any]:
     """A loader's data in order and once, for this process its own part; the loader itself is left alone.
+
+    Args:
+        loader: of training.
+        shuffled_by: a seed, for data in random order instead.
 
     Raises:
         TypeError: what is trained on is no `DataLoader`.
@@ -185,4 +196,11 @@ def in_order(loader: Any) -> Iterable[Any]:
         own = range(processes.rank(), len(dataset), processes.count())
         dataset = Subset(dataset, own)  # type: ignore[arg-type]
     size = loader.batch_size or getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 1
-    return DataLoader(dataset, size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
+    if shuffled_by is not None and isinstance(dataset, Subset):
+        options |= {
+            "shuffle": True,
+            "generator": torch.Generator().manual_seed(shuffled_by),
+            "drop_last": len(dataset) >= size,
+        }
+    return DataLoader(dataset, size, **options)

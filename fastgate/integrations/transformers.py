@@ -154,7 +154,8 @@ class GateSearchCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log what the gates do."""
+        """Make running statistics those of the network as it is, for an evaluation, and log what the gates do."""
+        self._session.refresh()
         if self.search is not None:
             metrics = self.search.metrics()
             logged = {f"gates_{name}": float(metrics[name]) for name in ("open_ratio", "macs", "polarization")}

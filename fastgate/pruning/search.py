@@ -339,13 +339,18 @@ class GateSearch:
 
         Running averages look ten steps back, and gates may have changed since what they averaged: an evaluation sees
         another network than training does. See :func:`fastgate.pruning.statistics.refresh_statistics`. Does nothing
-        where no gate is live, without a target, and in a network without batch norms in training mode.
+        where no gate is live, without a target, and where there is no batch norm. Those in eval mode are left alone.
 
         Args:
             batches: of training: shuffled, of a step's size; ten are read.
             forward: in place of the search's own.
+
+        Raises:
+            ValueError: a network in eval mode.
         """
-        live = any(not gate.frozen for gate in self.live.values())
+        live = [gate for gate in self.live.values() if not gate.frozen]
+        if live and not live[0].training:
+            raise ValueError("model: expected it in training mode, got eval; refresh before model.eval()")
         if live and self.config.target is not None and has_statistics(self.model):
             with _random_state_kept(device_of(self.model)):
                 refresh_statistics(self.model, islice(batches, _STATISTICS_BATCHES), forward=forward or self._forward)

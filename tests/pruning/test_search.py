@@ -184,6 +184,22 @@ def test_random_numbers_are_those_of_a_loop_without_a_search(data: TensorDataset
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_statistics_are_refreshed_for_an_evaluation(data: TensorDataset) -> None:
+    """While gates are live; before the network is put into eval mode."""
+    loop = Loop(config=fg.SearchConfig(open_until=0.15, anneal_until=0.4, settle_at=0.5, commit_after=None))
+    changed = []
+    for _ in loop.epochs(data):
+        before = loop.model.bn1.running_mean.clone()
+        torch.manual_seed(3)
+        loop.search.refresh(DataLoader(data, 16, shuffle=True))
+        changed.append(not torch.equal(loop.model.bn1.running_mean, before))
+        if changed[-1]:
+            loop.model.eval()
+            with pytest.raises(ValueError, match=r"expected it in training mode, got eval; refresh before model\.eval"):
+                loop.search.refresh(DataLoader(data, 16))
+    assert changed == [False, True, True, True, False, False, False]  # held open, live, settled
+
+
 def test_gates_left_at_the_end_are_decided_by_compact(data: TensorDataset) -> None:
     config = fg.SearchConfig(open_until=0, anneal_until=0, settle_at=None, commit_after=None)
     loop = Loop("channel", config=config)
