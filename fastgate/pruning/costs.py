@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
-from fastgate.models.block import ResidualBlock, gated_blocks
+from fastgate.models.block import Gated, gated_blocks
+from fastgate.models.cutting import share_of_channel
+from fastgate.models.gated import Closed, GatedModule, owner_of
 from fastgate.pruning.counting import count_macs
 from fastgate.pruning.latency import block_latencies, open_latency
 from fastgate.pruning.probe import check_reached, example_of, open_for_probing
@@ -108,10 +110,19 @@ def gate_costs(
             for (name, block), nanoseconds in zip(blocks.items(), latencies, strict=True)
         }
     if cost == "params":
-        return {name: _cost_of(block, lambda _, child: _parameters(child), cost) for name, block in blocks.items()}
+        return {
+            name: _cost_of(model, name, block, lambda _, child: _parameters(child), cost)
+            for name, block in blocks.items()
+        }
     calls = count_macs(model, example_of(model, inputs), forward).calls
     check_reached(blocks, {module for _, module in calls})
-    return {name: _cost_of(block, lambda *call: calls[call], cost) for name, block in blocks.items()}
+
+    def count(caller: nn.Module | None, module: nn.Module) -> int:
+        if caller is not None:
+            return calls[caller, module]
+        return sum(macs for (_, called), macs in calls.items() if called is module)
+
+    return {name: _cost_of(model, name, block, count, cost) for name, block in blocks.items()}
 
 
 def total_cost(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> int:
@@ -130,8 +141,12 @@ def _check_cost(cost: str) -> None:
         raise ValueError(f"cost: expected one of {', '.join(COSTS)}, got {cost!r}")
 
 
-def _cost_of(block: ResidualBlock, count: Callable[[nn.Module, nn.Module], int], cost: str) -> Tensor:
-    """MACs or parameters that a block's gate (channel) switches; `count` tells those of a child by (block, child)."""
+def _cost_of(
+    model: nn.Module, gate: str, block: Gated, count: Callable[[nn.Module | None, nn.Module], int], cost: str
+) -> Tensor:
+    """MACs or parameters that a gate (channel) switches; `count`: those of a module by who runs it (None: anyone)."""
+    if isinstance(block, GatedModule):
+        return _cost_of_module(model, gate, block, lambda module: count(None, module), cost)
 
     def of(name: str) -> int:
         return count(block, getattr(block, name))
@@ -149,9 +164,24 @@ def _cost_of(block: ResidualBlock, count: Callable[[nn.Module, nn.Module], int],
     return torch.full((_gates(block),), per_channel)
 
 
+def _cost_of_module(
+    model: nn.Module, gate: str, place: GatedModule, count: Callable[[nn.Module], int], cost: str
+) -> Tensor:
+    owner = owner_of(model, gate, place)
+    if isinstance(place.gated, Closed):
+        skipped = [getattr(place, child) for child in place.gated.skip or ()]
+        gone = sum(count(owner.get_submodule(part)) for part in place.gated.gone)
+        return torch.tensor([gone - sum(map(count, skipped))])
+    each = 0
+    for part, role in place.gated.parts:
+        module = owner.get_submodule(part)
+        each += place.gated.group * share_of_channel(module, role, count(module), cost == "params")
+    return torch.full((_gates(place),), each)
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _gates(block: ResidualBlock) -> int:
-    return block.gate.gates  # type: ignore[union-attr]
+def _gates(block: Gated) -> int:
+    return block.own_gate.gates  # type: ignore[union-attr]
