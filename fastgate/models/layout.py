@@ -1,5 +1,7 @@
 """What a residual block computes: found by running the block, or registered; tried out before it is believed."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,7 @@ from fastgate.models.probing import (
     probe_copy,
     run_probe,
 )
-from fastgate.models.recording import Recording, Step, Value
+from fastgate.models.recording import Recording, Step, Value, replace
 from fastgate.models.residual import (
     ACTIVATIONS,
     SHAPING,
@@ -34,6 +36,8 @@ from fastgate.models.residual import (
 )
 from fastgate.values import tensors_in
 
+# attributes that every module has
+_EVERY_MODULE = frozenset(vars(nn.Module()))
 # modules that only hold others, whose parts are looked at one by one
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -168,11 +172,12 @@ def find_blocks(model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = 
         return captured[0].get(name)
 
     found: dict[str, FoundBlock] = {}
+    read = _Reader()
     for name in sorted(candidates, key=lambda name: -len(name.split(".")) if name else 0):
         inside = [other for other in found if _is_inside(other, name)]
         if len(inside) > 1:
             continue
-        block = read_block(candidates[name], lambda name=name: capture(name))
+        block = read(candidates[name], lambda name=name: capture(name))
         if block is not None:
             found = {other: b for other, b in found.items() if other not in inside} | {name: block}
     return {name: found[name] for name in candidates if name in found}
@@ -182,17 +187,54 @@ def _is_inside(name: str, outer: str) -> bool:
     return name != outer and (outer == "" or name.startswith(f"{outer}."))
 
 
-def read_block(block: nn.Module, capture: Callable[[], Probe | None]) -> FoundBlock | None:
-    """What a block computes, None for one without a residual sum or one that cannot be run.
+class _Reader:
+    """Reads blocks; of those that are alike in everything but their tensors' values only the first is tried."""
 
-    Args:
-        block: it stays as it is.
-        capture: what it is given in its network, if that is known.
-    """
+    def __init__(self) -> None:
+        self._guesses: dict[Any, Probe | None] = {}
+        self._found: dict[Any, FoundBlock | None] = {}
+
+    def __call__(self, block: nn.Module, capture: Callable[[], Probe | None]) -> FoundBlock | None:
+        """What a block computes, None for one without a residual sum or one that cannot be run.
+
+        Args:
+            block: it stays as it is.
+            capture: what it is given in its network, if that is known.
+        """
+        kind = _kind_of(block)
+        if kind not in self._guesses:
+            self._guesses[kind] = guess_probe(probe_copy(block))
+        probe = self._guesses[kind] or capture()
+        if probe is None:
+            return None
+        key = kind, str(replace((probe.args, probe.kwargs), lambda v: v.shape if isinstance(v, Tensor) else v))
+        if key not in self._found:
+            self._found[key] = read_block(block, probe)
+        found = self._found[key]
+        if found is None or found.module is block:
+            return found
+        layout = found.layout and dataclasses.replace(found.layout, new=copy.deepcopy(found.layout.new))
+        return dataclasses.replace(found, module=block, layout=layout, new=copy.deepcopy(found.new))
+
+
+def _kind_of(block: nn.Module) -> Any:
+    """What tells two blocks apart before they run: classes, attributes, names and sizes of their parts."""
+    parts = []
+    for name, module in block.named_modules(remove_duplicate=False):
+        held = {**module._parameters, **module._buffers}
+        sizes = tuple((key, None if t is None else (t.shape, t.dtype, t.device)) for key, t in held.items())
+        values = tuple(
+            (key, repr(value) if isinstance(value, str | int | float | tuple | list | None) else id(value))
+            for key, value in vars(module).items()
+            if key not in _EVERY_MODULE
+        )
+        parts.append((name, type(module), sizes, values))
+    return tuple(parts)
+
+
+def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
+    """What a block computes on such arguments, None for one without a residual sum or that cannot be run alone."""
     copied = probe_copy(block)
-    probe = guess_probe(copied) or capture()
-    if probe is None:
-        return None
     try:
         runs = [find_residual(copied, probe, training) for training in (False, True)]
     except Exception:  # it cannot be run alone, or not in training mode
