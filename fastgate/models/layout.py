@@ -21,6 +21,7 @@ from fastgate.models.probing import (
     mixes_samples,
     probe_copy,
     run_probe,
+    same_random_numbers,
 )
 from fastgate.models.recording import Recording, Step, Value, replace
 from fastgate.models.residual import (
@@ -162,7 +163,7 @@ def find_blocks(model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = 
         if module._modules
         and not isinstance(module, _CONTAINERS)
         and may_add(type(module))
-        and not any(_is_inside(name, other) or _is_inside(other, name) for other in known)
+        and not any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in known)
     }
     captured: list[dict[str, Probe]] = []
 
@@ -279,8 +280,10 @@ def _runs_gated(
     gated = copy_network(block)
     for name, module in new.items():
         gated.add_module(name, module)
+    like = next(block.parameters(), torch.zeros(0))
     for name, how in closed.items():
-        gate = LayerGate(widths[name]).to(next(block.parameters(), torch.zeros(0)))
+        with same_random_numbers(like.device):  # no number is taken from the user's
+            gate = LayerGate(widths[name]).to(like)
         gate.freeze(torch.tensor([True]))
         put_gate(gated.get_submodule(name), gate, how)
     with torch.no_grad():
