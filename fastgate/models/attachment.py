@@ -11,10 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fastgate.gates import ChannelGate, Gate, LayerGate, named_gates
 from fastgate.models.block import POSITIONS, ResidualBlock
+from fastgate.models.channels import FoundCut, find_cuts
 from fastgate.models.cuts import runs_as, shared_modules
 from fastgate.models.gated import Closed, Cut, put_gate
 from fastgate.models.hooks import move_hooks
 from fastgate.models.layout import FoundBlock, check_layout, find_blocks, registered_layout, to_residual_block
+from fastgate.models.probing import probe_copy
 from fastgate.modes import eval_mode
 
 GATINGS = ("layer", "channel")
@@ -154,7 +156,7 @@ def attach(
     """
     _check_options(model, gating, position, spatial_size, gate_options)
     known = _known_blocks(model)
-    found = find_blocks(model, known, inputs)
+    found = find_blocks(model, known, inputs, plain=gating == "channel")
     _refuse_repeated(model, {*known.values(), *(block.module for block in found.values())})
     if not known and not found:
         raise ValueError(
@@ -168,7 +170,7 @@ def attach(
     places = (
         _place_layer_gates(blocks, found, gate_options)
         if gating == "layer"
-        else _place_channel_gates(model, blocks, position, spatial_size, gate_options)
+        else _place_channel_gates(model, blocks, found, position, spatial_size, gate_options)
     )
     # nothing raises from here on: a model that was refused above is as it was
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -306,16 +308,53 @@ def _place_layer_gates(
 def _place_channel_gates(
     model: nn.Module,
     blocks: dict[str, ResidualBlock],
+    found: dict[str, FoundBlock],
     position: str,
     spatial_size: tuple[int, int] | None,
     options: dict[str, Any],
 ) -> list[_Place]:
     shared = shared_modules(model)
-    cuts = {name: _find_cut(name, block, position, shared) for name, block in blocks.items()}
-    sizes = {} if spatial_size is None else _map_sizes(model, cuts, spatial_size)
-    return [
+    convs: dict[str, _ConvCut] = {}
+    inner: dict[str, list[FoundCut]] = {}
+    refused: dict[str, str] = {}
+    for name in {**blocks, **found}:
+        try:
+            if name not in blocks:
+                raise ValueError(f"block {name!r}: position {position!r} needs a block of convolutions one by one")
+            convs[name] = _find_cut(name, blocks[name], position, shared)
+        except ValueError as error:
+            if name not in found:
+                raise
+            inner[name], reason = _find_inner_cuts(found[name], shared) if position == "middle" else ([], "")
+            # of a chain of convolutions it is known what stands in the way
+            if not inner[name] and name in blocks and sum(c.groups == 1 for *_, c in blocks[name].branch_convs()) > 1:
+                raise
+            if not inner[name]:
+                refused[name] = reason or str(error).partition(": ")[2]
+    cut = [each for cuts in inner.values() for each in cuts]
+    if not convs and not cut:
+        name, reason = next(iter(refused.items()))
+        raise ValueError(f"block {name!r}: its channels cannot be gated: {reason}; use gating='layer'")
+    if cut and spatial_size is not None:
+        raise ValueError(
+            "spatial_size: expected None for a network whose gates are inside its blocks' own modules, got "
+            f"{spatial_size}; these gates pool their input"
+        )
+    sizes = {} if spatial_size is None else _map_sizes(model, convs, spatial_size)
+    places = [
         _Place(
             name, blocks[name], ChannelGate(cut.channels, spatial_size=sizes.get(name), **options), gate_at=cut.gate_at
         )
-        for name, cut in cuts.items()
+        for name, cut in convs.items()
     ]
+    for name, cuts in inner.items():
+        for each in cuts:
+            gate = ChannelGate(each.width, each.width // each.cut.group, **options)
+            path = ".".join(part for part in (name, each.name) if part)
+            places.append(_Place(path, found[name].module.get_submodule(each.name), gate, each.cut))
+    return places
+
+
+def _find_inner_cuts(block: FoundBlock, shared: set[nn.Module]) -> tuple[list[FoundCut], str]:
+    names = {name for name, module in block.module.named_modules() if module in shared}
+    return find_cuts(probe_copy(block.module), block.probe, names, block.sums)

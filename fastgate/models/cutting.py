@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastgate.models.cuts import is_norm
+from fastgate.models.cuts import check_cut, is_norm, runs_as
+from fastgate.models.gated import without_gate
 
 # what counts a module's channels, by the kind of module
 _OUT_SIZES = ("out_channels", "out_features")
@@ -73,6 +74,21 @@ def share_of_channel(module: nn.Module, role: str, total: int, is_params: bool) 
         total -= bias.numel() if is_params and bias is not None else 0
         return total // weight.shape[1]  # type: ignore[union-attr]
     return total // len(weight) if weight is not None else 0
+
+
+def check_parts(block: nn.Module, parts: Iterable[tuple[str, str]], shared: set[nn.Module]) -> None:
+    """Raise ValueError unless every part can still be cut: it is what it was, and its tensors are its own."""
+    for name, _ in parts:
+        module = block.get_submodule(name)
+        with without_gate(module):
+            if module in shared:
+                raise ValueError(
+                    f"cannot cut the channels of {type(module).__name__} {name!r}, which stands at another place of "
+                    "the network too, or a tensor of which does; use gating='layer'"
+                )
+            if runs_as(module, nn.GroupNorm, nn.Linear) and {*module._parameters} == {"weight", "bias"}:
+                continue
+            check_cut(name, module)
 
 
 def empty_parts(block: nn.Module, parts: Iterable[tuple[str, str]]) -> None:

@@ -5,6 +5,7 @@ from its own, and it gets a child `gate`. When the gate leaves it is of its own 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,6 +151,22 @@ def take_gate(module: GatedModule) -> None:
     del module._modules[module.gated.child]
     del module.__dict__["gated"]
     module.__class__ = module.ungated
+
+
+@contextmanager
+def without_gate(module: nn.Module) -> Iterator[None]:
+    """The module as it is without its gate, for a look at it."""
+    if not isinstance(module, GatedModule):
+        yield
+        return
+    cls, child = type(module), module.gated.child
+    gate = module._modules.pop(child)
+    try:
+        module.__class__ = module.ungated
+        yield
+    finally:
+        module.__class__ = cls
+        module._modules[child] = gate
 
 
 def owner_of(model: nn.Module, gate_name: str, module: GatedModule) -> nn.Module:

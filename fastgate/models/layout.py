@@ -72,6 +72,7 @@ class FoundBlock:
         new: children to be registered for `closed`.
         reason: why no layer gate can close it.
         width: channels of its input.
+        sums: how many residual sums it has; 0 for a block of a residual class that has no shortcut.
         mixes_samples: whether a sample's result in eval mode depends on the others of its batch.
     """
 
@@ -84,6 +85,7 @@ class FoundBlock:
     reason: str
     width: int
     mixes_samples: bool
+    sums: int
 
 
 # by class: what users have registered
@@ -145,7 +147,9 @@ def to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
 _RESERVED = frozenset({*dir(ResidualBlock), *vars(ResidualBlock({}, (), None, None)), "gate", "in_index", "out_index"})
 
 
-def find_blocks(model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = None) -> dict[str, FoundBlock]:
+def find_blocks(
+    model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = None, *, plain: bool = False
+) -> dict[str, FoundBlock]:
     """Every residual block of a network, by name, in the order of `named_modules`; nothing is changed.
 
     A block is a module whose result is a sum of its input (or of something simple made of it) and of more made of it,
@@ -156,6 +160,7 @@ def find_blocks(model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = 
         model: the network.
         known: blocks that need not be found, by name: they are not looked into, nor is what holds them.
         inputs: of the network, see :func:`fastgate.models.probing.capture_probes`.
+        plain: with the blocks without a shortcut that are of the same classes.
     """
     candidates = {
         name: module
@@ -181,6 +186,13 @@ def find_blocks(model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = 
         block = read(candidates[name], lambda name=name: capture(name))
         if block is not None:
             found = {other: b for other, b in found.items() if other not in inside} | {name: block}
+    if plain:  # those of the same classes that have no shortcut
+        kinds = {type(block.module) for block in found.values()}
+        for name, module in candidates.items():
+            near = any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in found)
+            probe = read.probe(module, lambda name=name: capture(name)) if type(module) in kinds and not near else None
+            if probe is not None:
+                found[name] = FoundBlock(module, probe, None, {}, {}, {}, "it has no shortcut", 0, False, 0)
     return {name: found[name] for name in candidates if name in found}
 
 
@@ -202,13 +214,13 @@ class _Reader:
             block: it stays as it is.
             capture: what it is given in its network, if that is known.
         """
-        kind = _kind_of(block)
-        if kind not in self._guesses:
-            self._guesses[kind] = guess_probe(probe_copy(block))
-        probe = self._guesses[kind] or capture()
+        probe = self.probe(block, capture)
         if probe is None:
             return None
-        key = kind, str(replace((probe.args, probe.kwargs), lambda v: v.shape if isinstance(v, Tensor) else v))
+        key = (
+            _kind_of(block),
+            str(replace((probe.args, probe.kwargs), lambda v: v.shape if isinstance(v, Tensor) else v)),
+        )
         if key not in self._found:
             self._found[key] = read_block(block, probe)
         found = self._found[key]
@@ -216,6 +228,13 @@ class _Reader:
             return found
         layout = found.layout and dataclasses.replace(found.layout, new=copy.deepcopy(found.layout.new))
         return dataclasses.replace(found, module=block, layout=layout, new=copy.deepcopy(found.new))
+
+    def probe(self, block: nn.Module, capture: Callable[[], Probe | None]) -> Probe | None:
+        """Arguments on which it can be tried."""
+        kind = _kind_of(block)
+        if kind not in self._guesses:
+            self._guesses[kind] = guess_probe(probe_copy(block))
+        return self._guesses[kind] or capture()
 
 
 def _kind_of(block: nn.Module) -> Any:
@@ -266,7 +285,7 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
         reason = f"{reason}; {why_not}"
     if closed and not _runs_gated(copied, probe, closed, widths, new):
         closed, reason = {}, "it computes something else with a gate among its children"
-    return FoundBlock(block, probe, layout, closed, widths, new, reason, shape[channels], mixes)
+    return FoundBlock(block, probe, layout, closed, widths, new, reason, shape[channels], mixes, len(trained.sums))
 
 
 def _runs_gated(

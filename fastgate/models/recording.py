@@ -47,6 +47,7 @@ class Step:
         result: what it returned.
         inputs, outputs: the values among the arguments and in the result.
         number: its place among the steps.
+        scope: name of the module in whose forward it is, "" for the recorded one.
     """
 
     name: str | None
@@ -57,6 +58,7 @@ class Step:
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     number: int = 0
+    scope: str = ""
 
     @property
     def adds(self) -> bool:
@@ -77,12 +79,20 @@ class Step:
 
 @dataclass(eq=False)
 class Recording:
-    """A run: its steps in order, the values that went in and came out, and what it returned."""
+    """A run.
+
+    Attributes:
+        steps: its operations in order.
+        inputs, outputs: the values that went in and came out.
+        result: what it returned.
+        entered: (name, first argument) of every module that ran, those aside that ran within a single step.
+    """
 
     steps: list[Step]
     inputs: list[Value]
     outputs: list[Value]
     result: Any
+    entered: list[tuple[str, Value]]
 
     def ancestors(self, value: Value) -> set[Value]:
         """Every value that this one was made of, itself included."""
@@ -143,13 +153,14 @@ def record(
     given = list(recorder.wrap((args, kwargs or {})))
     with ExitStack() as stack:
         for name, part in module.named_modules():
-            if part is not module and is_leaf(part):
-                enter, leave = recorder.hooks(name)
-                stack.callback(part.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            if part is not module:
+                enter, leave = recorder.hooks(name) if is_leaf(part) else recorder.scope_hooks(name)
+                # the first of its hooks: others may compute its weights
+                stack.callback(part.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
                 stack.callback(part.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         stack.enter_context(recorder)
         result = module(*args, **(kwargs or {}))
-    return Recording(recorder.steps, given, list(values_in(recorder.values_of(result))), result)
+    return Recording(recorder.steps, given, list(values_in(recorder.values_of(result))), result, recorder.entered)
 
 
 class _Recorder(TorchFunctionMode):
@@ -159,6 +170,8 @@ class _Recorder(TorchFunctionMode):
         self.override = override
         self._current: dict[int, Value] = {}
         self._all: list[Value] = []  # also keeps every tensor, so that no id comes twice
+        self.entered: list[tuple[str, Value]] = []
+        self._scopes: list[str] = []
         self._running: list[str] = []
         self._started: tuple[Step, list[int]] | None = None
 
@@ -184,6 +197,7 @@ class _Recorder(TorchFunctionMode):
 
     def _begin(self, step: Step) -> list[int]:
         step.number = len(self.steps)
+        step.scope = self._scopes[-1] if self._scopes else ""
         step.args, step.kwargs = self.values_of(step.args), self.values_of(step.kwargs)
         step.inputs = list(dict.fromkeys(values_in((step.args, step.kwargs))))
         return [value.tensor._version for value in step.inputs]
@@ -232,6 +246,7 @@ class _Recorder(TorchFunctionMode):
                 step = Step(name, None, args, kwargs)
                 with torch._C.DisableTorchFunction():
                     self._started = step, self._begin(step)
+                self.entered += [(name, value) for value in step.inputs[:1]]
             self._running.append(name)
 
         def leave(_: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
@@ -241,5 +256,19 @@ class _Recorder(TorchFunctionMode):
             (step, versions), self._started = self._started, None
             with torch._C.DisableTorchFunction():
                 return self._end(step, versions, lambda: result)
+
+        return enter, leave
+
+    def scope_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """The same for a module whose operations are steps of their own."""
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._running:
+                with torch._C.DisableTorchFunction():
+                    self.entered += [(name, value) for value in list(values_in(self.values_of((args, kwargs))))[:1]]
+            self._scopes.append(name)
+
+        def leave(*_: Any) -> None:
+            self._scopes.pop()
 
         return enter, leave

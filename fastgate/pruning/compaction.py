@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.block import EmptyConv2d, Gated, ResidualBlock, gated_blocks
 from fastgate.models.cuts import is_norm, shared_modules
-from fastgate.models.cutting import cut_module, cut_parts, empty_parts
+from fastgate.models.cutting import check_parts, cut_module, cut_parts, empty_parts
 from fastgate.models.gated import Closed, Cut, GatedModule, Zeros, owner_of, take_gate
 from fastgate.models.hooks import copy_network, hooked, warn_of_lost_hooks
 from fastgate.pruning.signs import given_nonnegative
@@ -145,6 +145,12 @@ def _check_cuts(model: nn.Module, blocks: dict[str, Gated]) -> None:
     for name, block in blocks.items():
         gate = _gate(block)
         if isinstance(block, GatedModule):
+            if isinstance(block.gated, Cut) and gate.frozen and not bool(gate.open.all()):
+                owner = owner_of(model, name, block)
+                try:
+                    check_parts(owner, block.gated.parts, shared)
+                except ValueError as error:
+                    raise ValueError(f"gate {name!r}: {error}") from error
             continue
         if isinstance(gate, LayerGate) or not gate.frozen or bool(gate.open.all()):
             continue
