@@ -15,7 +15,14 @@ from fastgate.models.channels import FoundCut, find_cuts
 from fastgate.models.cuts import runs_as, shared_modules
 from fastgate.models.gated import Closed, Cut, put_gate
 from fastgate.models.hooks import move_hooks
-from fastgate.models.layout import FoundBlock, check_layout, find_blocks, registered_layout, to_residual_block
+from fastgate.models.layout import (
+    FoundBlock,
+    check_layout,
+    find_blocks,
+    kind_of,
+    registered_layout,
+    to_residual_block,
+)
 from fastgate.models.probing import probe_copy
 from fastgate.modes import eval_mode
 
@@ -317,6 +324,7 @@ def _place_channel_gates(
     convs: dict[str, _ConvCut] = {}
     inner: dict[str, list[FoundCut]] = {}
     refused: dict[str, str] = {}
+    seen: dict[Any, tuple[list[FoundCut], str]] = {}  # blocks that are alike are tried once
     for name in {**blocks, **found}:
         try:
             if name not in blocks:
@@ -325,7 +333,7 @@ def _place_channel_gates(
         except ValueError as error:
             if name not in found:
                 raise
-            inner[name], reason = _find_inner_cuts(found[name], shared) if position == "middle" else ([], "")
+            inner[name], reason = _find_inner_cuts(found[name], shared, seen) if position == "middle" else ([], "")
             # of a chain of convolutions it is known what stands in the way
             if not inner[name] and name in blocks and sum(c.groups == 1 for *_, c in blocks[name].branch_convs()) > 1:
                 raise
@@ -355,6 +363,11 @@ def _place_channel_gates(
     return places
 
 
-def _find_inner_cuts(block: FoundBlock, shared: set[nn.Module]) -> tuple[list[FoundCut], str]:
+def _find_inner_cuts(
+    block: FoundBlock, shared: set[nn.Module], seen: dict[Any, tuple[list[FoundCut], str]]
+) -> tuple[list[FoundCut], str]:
     names = {name for name, module in block.module.named_modules() if module in shared}
-    return find_cuts(probe_copy(block.module), block.probe, names, block.sums)
+    key = kind_of(block.module), str(block.probe.sizes), frozenset(names)
+    if key not in seen:
+        seen[key] = find_cuts(probe_copy(block.module), block.probe, names, block.sums)
+    return seen[key]

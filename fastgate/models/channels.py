@@ -55,28 +55,37 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
     """
     recording = record_probe(block, probe, False, is_leaf=_is_whole)
     modules = dict(block.named_modules())
-    found: list[FoundCut] = []
-    used: set[str] = set()
+    possible: list[FoundCut] = []
     reason = "it has no two convolutions or linear layers one after the other"
     for step in reversed(recording.steps):
-        if len(found) == max(sums, 1):
-            break
         if step.name is None or not _is_dense(modules[step.name]):
             continue
         try:
-            cut = _follow(recording, step, block, modules)
-            parts = {name for name, _ in cut.cut.parts}
-            if parts & used:
-                continue
-            if parts & shared:
-                raise _CannotCutError(f"{min(parts & shared)!r} stands at another place of the network too")
+            cut = _follow(recording, step, modules)
+            if repeated := {name for name, _ in cut.cut.parts} & shared:
+                raise _CannotCutError(f"{min(repeated)!r} stands at another place of the network too")
             _try_out(block, probe, cut)
         except _CannotCutError as error:
             reason = str(error)
             continue
-        found.append(cut)
-        used |= parts
+        possible.append(cut)
+    sizes = [_size(cut, modules) for cut in possible]
+    found: list[FoundCut] = []
+    for cut, size in zip(possible, sizes, strict=True):
+        parts = {name for name, _ in cut.cut.parts}
+        # the hidden channels of a squeeze-and-excitation are not those of the block
+        if len(found) < max(sums, 1) and 4 * size >= max(sizes) and not any(parts & _names(other) for other in found):
+            found.append(cut)
     return found[::-1], "" if found else reason
+
+
+def _names(cut: FoundCut) -> set[str]:
+    return {name for name, _ in cut.cut.parts}
+
+
+def _size(cut: FoundCut, modules: dict[str, nn.Module]) -> int:
+    """Parameters of the modules that a cut makes smaller."""
+    return sum(parameter.numel() for name, _ in cut.cut.parts for parameter in modules[name].parameters())
 
 
 def _is_whole(module: nn.Module) -> bool:
@@ -88,7 +97,7 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
-def _follow(recording: Recording, consumer: Step, block: nn.Module, modules: dict[str, nn.Module]) -> FoundCut:
+def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module]) -> FoundCut:
     """The cut on the channels that a layer adds up: with all values that hold them, and all that make or read these."""
     start = consumer.inputs[0]
     dim = 1 if isinstance(modules[str(consumer.name)], nn.Conv2d) else -1
@@ -198,12 +207,23 @@ def _acts_on_each(step: Step, held: set[Value], dim: int, width: int, module: nn
 def _place(recording: Recording, held: list[Value], readers: list[Step]) -> str:
     """The module whose input is gated, so that all that read the channels see them gated: the last such one."""
     for value in sorted(held, key=lambda v: -(v.maker.number if v.maker is not None else -1)):
-        if not all(value in recording.ancestors(step.inputs[0]) for step in readers):
+        if not all(value in _sources(step.inputs[0], held) for step in readers):
             continue
         for name, first in sorted(recording.entered, key=lambda e: -e[0].count(".")):
             if first is value and all(_is_within(reader, name) for reader in value.readers):
                 return name
     raise _CannotCutError("no module takes the channels before all that read them")
+
+
+def _sources(value: Value, held: list[Value]) -> set[Value]:
+    """The values whose channels this one's were made of, itself included."""
+    found, pending = {value}, [value]
+    while pending:
+        maker = pending.pop().maker
+        new = {v for v in maker.inputs if v in held and v not in found} if maker is not None else set()
+        found |= new
+        pending += new
+    return found
 
 
 def _is_within(step: Step, name: str) -> bool:

@@ -23,7 +23,7 @@ from fastgate.models.probing import (
     run_probe,
     same_random_numbers,
 )
-from fastgate.models.recording import Recording, Step, Value, replace
+from fastgate.models.recording import Recording, Step, Value
 from fastgate.models.residual import (
     ACTIVATIONS,
     SHAPING,
@@ -217,10 +217,7 @@ class _Reader:
         probe = self.probe(block, capture)
         if probe is None:
             return None
-        key = (
-            _kind_of(block),
-            str(replace((probe.args, probe.kwargs), lambda v: v.shape if isinstance(v, Tensor) else v)),
-        )
+        key = kind_of(block), str(probe.sizes)
         if key not in self._found:
             self._found[key] = read_block(block, probe)
         found = self._found[key]
@@ -231,13 +228,13 @@ class _Reader:
 
     def probe(self, block: nn.Module, capture: Callable[[], Probe | None]) -> Probe | None:
         """Arguments on which it can be tried."""
-        kind = _kind_of(block)
+        kind = kind_of(block)
         if kind not in self._guesses:
             self._guesses[kind] = guess_probe(probe_copy(block))
         return self._guesses[kind] or capture()
 
 
-def _kind_of(block: nn.Module) -> Any:
+def kind_of(block: nn.Module) -> Any:
     """What tells two blocks apart before they run: classes, attributes, names and sizes of their parts."""
     parts = []
     for name, module in block.named_modules(remove_duplicate=False):

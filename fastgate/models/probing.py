@@ -52,6 +52,11 @@ class Probe:
         return replace(self.args, fill), replace(self.kwargs, fill)
 
     @property
+    def sizes(self) -> Any:
+        """The arguments with sizes in the places of tensors."""
+        return replace((self.args, self.kwargs), lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf)
+
+    @property
     def x(self) -> Tensor:
         """The first tensor among the arguments, without values if it is one of random numbers."""
         return tensors_in((self.args, self.kwargs))[0]
