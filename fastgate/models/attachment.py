@@ -23,10 +23,10 @@ from fastgate.models.layout import (
     registered_layout,
     to_residual_block,
 )
-from fastgate.models.probing import probe_copy
+from fastgate.models.probing import guess_probe, probe_copy
 from fastgate.modes import eval_mode
 
-GATINGS = ("layer", "channel")
+GATINGS = ("layer", "channel", "both")
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -147,7 +147,8 @@ def attach(
 
     Args:
         model: any network. Blocks declared with :func:`register_block` are taken as declared.
-        gating: `"layer"`: one gate per block (or sum); `"channel"`: one per channel at `position`.
+        gating: `"layer"`: one gate per block (or sum); `"channel"`: one per channel at `position`; `"both"`: layer
+            gates and, inside the branches, channel gates at `"middle"`.
         position: of channel gates. `"middle"`: on the input of the branch's last convolution, which shrinks it and the
             convolution before; `"before"`: on the input of the first; `"after"`: on the branch's result.
         spatial_size: (H, W) of the image: channel gates then flatten their maps as the paper does; None pools them.
@@ -163,7 +164,7 @@ def attach(
     """
     _check_options(model, gating, position, spatial_size, gate_options)
     known = _known_blocks(model)
-    found = find_blocks(model, known, inputs, plain=gating == "channel")
+    found = find_blocks(model, known, inputs, plain=gating != "layer")
     _refuse_repeated(model, {*known.values(), *(block.module for block in found.values())})
     if not known and not found:
         raise ValueError(
@@ -174,11 +175,13 @@ def attach(
     for name, module in {**known, **{name: block.module for name, block in found.items()}}.items():
         _refuse_lazy(f"block {name!r}", module)
     blocks = _residual_blocks(known, found)
-    places = (
-        _place_layer_gates(blocks, found, gate_options)
-        if gating == "layer"
-        else _place_channel_gates(model, blocks, found, position, spatial_size, gate_options)
-    )
+    places = []
+    if gating != "channel":
+        places += _place_layer_gates(blocks, found, gate_options)
+    if gating == "both":
+        places += _place_channel_gates(model, {}, {**_as_found(known), **found}, position, None, gate_options)
+    if gating == "channel":
+        places += _place_channel_gates(model, blocks, found, position, spatial_size, gate_options)
     # nothing raises from here on: a model that was refused above is as it was
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for place in sorted(places, key=lambda place: order[place.name]):
@@ -214,8 +217,10 @@ def _check_options(
         raise ValueError(f"gating: expected one of {', '.join(GATINGS)}, got {gating!r}")
     if position not in POSITIONS:
         raise ValueError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
-    if gating == "layer" and spatial_size is not None:
-        raise ValueError("spatial_size: a layer gate always pools its input; leave it None with gating='layer'")
+    if gating != "channel" and spatial_size is not None:
+        raise ValueError(f"spatial_size: a layer gate always pools its input; leave it None with gating={gating!r}")
+    if gating == "both" and position != "middle":
+        raise ValueError(f"position: expected 'middle' with gating='both', got {position!r}")
     if existing := [name for name, _ in named_gates(model)]:
         raise ValueError(
             f"model: expected no gates, got {len(existing)} ({existing[0]}, ...); attach to a plain network"
@@ -285,6 +290,16 @@ def _residual_blocks(known: dict[str, nn.Module], found: dict[str, FoundBlock]) 
     return blocks
 
 
+def _as_found(known: dict[str, nn.Module]) -> dict[str, FoundBlock]:
+    """Known blocks, with images on which their channels can be followed."""
+    probes = {name: guess_probe(probe_copy(module), strict=False) for name, module in known.items()}
+    return {
+        name: FoundBlock(known[name], probe, None, {}, {}, {}, "", 0, False, 1)
+        for name, probe in probes.items()
+        if probe is not None
+    }
+
+
 def _place_layer_gates(
     blocks: dict[str, ResidualBlock], found: dict[str, FoundBlock], options: dict[str, Any]
 ) -> list[_Place]:
@@ -296,7 +311,7 @@ def _place_layer_gates(
     for name, other in found.items():
         if name in blocks:
             continue
-        if not other.closed:
+        if not other.closed and other.sums:
             refused[name] = other.reason
         for part, closed in other.closed.items():
             path = ".".join(p for p in (name, part) if p)

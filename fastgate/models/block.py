@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastgate import functional
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.cuts import check_cut, check_size, runs_as
-from fastgate.models.gated import GatedModule
+from fastgate.models.gated import GatedModule, has_gates
 from fastgate.models.hooks import has_call_hooks
 from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
@@ -186,6 +186,7 @@ class ResidualBlock(nn.Module):
             or transforms_active()
             or getattr(getattr(self, self.branch[0]), "inplace", False)  # changes the shortcut of every sample
             or not self._in_eval()
+            or any(has_gates(getattr(self, name)) for name in self.branch)  # which decide for every sample
         )
 
     def _add_open(self, shortcut: Tensor, x: Tensor, samples: Tensor) -> Tensor:

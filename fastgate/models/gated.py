@@ -89,12 +89,16 @@ class GatedModule(nn.Module):
         if gate.known_all_open:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         closed = None if self.gated.skip is None else self._run_skip(x)
-        if closed is not None and _all_closed(decisions):
+        if closed is not None and _all_closed(decisions) and not any(map(has_gates, self._others())):
             return closed
         result = super().forward(*args, **kwargs)  # type: ignore[misc]
         y, *rest = result if isinstance(result, tuple) else (result,)
         y = _pick(y, closed, decisions)
         return (y, *rest) if isinstance(result, tuple) else y
+
+    def _others(self) -> Iterator[nn.Module]:
+        """Its children, without the gate."""
+        return (part for name, part in self._modules.items() if part is not None and name != self.gated.child)
 
     def _run_skip(self, x: Tensor) -> Tensor:
         skip = self.gated.skip or ()  # type: ignore[union-attr]
@@ -120,6 +124,11 @@ class _GatedSequential(GatedModule):
 
 
 _classes: dict[type[nn.Module], type[GatedModule]] = {}
+
+
+def has_gates(module: nn.Module) -> bool:
+    """Whether there are gates in a module that keeps its own forward."""
+    return any(isinstance(part, GatedModule) for part in module.modules())
 
 
 def gated_class(cls: type[nn.Module]) -> type[GatedModule]:

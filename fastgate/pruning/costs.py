@@ -9,14 +9,14 @@ as a list of images, as the only argument. `forward(model, inputs)` calls networ
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
-from fastgate.models.block import Gated, gated_blocks
+from fastgate.models.block import Gated, ResidualBlock, gated_blocks
 from fastgate.models.cutting import share_of_channel
 from fastgate.models.gated import Closed, GatedModule, owner_of
 from fastgate.pruning.counting import count_macs
@@ -83,10 +83,12 @@ def gate_costs(
 ) -> dict[str, Tensor]:
     """What each gate (channel) switches: gate name -> int64 `[gates]`, for one image or for example inputs.
 
-    A closed layer gate removes its block's branch. A closed channel removes, at "middle", a row of the convolution
-    before the gate and a column of the one behind it; at "before" a column of the first convolution; at "after" a row
-    of the last one. The compact network has `macs(model)` minus the costs of everything closed, with one exception:
-    where *all* channels of a gate are closed, convolutions that now feed nothing go as well, which is more than the
+    A closed layer gate removes its block's branch (or a sum's). What channel gates in that branch switch counts for
+    these alone (`gating="both"`), so that costs add up where the channels of a closed layer are closed as well. A
+    closed channel removes, at "middle", a row of the convolution before the gate and a column of the one behind it; at
+    "before" a column of the first convolution; at "after" a row of the last one. The compact network has `macs(model)`
+    minus the costs of everything closed, with one exception: where *all* channels of a gate are closed, convolutions
+    that now feed nothing go as well, which is more than the
     channels switch one by one (at "after" the whole branch; at "middle" of a bottleneck its first convolution).
 
     Args:
@@ -103,6 +105,30 @@ def gate_costs(
     """
     _check_cost(cost)
     blocks = gated_blocks(model)
+    costs = _costs_alone(model, blocks, inputs, cost, forward)
+    for name, block in blocks.items():
+        if isinstance(block.own_gate, LayerGate):
+            within = set(_closed_modules(model, name, block))
+            for other, inner in blocks.items():
+                if inner is not block and inner in within:
+                    costs[name] = (costs[name] - costs[other].sum()).clamp(min=1 if cost == "latency" else 0)
+    return costs
+
+
+def _closed_modules(model: nn.Module, gate: str, block: Gated) -> Iterator[nn.Module]:
+    """All modules that a closed layer gate leaves without use."""
+    if isinstance(block, ResidualBlock):
+        gone = [getattr(block, name) for name in block.branch]
+    else:
+        gone = [owner_of(model, gate, block).get_submodule(part) for part in cast(Closed, block.gated).gone]
+    for module in gone:
+        yield from module.modules()
+
+
+def _costs_alone(
+    model: nn.Module, blocks: Mapping[str, Gated], inputs: Any, cost: str, forward: Forward | None
+) -> dict[str, Tensor]:
+    """What each gate switches with all others open."""
     if cost == "latency":
         latencies = block_latencies(model, inputs, forward)
         return {
