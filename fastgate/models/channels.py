@@ -53,7 +53,10 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
         shared: names of modules that stand at other places of the network too: they are not cut.
         sums: how many residual sums it has.
     """
-    recording = record_probe(block, probe, False, is_leaf=_is_whole)
+    try:
+        recording = record_probe(block, probe, False, is_leaf=_is_whole)
+    except ValueError as error:
+        return [], str(error)
     modules = dict(block.named_modules())
     possible: list[FoundCut] = []
     reason = "it has no two convolutions or linear layers one after the other"

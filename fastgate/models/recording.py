@@ -227,6 +227,7 @@ class _Recorder(TorchFunctionMode):
             if value.tensor.untyped_storage().data_ptr() in memory and self._current.get(id(value.tensor)) is value:
                 value.stale = True
         step.result = result
+        outputs += [value.tensor for value in changed if all(value.tensor is not tensor for tensor in outputs)]
         step.outputs = [self._add(tensor, step) for tensor in outputs]
         self.steps.append(step)
         return result

@@ -88,8 +88,8 @@ def gate_costs(
     closed channel removes, at "middle", a row of the convolution before the gate and a column of the one behind it; at
     "before" a column of the first convolution; at "after" a row of the last one. The compact network has `macs(model)`
     minus the costs of everything closed, with one exception: where *all* channels of a gate are closed, convolutions
-    that now feed nothing go as well, which is more than the
-    channels switch one by one (at "after" the whole branch; at "middle" of a bottleneck its first convolution).
+    that now feed nothing go as well, which is more than the channels switch one by one (at "after" the whole branch; at
+    "middle" of a bottleneck its first convolution); inside a block's own modules one channel is left, which is less.
 
     Args:
         model: a gated network, on the device where its latency counts.
