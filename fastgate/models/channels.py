@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import ChannelGate
-from fastgate.models.cuts import check_cut, is_conv, is_norm, runs_as
+from fastgate.models.cuts import check_cut, is_conv, is_group_norm, is_norm, runs_as
 from fastgate.models.cutting import cut_parts
 from fastgate.models.gated import Cut, put_gate
 from fastgate.models.hooks import copy_network
@@ -59,7 +59,7 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
         return [], str(error)
     modules = dict(block.named_modules())
     possible: list[FoundCut] = []
-    reason = "it has no two convolutions or linear layers one after the other"
+    reasons: list[str] = []
     for step in reversed(recording.steps):
         if step.name is None or not _is_dense(modules[step.name]):
             continue
@@ -69,7 +69,7 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
                 raise _CannotCutError(f"{min(repeated)!r} stands at another place of the network too")
             _try_out(block, probe, cut)
         except _CannotCutError as error:
-            reason = str(error)
+            reasons.append(str(error))
             continue
         possible.append(cut)
     sizes = [_size(cut, modules) for cut in possible]
@@ -79,7 +79,9 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
         # the hidden channels of a squeeze-and-excitation are not those of the block
         if len(found) < max(sums, 1) and 4 * size >= max(sizes) and not any(parts & _names(other) for other in found):
             found.append(cut)
-    return found[::-1], "" if found else reason
+    # why not at the last place, which is the one that was asked for
+    reasons.append("it has no two convolutions or linear layers one after the other")
+    return found[::-1], "" if found else reasons[0]
 
 
 def _names(cut: FoundCut) -> set[str]:
@@ -92,7 +94,7 @@ def _size(cut: FoundCut, modules: dict[str, nn.Module]) -> int:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    return not module._modules or is_norm(module) or isinstance(module, nn.MultiheadAttention)
+    return not module._modules or is_norm(module) or is_group_norm(module) or isinstance(module, nn.MultiheadAttention)
 
 
 def _is_dense(module: nn.Module) -> bool:
@@ -118,7 +120,7 @@ def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module])
         if roles.setdefault(name, role) != role:
             raise _CannotCutError(f"{name!r} both makes and reads the channels")
         try:
-            if not (isinstance(modules[name], nn.GroupNorm) or runs_as(modules[name], nn.Linear)):
+            if not (is_group_norm(modules[name]) or runs_as(modules[name], nn.Linear)):
                 check_cut(name, modules[name])
         except ValueError as error:
             raise _CannotCutError(str(error)) from error
@@ -172,7 +174,7 @@ def _carried(step: Step, value: Value, dim: int, width: int, modules: dict[str, 
     module = modules[step.name] if step.name is not None else None
     if module is not None and (module._parameters or module._buffers):
         grouped = isinstance(module, nn.Conv2d) and is_conv(module) and module.in_channels == module.out_channels
-        normed = (is_norm(module) or runs_as(module, nn.GroupNorm)) and dim == 1
+        normed = (is_norm(module) or is_group_norm(module)) and dim == 1
         if not (grouped or normed):
             raise _CannotCutError(f"{type(module).__name__} {what!r} between the layers cannot be cut")
     elif not _acts_on_each(step, set(held), dim, width, module):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastgate.models.cuts import check_cut, is_norm, runs_as
+from fastgate.models.cuts import check_cut, is_group_norm, is_norm, runs_as
 from fastgate.models.gated import without_gate
 
 # what counts a module's channels, by the kind of module
@@ -86,8 +86,8 @@ def check_parts(block: nn.Module, parts: Iterable[tuple[str, str]], shared: set[
                     f"cannot cut the channels of {type(module).__name__} {name!r}, which stands at another place of "
                     "the network too, or a tensor of which does; use gating='layer'"
                 )
-            if runs_as(module, nn.GroupNorm, nn.Linear) and {*module._parameters} == {"weight", "bias"}:
-                continue
+            if (is_group_norm(module) or runs_as(module, nn.Linear)) and {*module._parameters} == {"weight", "bias"}:
+                continue  # its tensors are its own, and not computed
             check_cut(name, module)
 
 
