@@ -380,7 +380,7 @@ class LayerGate(Gate):
     `y = relu(x + gate(x) * f(x))`.
 
     Args:
-        in_channels: C of the input x `[N, C, H, W]`.
+        in_channels: C of the input x `[N, C, H, W]`, or of tokens `[N, T, C]`.
         hidden_features: width of the head.
         estimator: `"straight_through"`, `"gumbel"`, `"bernoulli"` or `"mean_threshold"`.
         window: where the straight-through gradient passes: `"restoring"`, `"clipped"` (the paper's) or `"identity"`.
@@ -404,6 +404,14 @@ class LayerGate(Gate):
         impl: str = "auto",
     ) -> None:
         super().__init__(in_channels, 1, hidden_features, 2, None, estimator, window, init_logit, temperature, impl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Decide for each sample of x `[N, C, H, W]`, or of tokens `[N, T, C]`; returns `[N, 1, 1, 1]` of 0./1."""
+        if x.dim() == 3:
+            if x.shape[2] != self.in_channels:
+                raise ValueError(f"x: expected tokens [N, T, {self.in_channels}], got {list(x.shape)}")
+            x = x.transpose(1, 2).unsqueeze(-1)
+        return super().forward(x)
 
     def _per_sample(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else values.squeeze(1)

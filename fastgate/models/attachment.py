@@ -1,5 +1,6 @@
-"""Gates on the residual blocks of any network: ours, torchvision's, timm's, or a registered class of your own."""
+"""Gates on the residual blocks of any network."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -10,17 +11,27 @@ from torch.utils.hooks import RemovableHandle
 
 from fastgate.gates import ChannelGate, Gate, LayerGate, named_gates
 from fastgate.models.block import POSITIONS, ResidualBlock
+from fastgate.models.channels import FoundCut, find_cuts
 from fastgate.models.cuts import runs_as, shared_modules
+from fastgate.models.gated import Closed, Cut, put_gate
 from fastgate.models.hooks import move_hooks
-from fastgate.models.layout import BlockLayout, check_layout, find_layout, known_classes, to_residual_block
+from fastgate.models.layout import (
+    FoundBlock,
+    check_layout,
+    find_blocks,
+    kind_of,
+    registered_layout,
+    to_residual_block,
+)
+from fastgate.models.probing import guess_probe, probe_copy
 from fastgate.modes import eval_mode
 
-GATINGS = ("layer", "channel")
+GATINGS = ("layer", "channel", "both")
 Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _ConvCut:
     """Where a channel gate acts: before branch module `gate_at`, on the input (or output) of `conv`."""
 
     conv: nn.Conv2d
@@ -32,17 +43,19 @@ class _Cut:
         return self.conv.out_channels if self.on_output else self.conv.in_channels
 
 
-def _find_cut(name: str, block: ResidualBlock, position: str, shared: set[nn.Module]) -> _Cut:
+def _find_cut(name: str, block: ResidualBlock, position: str, shared: set[nn.Module]) -> _ConvCut:
     convs = block.branch_convs()
+    if not convs:
+        raise ValueError(f"block {name!r}: a channel gate needs a convolution in the branch, got none")
     if len({conv for _, _, conv in convs}) < len(convs):
         raise ValueError(f"block {name!r}: a convolution that runs twice cannot be cut; use gating='layer'")
     (first_at, _, first), (last_at, _, last) = convs[0], convs[-1]
     if position == "after":
-        cut = _Cut(last, len(block.branch), True)
+        cut = _ConvCut(last, len(block.branch), True)
     elif position == "before":
-        cut = _Cut(first, first_at, False)
+        cut = _ConvCut(first, first_at, False)
     elif len(convs) > 1:
-        cut = _Cut(last, last_at, False)
+        cut = _ConvCut(last, last_at, False)
     else:
         raise ValueError(f"block {name!r}: position 'middle' needs two convolutions in the branch, got 1")
     # the place is tried out on the block now, so that no network trains with gates that compact() would refuse
@@ -58,11 +71,11 @@ def _find_cut(name: str, block: ResidualBlock, position: str, shared: set[nn.Mod
     return cut
 
 
-def _map_sizes(model: nn.Module, cuts: dict[str, _Cut], image: tuple[int, int]) -> dict[str, tuple[int, int]]:
+def _map_sizes(model: nn.Module, cuts: dict[str, _ConvCut], image: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """Height and width of the maps that each cut sees for images of this size, by one forward."""
     sizes: dict[str, tuple[int, int]] = {}
 
-    def hook_for(name: str, cut: _Cut) -> RemovableHandle:
+    def hook_for(name: str, cut: _ConvCut) -> RemovableHandle:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             height, width = (output if cut.on_output else inputs[0]).shape[2:]
             sizes[name] = (height, width)
@@ -89,40 +102,125 @@ def _refuse_lazy(what: str, network: nn.Module) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a gate is about to be.
+
+    Attributes:
+        name: of the module that gets the gate.
+        target: that module, or the residual block that takes its place.
+        gate: the gate.
+        how: of a module that keeps its forward: what the gate does to it.
+        gate_at: of a residual block: where a channel gate acts.
+    """
+
+    name: str
+    target: nn.Module
+    gate: Gate
+    how: Closed | Cut | None = None
+    gate_at: int = 0
+
+
 def attach(
     model: Network,
     gating: str = "layer",
     position: str = "middle",
     *,
     spatial_size: tuple[int, int] | None = None,
+    inputs: Any = None,
     **gate_options: Any,
 ) -> Network:
     """Put a gate on every residual block of the model, in place, and return the model.
 
-    Each block of a known class becomes a :class:`~fastgate.models.block.ResidualBlock` with the same children under
-    the same names (state_dict keys stay) and a child `gate`; it keeps the block's hooks and plain attributes.
-    Downsampling blocks are gated too; shortcuts always run. What a class is known to compute is compared with the
-    forward of every block first, on a copy.
+    Residual blocks are found by running each module that may be one, on a copy and on random numbers: a block returns
+    the sum of its input and of what it makes of it. Names and state_dict keys stay, and so do hooks; what is added are
+    children named `gate`.
+
+    * A block that is `activation(shortcut(x) + branch(x))`, both chains of its children on images, becomes a
+      :class:`~fastgate.models.block.ResidualBlock`, which computes less where a gate is closed.
+    * Any other block keeps its own forward. Where its layer gate is closed it hands on its shortcut instead. A block of
+      several sums (attention and MLP) has a gate for each, on a module of that sum's branch.
+    * What was found is tried out before anything changes: results in eval and in training mode, and gradients.
+
+    Shortcuts always run. Blocks without a shortcut have no layer gate. A block that only has a gate where something
+    else would change keeps none, and a warning names it.
 
     Args:
-        model: a network of this library, of torchvision or timm (ResNet blocks), or with registered blocks.
-        gating: `"layer"`: one gate per block; `"channel"`: one per channel at `position`.
+        model: any network. Blocks declared with :func:`register_block` are taken as declared.
+        gating: `"layer"`: one gate per block (or sum); `"channel"`: one per channel at `position`; `"both"`: layer
+            gates and, inside the branches, channel gates at `"middle"`.
         position: of channel gates. `"middle"`: on the input of the branch's last convolution, which shrinks it and the
             convolution before; `"before"`: on the input of the first; `"after"`: on the branch's result.
         spatial_size: (H, W) of the image: channel gates then flatten their maps as the paper does; None pools them.
+        inputs: example inputs of the network, for one whose blocks need more than images of a usual size: a tensor; a
+            mapping of keyword arguments; a tuple of positional ones; anything else as the only argument.
         gate_options: passed to :class:`~fastgate.LayerGate` or :class:`~fastgate.ChannelGate`.
 
     Raises:
-        ValueError: unknown gating or position, no known residual block, a network that has gates already, a block that
-            computes something else than its layout says, a block whose convolutions cannot be cut there.
+        ValueError: unknown gating or position, no residual block that can be gated, a network that has gates already, a
+            registered block that computes something else than declared, convolutions that cannot be cut there, inputs
+            on which the network raises.
         TypeError: an unknown gate option.
     """
+    _check_options(model, gating, position, spatial_size, gate_options)
+    known = _known_blocks(model)
+    found = find_blocks(model, known, inputs, plain=gating != "layer")
+    _refuse_repeated(model, {*known.values(), *(block.module for block in found.values())})
+    if not known and not found:
+        raise ValueError(
+            f"model: found no residual block in {type(model).__name__}: no module of it returns the sum of its input "
+            "and of what it makes of that (or none could be run: pass inputs=, example inputs of the network); declare "
+            "what is one with fastgate.register_block()"
+        )
+    for name, module in {**known, **{name: block.module for name, block in found.items()}}.items():
+        _refuse_lazy(f"block {name!r}", module)
+    blocks = _residual_blocks(known, found)
+    places = []
+    if gating != "channel":
+        places += _place_layer_gates(blocks, found, gate_options)
+    if gating == "both":
+        places += _place_channel_gates(model, {}, {**_as_found(known), **found}, position, None, gate_options)
+    if gating == "channel":
+        places += _place_channel_gates(model, blocks, found, position, spatial_size, gate_options)
+    # nothing raises from here on: a model that was refused above is as it was
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    for place in sorted(places, key=lambda place: order[place.name]):
+        original = model.get_submodule(place.name)
+        like = next((p for p in (*original.parameters(), *model.parameters()) if p.is_floating_point()), None)
+        gate = (place.gate if like is None else place.gate.to(like)).train(original.training)
+        if place.how is not None:
+            put_gate(original, gate, place.how)
+            for name, module in (found[place.name].new if place.name in found else {}).items():
+                original.add_module(name, module)
+            continue
+        if not isinstance(place.target, ResidualBlock):
+            continue
+        if place.target is not original:
+            move_hooks(original, place.target)
+        place.target.gate = gate
+        place.target.gate_at = place.gate_at
+        if place.name == "":
+            return cast(Network, place.target)
+        if place.target is not original:
+            model.set_submodule(place.name, place.target)
+    return model
+
+
+def _check_options(
+    model: nn.Module,
+    gating: str,
+    position: str,
+    spatial_size: tuple[int, int] | None,
+    gate_options: dict[str, Any],
+) -> None:
     if gating not in GATINGS:
         raise ValueError(f"gating: expected one of {', '.join(GATINGS)}, got {gating!r}")
     if position not in POSITIONS:
         raise ValueError(f"position: expected one of {', '.join(POSITIONS)}, got {position!r}")
-    if gating == "layer" and spatial_size is not None:
-        raise ValueError("spatial_size: a layer gate always pools its input; leave it None with gating='layer'")
+    if gating != "channel" and spatial_size is not None:
+        raise ValueError(f"spatial_size: a layer gate always pools its input; leave it None with gating={gating!r}")
+    if gating == "both" and position != "middle":
+        raise ValueError(f"position: expected 'middle' with gating='both', got {position!r}")
     if existing := [name for name, _ in named_gates(model)]:
         raise ValueError(
             f"model: expected no gates, got {len(existing)} ({existing[0]}, ...); attach to a plain network"
@@ -131,33 +229,46 @@ def attach(
         raise TypeError("attach() got an unexpected gate option 'out_channels': it is that of the gated features")
     if spatial_size is not None:
         _refuse_lazy("model", model)  # the whole of it runs, to see the size of each map
-    blocks: dict[str, ResidualBlock] = {}
-    originals: dict[str, tuple[nn.Module, BlockLayout]] = {}
-    seen: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        layout = find_layout(module)
-        if layout is not None or isinstance(module, ResidualBlock):
-            if module in seen:
-                raise ValueError(
-                    f"block {name!r}: it is the same module as {seen[module]!r}; a gate decides for one place, so give "
-                    "each place a block of its own"
-                )
-            seen[module] = name
-            _refuse_lazy(f"block {name!r}", module)
-        if isinstance(module, ResidualBlock):
+
+
+def _known_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks that need not be found: ours, and those of registered classes."""
+    known = {}
+    for name, module in model.named_modules():
+        if registered_layout(module) is not None:
+            known[name] = module
+        elif isinstance(module, ResidualBlock):
             if not runs_as(module, ResidualBlock):
                 raise ValueError(
                     f"block {name!r}: expected the forward of fastgate's ResidualBlock, got another one in "
                     f"{type(module).__name__}; declare what it computes with fastgate.register_block()"
                 )
+            known[name] = module
+    return known
+
+
+def _refuse_repeated(model: nn.Module, blocks: set[nn.Module]) -> None:
+    seen: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in blocks:
+            continue
+        if module in seen:
+            raise ValueError(
+                f"block {name!r}: it is the same module as {seen[module]!r}; a gate decides for one place, so give "
+                "each place a block of its own"
+            )
+        seen[module] = name
+
+
+def _residual_blocks(known: dict[str, nn.Module], found: dict[str, FoundBlock]) -> dict[str, ResidualBlock]:
+    """Those blocks that are chains, by name; new ones stand for the network's own, and share their children."""
+    blocks: dict[str, ResidualBlock] = {}
+    for name, module in known.items():
+        layout = registered_layout(module)
+        if layout is not None:
+            blocks[name] = to_residual_block(module, layout)
+        elif isinstance(module, ResidualBlock):
             blocks[name] = module
-        elif layout is not None:
-            blocks[name], originals[name] = to_residual_block(module, layout), (module, layout)
-    if not blocks:
-        raise ValueError(
-            f"model: found no residual block in {type(model).__name__}; known are fastgate's own and "
-            f"{known_classes()}; declare others with fastgate.register_block()"
-        )
     if compacted := [name for name, b in blocks.items() if b.in_index is not None or b.out_index is not None]:
         raise ValueError(
             f"block {compacted[0]!r}: expected a block with all its channels, got one that compact() has cut; attach "
@@ -168,29 +279,110 @@ def attach(
             f"block {empty[0]!r}: expected a convolution in its branch, got none; attach gates before modules are "
             "fused or wrapped, and name every convolution in its register_block()"
         )
-    for name, (original, layout) in originals.items():
-        if check_layout(name, original, layout):
+    for name, module in known.items():
+        layout = registered_layout(module)
+        if layout is not None and check_layout(name, module, layout):
             blocks[name].mixes_samples = True
-    cuts: dict[str, _Cut] = {}
-    if gating == "layer":
-        gates: dict[str, Gate] = {
-            name: LayerGate(block.branch_convs()[0][2].in_channels, **gate_options) for name, block in blocks.items()
-        }
-    else:
-        shared = shared_modules(model)
-        cuts = {name: _find_cut(name, block, position, shared) for name, block in blocks.items()}
-        sizes = {} if spatial_size is None else _map_sizes(model, cuts, spatial_size)
-        gates = {
-            name: ChannelGate(cut.channels, spatial_size=sizes.get(name), **gate_options) for name, cut in cuts.items()
-        }
-    # nothing raises from here on: a model that was refused above is as it was
+    for name, block in found.items():
+        if block.layout is not None:
+            blocks[name] = to_residual_block(block.module, block.layout)
+            blocks[name].mixes_samples = block.mixes_samples
+    return blocks
+
+
+def _as_found(known: dict[str, nn.Module]) -> dict[str, FoundBlock]:
+    """Known blocks, with images on which their channels can be followed."""
+    probes = {name: guess_probe(probe_copy(module), strict=False) for name, module in known.items()}
+    return {
+        name: FoundBlock(known[name], probe, None, {}, {}, {}, "", 0, False, 1)
+        for name, probe in probes.items()
+        if probe is not None
+    }
+
+
+def _place_layer_gates(
+    blocks: dict[str, ResidualBlock], found: dict[str, FoundBlock], options: dict[str, Any]
+) -> list[_Place]:
+    places = []
+    refused = {}
     for name, block in blocks.items():
-        if name in originals:
-            move_hooks(originals[name][0], block)
-        block.gate = gates[name].to(block.branch_convs()[0][2].weight).train(block.training)
-        block.gate_at = cuts[name].gate_at if name in cuts else 0
-        if name == "":
-            return cast(Network, block)
-        if model.get_submodule(name) is not block:
-            model.set_submodule(name, block)
-    return model
+        width = found[name].width if name in found else block.branch_convs()[0][2].in_channels
+        places.append(_Place(name, block, LayerGate(width, **options)))
+    for name, other in found.items():
+        if name in blocks:
+            continue
+        if not other.closed and other.sums:
+            refused[name] = other.reason
+        for part, closed in other.closed.items():
+            path = ".".join(p for p in (name, part) if p)
+            module = other.module.get_submodule(part)
+            places.append(_Place(path, module, LayerGate(other.widths[part], **options), closed))
+    if refused and not places:
+        name, reason = next(iter(refused.items()))
+        raise ValueError(f"block {name!r}: cannot be gated: {reason}; declare it with fastgate.register_block()")
+    if refused:
+        named = "; ".join(f"{name!r}: {reason}" for name, reason in list(refused.items())[:3])
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        warnings.warn(f"{len(refused)} residual blocks get no gate: {named}{more}", UserWarning, stacklevel=3)
+    return places
+
+
+def _place_channel_gates(
+    model: nn.Module,
+    blocks: dict[str, ResidualBlock],
+    found: dict[str, FoundBlock],
+    position: str,
+    spatial_size: tuple[int, int] | None,
+    options: dict[str, Any],
+) -> list[_Place]:
+    shared = shared_modules(model)
+    convs: dict[str, _ConvCut] = {}
+    inner: dict[str, list[FoundCut]] = {}
+    refused: dict[str, str] = {}
+    seen: dict[Any, tuple[list[FoundCut], str]] = {}  # blocks that are alike are tried once
+    for name in {**blocks, **found}:
+        try:
+            if name not in blocks:
+                raise ValueError(f"block {name!r}: position {position!r} needs a block of convolutions one by one")
+            convs[name] = _find_cut(name, blocks[name], position, shared)
+        except ValueError as error:
+            if name not in found:
+                raise
+            inner[name], reason = _find_inner_cuts(found[name], shared, seen) if position == "middle" else ([], "")
+            # of a chain of convolutions it is known what stands in the way
+            if not inner[name] and name in blocks and sum(c.groups == 1 for *_, c in blocks[name].branch_convs()) > 1:
+                raise
+            if not inner[name]:
+                refused[name] = reason or str(error).partition(": ")[2]
+    cut = [each for cuts in inner.values() for each in cuts]
+    if not convs and not cut:
+        name, reason = next(iter(refused.items()))
+        raise ValueError(f"block {name!r}: its channels cannot be gated: {reason}; use gating='layer'")
+    if cut and spatial_size is not None:
+        raise ValueError(
+            "spatial_size: expected None for a network whose gates are inside its blocks' own modules, got "
+            f"{spatial_size}; these gates pool their input"
+        )
+    sizes = {} if spatial_size is None else _map_sizes(model, convs, spatial_size)
+    places = [
+        _Place(
+            name, blocks[name], ChannelGate(cut.channels, spatial_size=sizes.get(name), **options), gate_at=cut.gate_at
+        )
+        for name, cut in convs.items()
+    ]
+    for name, cuts in inner.items():
+        for each in cuts:
+            gate = ChannelGate(each.width, each.width // each.cut.group, **options)
+            path = ".".join(part for part in (name, each.name) if part)
+            places.append(_Place(path, found[name].module.get_submodule(each.name), gate, each.cut))
+    return places
+
+
+def _find_inner_cuts(
+    block: FoundBlock, shared: set[nn.Module], seen: dict[Any, tuple[list[FoundCut], str]]
+) -> tuple[list[FoundCut], str]:
+    names = {name for name, module in block.module.named_modules() if module in shared}
+    key = kind_of(block.module), str(block.probe.sizes), frozenset(names)
+    if key not in seen:
+        seen[key] = find_cuts(probe_copy(block.module), block.probe, names, block.sums)
+    return seen[key]

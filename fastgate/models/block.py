@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastgate import functional
 from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.cuts import check_cut, check_size, runs_as
+from fastgate.models.gated import GatedModule, has_gates
 from fastgate.models.hooks import has_call_hooks
 from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
@@ -38,7 +39,8 @@ class ResidualBlock(nn.Module):
         gate_at: where a channel gate acts; ignored otherwise.
     """
 
-    # what TorchScript may take as known when it compiles a block
+    # what TorchScript may take as known when it compiles a block, and what it need not compile
+    __jit_unused_properties__ = ("own_gate",)
     __constants__ = ("activation_name", "branch", "gate_at", "shortcut_name")
 
     in_index: Tensor | None
@@ -66,6 +68,15 @@ class ResidualBlock(nn.Module):
         # set by compaction: which channels go on at `gate_at`, and which channels of the sum the branch adds to
         self.register_buffer("in_index", None)
         self.register_buffer("out_index", None)
+
+    @property
+    def own_gate(self) -> Gate | None:
+        """The gate, as every gated module names it."""
+        return self.gate
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Take the gate out for a while, or put it back."""
+        self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block for x `[N, C, H, W]`; in eval mode what a gate has closed is skipped where that pays."""
@@ -175,6 +186,7 @@ class ResidualBlock(nn.Module):
             or transforms_active()
             or getattr(getattr(self, self.branch[0]), "inplace", False)  # changes the shortcut of every sample
             or not self._in_eval()
+            or any(has_gates(getattr(self, name)) for name in self.branch)  # which decide for every sample
         )
 
     def _add_open(self, shortcut: Tensor, x: Tensor, samples: Tensor) -> Tensor:
@@ -267,16 +279,20 @@ class ResidualBlock(nn.Module):
         return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
 
 
-def gated_blocks(model: nn.Module) -> dict[str, ResidualBlock]:
-    """Every gate's block, by the gate's name.
+# what holds a gate
+Gated = ResidualBlock | GatedModule
+
+
+def gated_blocks(model: nn.Module) -> dict[str, Gated]:
+    """What holds each gate, by the gate's name.
 
     Raises:
         ValueError: a gate outside a residual block of this library, whose computation is unknown here.
     """
-    blocks = {}
-    for name, _ in named_gates(model):
+    blocks: dict[str, Gated] = {}
+    for name, gate in named_gates(model):
         parent = model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(parent, ResidualBlock) or not name.endswith("gate"):
+        if not isinstance(parent, Gated) or parent.own_gate is not gate:
             raise ValueError(
                 f"gate {name!r}: expected it in a residual block placed by fastgate.attach(), got it in "
                 f"{type(parent).__name__}; declare that class with fastgate.register_block() and attach the gates"

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 # modules that act on each channel (and pixel) by itself and have no weights to cut
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Identity, nn.Dropout, nn.Dropout2d)
+ELEMENTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus),
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d),
+)
+# where timm keeps activations of its own, all of them elementwise
+_ACTIVATIONS = "timm.layers.activations"
 
 # batch norms of other packages, by qualified class name; some have an elementwise dropout and activation of their own
 _NORMS = (
@@ -14,6 +19,8 @@ _NORMS = (
     *("timm.layers.norm_act.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d"),
     "torchvision.ops.misc.FrozenBatchNorm2d",
 )
+# group norms of other packages, the same
+_GROUP_NORMS = ("timm.layers.norm_act.GroupNormAct", "timm.layers.norm.GroupNorm")
 _NORM_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
@@ -28,7 +35,8 @@ def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_elementwise(module: nn.Module) -> bool:
     """A module that can stay as it is when channels go; one with children, such as observers, does more."""
-    return runs_as(module, *ELEMENTWISE) and not module._modules
+    of_timm = type(module).__module__ == _ACTIVATIONS and not module._parameters and "forward" not in vars(module)
+    return (runs_as(module, *ELEMENTWISE) or of_timm) and not module._modules
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -46,6 +54,14 @@ def is_norm(module: nn.Module) -> bool:
     if f"{cls.__module__}.{cls.__qualname__}" in _NORMS:
         return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
     return runs_as(module, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def is_group_norm(module: nn.Module) -> bool:
+    """A group norm, perhaps with an elementwise dropout and activation of its own: exact where whole groups go."""
+    cls = type(module)
+    if f"{cls.__module__}.{cls.__qualname__}" in _GROUP_NORMS:
+        return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
+    return runs_as(module, nn.GroupNorm)
 
 
 def check_cut(name: str, module: nn.Module) -> None:

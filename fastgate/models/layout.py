@@ -1,45 +1,95 @@
-"""What a residual block computes: its layout, held against the block's own forward before it is believed."""
+"""What a residual block computes: found by running the block, or registered; tried out before it is believed."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastgate.gates import LayerGate
 from fastgate.models.block import ResidualBlock
-from fastgate.models.hooks import copy_network, drop_own_hooks
+from fastgate.models.gated import Closed, put_gate, zero_first
+from fastgate.models.hooks import copy_network
+from fastgate.models.probing import (
+    Probe,
+    capture_probes,
+    first_difference,
+    guess_probe,
+    mixes_samples,
+    probe_copy,
+    run_probe,
+    same_random_numbers,
+)
+from fastgate.models.recording import Recording, Step, Value
+from fastgate.models.residual import (
+    ACTIVATIONS,
+    SHAPING,
+    Residual,
+    Sum,
+    find_residual,
+    is_nothing,
+    may_add,
+    record_probe,
+    way_back,
+)
+from fastgate.values import tensors_in
+
+# attributes that every module has
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+# modules that only hold others, whose parts are looked at one by one
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which children of a residual block do what; children that are None or missing are left out."""
+    """Which children of a residual block do what; children that are None or missing are left out.
+
+    Attributes:
+        branch, shortcut, activation: see :func:`register_block`.
+        new: children that stand for functions in the block's forward, by the name that they get.
+    """
 
     branch: tuple[str, ...]
     shortcut: str | None
     activation: str | None
+    new: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-# by qualified class name, so that nothing is imported to know them
-_LAYOUTS = {
-    "torchvision.models.resnet.BasicBlock": BlockLayout(("conv1", "bn1", "relu", "conv2", "bn2"), "downsample", "relu"),
-    "torchvision.models.resnet.Bottleneck": BlockLayout(
-        ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3"), "downsample", "relu"
-    ),
-    "timm.models.resnet.BasicBlock": BlockLayout(
-        ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path"), "downsample", "act2"
-    ),
-    "timm.models.resnet.Bottleneck": BlockLayout(
-        ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3", "se", "drop_path"),
-        "downsample",
-        "act3",
-    ),
-}
+@dataclass(frozen=True)
+class FoundBlock:
+    """A residual block and how a layer gate may close it: as a chain, as a whole, or by its sums.
+
+    Attributes:
+        module: the block.
+        probe: arguments on which it runs.
+        layout: it is `activation(shortcut(x) + branch(x))` with chains of children on images; None where it is not.
+        closed: by names of modules in the block, what they compute where their gates are closed: of the block itself
+            under "", or of one module in the branch of each sum. Empty where there is no such thing.
+        widths: channels of what those modules are given.
+        new: children to be registered for `closed`.
+        reason: why no layer gate can close it.
+        width: channels of its input.
+        sums: how many residual sums it has; 0 for a block of a residual class that has no shortcut.
+        mixes_samples: whether a sample's result in eval mode depends on the others of its batch.
+    """
+
+    module: nn.Module
+    probe: Probe
+    layout: BlockLayout | None
+    closed: Mapping[str, Closed]
+    widths: Mapping[str, int]
+    new: Mapping[str, nn.Module]
+    reason: str
+    width: int
+    mixes_samples: bool
+    sums: int
 
 
-def _class_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+# by class: what users have registered
+_registered: dict[type[nn.Module], BlockLayout] = {}
 
 
 def register_block(
@@ -57,26 +107,21 @@ def register_block(
     """
     if not branch:
         raise ValueError(f"branch: expected the names of child modules of {cls.__name__}, got none")
-    _LAYOUTS[_class_name(cls)] = BlockLayout(tuple(branch), shortcut, activation)
+    _registered[cls] = BlockLayout(tuple(branch), shortcut, activation)
 
 
-def find_layout(block: nn.Module) -> BlockLayout | None:
-    """The layout of the block's class, None for a class that is not known."""
-    return _LAYOUTS.get(_class_name(type(block)))
-
-
-def known_classes() -> str:
-    """The names of the classes that have a layout."""
-    return ", ".join(_LAYOUTS)
+def registered_layout(block: nn.Module) -> BlockLayout | None:
+    """The layout that was registered for the block's class, None where there is none."""
+    return _registered.get(type(block))
 
 
 def to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
     """The same children under the same names, so that state_dict keys stay as they were."""
     # not named_children(): it leaves out a module that is registered under a second name
-    children = {name: child for name, child in block._modules.items() if child is not None}
+    children = {name: child for name, child in block._modules.items() if child is not None} | dict(layout.new)
     named = [*layout.branch, *(name for name in (layout.shortcut, layout.activation) if name is not None)]
     remedy = "correct its register_block()"
-    if missing := [name for name in named if not hasattr(block, name)]:
+    if missing := [name for name in named if name not in layout.new and not hasattr(block, name)]:
         raise ValueError(f"{type(block).__name__}: no child named {', '.join(missing)}; {remedy}")
     unused = [name for name in children if name not in named and not isinstance(children[name], nn.Identity)]
     if unused := unused + list(block._parameters) + list(block._buffers):
@@ -102,15 +147,364 @@ def to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
 _RESERVED = frozenset({*dir(ResidualBlock), *vars(ResidualBlock({}, (), None, None)), "gate", "in_index", "out_index"})
 
 
-# maps that a block is tried on: small, and not square where its own forward takes such; a window or a patch may ask for
-# a size that it divides
-_PROBE_SIZES = ((9, 10), (8, 8), (14, 14), (32, 32), (56, 56), (224, 224))
-_PROBE_SAMPLES = 3
-_ULPS = 16  # see check_layout
-_GRADIENT = "the gradient of "
+def find_blocks(
+    model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = None, *, plain: bool = False
+) -> dict[str, FoundBlock]:
+    """Every residual block of a network, by name, in the order of `named_modules`; nothing is changed.
+
+    A block is a module whose result is a sum of its input (or of something simple made of it) and of more made of it,
+    perhaps of several such sums one after the other. Of blocks within blocks the outer one counts, unless it holds more
+    than one: then it is a stage, or the network.
+
+    Args:
+        model: the network.
+        known: blocks that need not be found, by name: they are not looked into, nor is what holds them.
+        inputs: of the network, see :func:`fastgate.models.probing.capture_probes`.
+        plain: with the blocks without a shortcut that are of the same classes.
+    """
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if module._modules
+        and not isinstance(module, _CONTAINERS)
+        and may_add(type(module))
+        and not any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in known)
+    }
+    captured: list[dict[str, Probe]] = []
+
+    def capture(name: str) -> Probe | None:
+        if not captured:  # at most once
+            captured.append(capture_probes(model, candidates, inputs))
+        return captured[0].get(name)
+
+    found: dict[str, FoundBlock] = {}
+    read = _Reader()
+    for name in sorted(candidates, key=lambda name: -len(name.split(".")) if name else 0):
+        inside = [other for other in found if _is_inside(other, name)]
+        if len(inside) > 1:
+            continue
+        block = read(candidates[name], lambda name=name: capture(name))
+        if block is not None:
+            found = {other: b for other, b in found.items() if other not in inside} | {name: block}
+    if plain:  # those of the same classes that have no shortcut
+        kinds = {type(block.module) for block in found.values()}
+        for name, module in candidates.items():
+            near = any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in found)
+            probe = read.probe(module, lambda name=name: capture(name)) if type(module) in kinds and not near else None
+            if probe is not None:
+                found[name] = FoundBlock(module, probe, None, {}, {}, {}, "it has no shortcut", 0, False, 0)
+    return {name: found[name] for name in candidates if name in found}
 
 
-def check_layout(name: str, block: nn.Module, layout: BlockLayout) -> bool:
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+
+
+class _Reader:
+    """Reads blocks; of those that are alike in everything but their tensors' values only the first is tried."""
+
+    def __init__(self) -> None:
+        self._guesses: dict[Any, Probe | None] = {}
+        self._found: dict[Any, FoundBlock | None] = {}
+
+    def __call__(self, block: nn.Module, capture: Callable[[], Probe | None]) -> FoundBlock | None:
+        """What a block computes, None for one without a residual sum or one that cannot be run.
+
+        Args:
+            block: it stays as it is.
+            capture: what it is given in its network, if that is known.
+        """
+        probe = self.probe(block, capture)
+        if probe is None:
+            return None
+        key = kind_of(block), str(probe.sizes)
+        if key not in self._found:
+            self._found[key] = read_block(block, probe)
+        found = self._found[key]
+        if found is None or found.module is block:
+            return found
+        layout = found.layout and dataclasses.replace(found.layout, new=copy.deepcopy(found.layout.new))
+        return dataclasses.replace(found, module=block, layout=layout, new=copy.deepcopy(found.new))
+
+    def probe(self, block: nn.Module, capture: Callable[[], Probe | None]) -> Probe | None:
+        """Arguments on which it can be tried."""
+        kind = kind_of(block)
+        if kind not in self._guesses:
+            self._guesses[kind] = guess_probe(probe_copy(block))
+        return self._guesses[kind] or capture()
+
+
+def kind_of(block: nn.Module) -> Any:
+    """What tells two blocks apart before they run: classes, attributes, names and sizes of their parts."""
+    parts = []
+    for name, module in block.named_modules(remove_duplicate=False):
+        held = {**module._parameters, **module._buffers}
+        sizes = tuple((key, None if t is None else (t.shape, t.dtype, t.device)) for key, t in held.items())
+        values = tuple(
+            (key, repr(value) if isinstance(value, str | int | float | tuple | list | None) else id(value))
+            for key, value in vars(module).items()
+            if key not in _EVERY_MODULE
+        )
+        parts.append((name, type(module), sizes, values))
+    return tuple(parts)
+
+
+def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
+    """What a block computes on such arguments, None for one without a residual sum or that cannot be run alone."""
+    copied = probe_copy(block)
+    try:
+        runs = [find_residual(copied, probe, training) for training in (False, True)]
+    except Exception:  # it cannot be run alone, or not in training mode
+        return None
+    evaluated, trained = runs
+    if evaluated is None or trained is None or _signature(evaluated) != _signature(trained):
+        return None
+    shape = trained.origin.shape
+    channels = channels_of(copied, shape)
+    layout = _as_chain(block, trained) if channels == 1 and len(shape) == 4 else None
+    mixes = False
+    if layout is not None:
+        try:
+            mixes = check_layout("", block, layout, probe)
+        except ValueError:
+            layout = None
+    new: dict[str, nn.Module] = {}
+    whole, reason = None, ""
+    if layout is None:
+        whole, reason = _close_whole(copied, probe, runs, new, channels)
+    closed = {} if whole is None else {"": whole}
+    widths = {"": shape[channels]}
+    if layout is None and (whole is None or len(trained.sums) > 1):
+        by_sums, why_not = _close_sums(copied, probe, runs, channels)
+        if by_sums:
+            closed, new = {name: each for name, (each, _) in by_sums.items()}, {}
+            widths |= {name: width for name, (_, width) in by_sums.items()}
+        reason = f"{reason}; {why_not}"
+    if closed and not _runs_gated(copied, probe, closed, widths, new):
+        closed, reason = {}, "it computes something else with a gate among its children"
+    return FoundBlock(block, probe, layout, closed, widths, new, reason, shape[channels], mixes, len(trained.sums))
+
+
+def _runs_gated(
+    block: nn.Module,
+    probe: Probe,
+    closed: Mapping[str, Closed],
+    widths: Mapping[str, int],
+    new: Mapping[str, nn.Module],
+) -> bool:
+    """Whether a copy of the block computes the same with open gates."""
+    gated = copy_network(block)
+    for name, module in new.items():
+        gated.add_module(name, module)
+    like = next(block.parameters(), torch.zeros(0))
+    for name, how in closed.items():
+        with same_random_numbers(like.device):  # no number is taken from the user's
+            gate = LayerGate(widths[name]).to(like)
+        gate.freeze(torch.tensor([True]))
+        put_gate(gated.get_submodule(name), gate, how)
+    with torch.no_grad():
+        return first_difference(run_probe(block, probe, False), run_probe(gated, probe, False)) is None
+
+
+def _signature(residual: Residual) -> list[Any]:
+    """What two runs of one block must have in common."""
+    steps = [*residual.tail, *(step for each in residual.sums for step in each.way)]
+    return [[s.name or s.function.__name__ for s in steps if not _is_shaping(s)], len(residual.sums)]  # type: ignore[union-attr]
+
+
+def _is_shaping(step: Step) -> bool:
+    return step.name is None and step.function.__name__ in SHAPING  # type: ignore[union-attr]
+
+
+def channels_of(module: nn.Module, shape: Sequence[int], default: int | None = None) -> int:
+    """The dimension that holds the channels of a module's input of this shape, 1 or -1, by the sizes of its parts."""
+    usual = default if default is not None else -1 if len(shape) == 3 else 1
+    for part in module.modules():
+        if isinstance(part, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
+            return 1
+        size = getattr(part, "in_features", None) if isinstance(part, nn.Linear) else None
+        if isinstance(part, nn.LayerNorm):
+            size = part.normalized_shape[-1]
+        if isinstance(part, nn.MultiheadAttention):
+            size = part.embed_dim
+        if isinstance(part, nn.GroupNorm):
+            size = part.num_channels
+        if size is not None and len(shape) > 2:
+            if usual == -1:
+                return -1 if shape[-1] == size else 1 if shape[1] == size else usual
+            return 1 if shape[1] == size else -1 if shape[-1] == size else usual
+    return usual
+
+
+def _as_chain(block: nn.Module, residual: Residual) -> BlockLayout | None:
+    """The block as chains of its children, None where it is none."""
+    if len(residual.sums) != 1:
+        return None
+    [only] = residual.sums
+    branch = way_back(only.branch, residual.origin)
+    if branch is None or {*only.way} & {*branch}:
+        return None
+    if len(residual.recording.steps) != 1 + len(branch) + len(only.way) + len(residual.tail):
+        return None
+    new: dict[str, nn.Module] = {}
+    names = [_name_of(block, step, new) for step in branch]
+    shortcut, tail = ([_name_of(block, s, new) for s in steps] for steps in (only.way, residual.tail))
+    shortcut, tail = ([n for n in some if not _is_left_out(block, n)] for some in (shortcut, tail))
+    if None in names or None in shortcut or None in tail or len(shortcut) > 1 or len(tail) > 1:
+        return None
+    return BlockLayout(
+        tuple(name for name in names if name), shortcut[0] if shortcut else None, tail[0] if tail else None, new
+    )
+
+
+def _is_left_out(block: nn.Module, name: str | None) -> bool:
+    return name is not None and is_nothing(getattr(block, name, block))
+
+
+def _name_of(block: nn.Module, step: Step, new: dict[str, nn.Module]) -> str | None:
+    """The child that a step calls, or a new one that computes as its function does; None where there is none."""
+    if step.name is not None:
+        single = len(step.inputs) == len(step.outputs) == 1
+        return step.name if "." not in step.name and single and len(step.args) == 1 and not step.kwargs else None
+    function = step.function.__name__  # type: ignore[union-attr]
+    settings = [value for value in (*step.args[1:], *step.kwargs.values()) if value not in (True, False, "none")]
+    if function not in ACTIVATIONS or settings or len(step.args) > 2:
+        return None
+    name = function.rstrip("_")
+    while hasattr(block, name) and name not in new:
+        name += "_"
+    new.setdefault(name, ACTIVATIONS[function]())
+    return name
+
+
+def _close_whole(
+    block: nn.Module, probe: Probe, runs: Sequence[Residual], new: dict[str, nn.Module], channels: int
+) -> tuple[Closed | None, str]:
+    """What the block computes without the branch of any sum, or why that is not known."""
+    residual = runs[1]
+    names = []
+    for step in [*(step for each in residual.sums for step in each.way), *residual.tail]:
+        if _is_shaping(step):
+            continue
+        name = _name_of(block, step, new)
+        if name is None:
+            return None, f"{step} on its shortcut is no child of it"
+        if name in new or not is_nothing(getattr(block, name)):
+            names.append(name)
+    modules = [new[name] if name in new else getattr(block, name) for name in names]
+    if any(part._parameters or part._buffers for module in modules for part in module.modules()):
+        return None, f"its shortcut ({', '.join(names)}) has parameters, which would run twice"
+    for run in runs:
+        training = run is runs[1]
+        expected = _first(record_probe(block, probe, training, override=_closing(run.sums)).result)
+        args, kwargs = probe.make(block)
+        x = tensors_in((args, kwargs))[0]
+        with torch.no_grad():
+            for module in modules:
+                x = module.train(training)(x)
+        if expected is None or x.shape != expected.shape or not torch.equal(x, expected):
+            return None, "without its branch it computes something else than its shortcut"
+    return Closed(tuple(names), channels=channels), ""
+
+
+def _first(result: Any) -> Tensor | None:
+    return next(iter(tensors_in(result)), None)
+
+
+def _closing(sums: Sequence[Sum]) -> Callable[[Step, Callable[[], Any]], Any]:
+    """For :func:`record_probe`: these sums pass their skips on alone."""
+    operands = {each.step.number: each.operand for each in sums}
+
+    def override(step: Step, run: Callable[[], Any]) -> Any:
+        closed = step.adds and step.number in operands
+        return step.inputs[operands[step.number]].tensor if closed else run()
+
+    return override
+
+
+def _close_sums(
+    block: nn.Module, probe: Probe, runs: Sequence[Residual], channels: int
+) -> tuple[dict[str, tuple[Closed, int]], str]:
+    """A module in each sum's branch whose zeros make it zero, with the width of its input; or why there is none."""
+    closed: dict[str, tuple[Closed, int]] = {}
+    for i in range(len(runs[1].sums)):
+        found = _zero_of(block, probe, runs, i, channels)
+        if found is None or found[0] in closed:
+            return {}, f"no module of the branch of its sum number {i + 1} can be left out by itself"
+        name, each, width = found
+        closed[name] = each, width
+    return closed, ""
+
+
+def _zero_of(
+    block: nn.Module, probe: Probe, runs: Sequence[Residual], i: int, channels: int
+) -> tuple[str, Closed, int] | None:
+    """The module of most parameters whose zeros make the branch of sum i zero, and what is left without use then."""
+    run = runs[1]
+    each = run.sums[i]
+    start = each.way[0].inputs[0] if each.way else each.skip
+    modules = dict(block.named_modules())
+    found: list[tuple[int, str, Closed, int]] = []
+    value = each.branch
+    while value is not start and value.maker is not None:
+        step = value.maker
+        derived = [v for v in step.inputs if start in run.recording.ancestors(v)]
+        if step.name is not None:
+            gone = _gone_without(run.recording, step, start, modules)
+            size = sum(parameter.numel() for parameter in modules[step.name].parameters())
+            if gone is not None and step.inputs[0].shape[:1] == run.origin.shape[:1]:
+                dim = channels_of(modules[step.name], step.inputs[0].shape, default=channels)
+                found.append(
+                    (size, step.name, Closed(None, step.name, gone, _others(step), dim), step.inputs[0].shape[dim])
+                )
+        if len(derived) != 1:
+            break
+        value = derived[0]
+    for _, name, closed, width in sorted(found, key=lambda f: -f[0]):
+        if all(_is_zero_without(block, probe, run, run.sums[i], name) for run in runs):
+            return name, closed, width
+    return None
+
+
+def _others(step: Step) -> int | None:
+    return len(step.result) - 1 if isinstance(step.result, tuple) else None
+
+
+def _gone_without(
+    recording: Recording, step: Step, start: Value, modules: Mapping[str, nn.Module]
+) -> tuple[str, ...] | None:
+    """The modules that nothing needs where a step's result is zeros; None where one of them cannot be left out."""
+    before = recording.ancestors(start)
+    values = {v for given in step.inputs for v in recording.ancestors(given)} - before
+    makers = {v.maker for v in values if v.maker is not None} | {step}
+    gone = []
+    for maker in sorted(makers, key=lambda s: s.number):
+        if any(reader not in makers for v in maker.outputs for reader in v.readers) and maker is not step:
+            return None
+        # its input, or zeros like it, can stand for its result
+        if maker.name is not None:
+            if maker.outputs[0].shape != maker.inputs[0].shape:
+                return None
+            if not is_nothing(modules[maker.name]) or maker is step:
+                gone.append(maker.name)
+    same_batch = step.outputs[0].shape[:1] == start.shape[:1]
+    return tuple(gone) if same_batch and len(set(gone)) == len(gone) else None
+
+
+def _is_zero_without(block: nn.Module, probe: Probe, run: Residual, each: Sum, name: str) -> bool:
+    """Whether the block with zeros from a module computes what it does where a sum passes its skip on alone."""
+
+    def zero(step: Step, compute: Callable[[], Any]) -> Any:
+        result = compute()
+        return zero_first(result) if step.name == name else result
+
+    training = run.training
+    without = _first(record_probe(block, probe, training, override=zero).result)
+    expected = _first(record_probe(block, probe, training, override=_closing([each])).result)
+    return without is not None and expected is not None and torch.equal(without, expected)
+
+
+def check_layout(name: str, block: nn.Module, layout: BlockLayout, probe: Probe | None = None) -> bool:
     """Compare what the layout computes with the block's own forward, in eval and in training mode, and the gradients.
 
     Both run on copies with random weights (those of a fresh block may hide a part of it behind zeros) and on the same
@@ -120,133 +514,30 @@ def check_layout(name: str, block: nn.Module, layout: BlockLayout) -> bool:
         Whether a sample's result in eval mode depends on the other samples of its batch.
 
     Raises:
-        ValueError: they differ, or one of them raises. They run the same operations and are expected to be bit-equal;
-            16 units in the last place of the largest value are let pass for a forward that adds up in another order. A
-            wrong layout is off by the order of the values.
+        ValueError: they differ, or one of them raises.
     """
-    own = _probe_copy(block)
+    own = probe_copy(block)
     ours = to_residual_block(copy_network(own), layout)
-    weight = ours.branch_convs()[0][2].weight
-    shape = (_PROBE_SAMPLES, ours.branch_convs()[0][2].in_channels)
-    generator = torch.Generator("cpu").manual_seed(1)
     what = f"block {name!r}: {type(block).__name__}"
     remedy = "declare what it computes with fastgate.register_block(), every operation as a child module"
-    failure: Exception | None = None
-    with torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
-        for size in _PROBE_SIZES:
-            x = 2 * torch.randn(*shape, *size, generator=generator, device="cpu")
-            x = x.to(weight.device, weight.dtype)
-            try:
-                _run(own, x, training=False)
-            except Exception as error:
-                failure = failure or error
-                continue
-            break
-        else:
+    device = next((p.device.type for p in own.parameters()), "cpu")
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        convs = ours.branch_convs()
+        probe = probe or guess_probe(own, strict=False, channels=convs[0][2].in_channels if convs else None)
+        if probe is None:
             raise ValueError(
                 f"{what} cannot be compared with its layout, as its own forward raises on random images of every size "
-                f"tried ({failure}); {remedy}"
-            ) from failure
+                f"tried; {remedy}"
+            )
         for training in (False, True):
             mode = "training" if training else "eval"
-            expected = _run(own, x, training)
+            expected = run_probe(own, probe, training)
             try:
-                got = _run(ours, x, training)
+                got = run_probe(ours, probe, training)
             except Exception as error:
                 raise ValueError(f"{what} runs, but its layout raises in {mode} mode ({error}); {remedy}") from error
-            # of one scale: what should cancel out, such as the gradient of a bias before a norm, is rounding alone
-            of_gradients = max(
-                (_largest(value) for key, value in expected.items() if key.startswith(_GRADIENT)), default=0
-            )
-            for of, wanted in expected.items():
-                scale = of_gradients if of.startswith(_GRADIENT) else _largest(wanted)
-                difference = _difference(wanted, got[of], scale)
-                if difference is not None:
-                    raise ValueError(
-                        f"{what} computes something else than its layout says: {of} in {mode} mode differs by up to "
-                        f"{difference}; {remedy}"
-                    )
-        with torch.no_grad():
-            alone, batch = (_run(ours, images, training=False)["its result"] for images in (x[:1], x))
-    if alone is None or batch is None:
-        return True
-    # convolutions of one and of several samples round differently, statistics of others change the first digits
-    rounding = torch.finfo(batch.dtype).eps ** 0.5
-    return not torch.allclose(alone, batch[:1], rtol=0, atol=rounding * float(batch.abs().max()))
-
-
-def _probe_copy(block: nn.Module) -> nn.Module:
-    """A copy on which a layout can be tried: no hooks that are seen outside, no weights that hide what is computed."""
-    copied = copy_network(block)
-    drop_own_hooks(copied)
-    if any(tensor.is_meta for tensor in copied.parameters()):
-        copied.to_empty(device="cpu")
-    generator = torch.Generator("cpu").manual_seed(0)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            if parameter.is_floating_point():
-                # of unit order after a layer
-                scale = 1.0 if parameter.dim() < 2 else (parameter[0].numel()) ** -0.5
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, device="cpu"))
-        for module in copied.modules():
-            for key, buffer in module._buffers.items():
-                if key == "running_mean" and buffer is not None:
-                    buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator, device="cpu"))
-                if key == "running_var" and buffer is not None:
-                    buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, device="cpu"))
-    return copied
-
-
-def _run(block: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor | None]:
-    """What the block makes of a copy of x, with the gradients in training mode."""
-    block.train(training)
-    leaf = x.clone().requires_grad_(training)
-    inputs = leaf * 1  # a block may work in place, which a leaf forbids
-    with _same_random_numbers(x.device):
-        result = block(inputs)
-    if not isinstance(result, Tensor):
-        raise TypeError(f"expected a block that returns one tensor, got {type(result).__name__}")
-    found: dict[str, Tensor | None] = {"its result": result.detach(), "its input afterwards": inputs.detach()}
-    if training and result.requires_grad:
-        block.zero_grad()
-        # not a sum: batch norms would cancel it
-        result.backward(
-            torch.linspace(-1, 1, result.numel(), dtype=x.dtype, device=x.device).reshape(result.shape).sin()
-        )
-        found[f"{_GRADIENT}its input"] = leaf.grad
-        for name, parameter in block.named_parameters():
-            found[f"{_GRADIENT}{name}"] = parameter.grad
-    return found
-
-
-def _largest(value: Tensor | None) -> float:
-    return 0.0 if value is None else float(value.abs().max())
-
-
-def _difference(wanted: Tensor | None, got: Tensor | None, scale: float) -> str | None:
-    """How far apart two tensors of this scale are, None where no more than rounding."""
-    if wanted is None or got is None:
-        return None if wanted is got else "all of it (one of them has none)"
-    if wanted.shape != got.shape:
-        return f"its shape, {list(got.shape)} for {list(wanted.shape)}"
-    if torch.allclose(wanted, got, rtol=0, atol=_ULPS * torch.finfo(wanted.dtype).eps * scale, equal_nan=True):
-        return None
-    return f"{float((wanted.double() - got.double()).abs().max()):.2g} of {scale:.2g}"
-
-
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """The same random numbers each time; the random states of the process are as before afterwards."""
-    state = random.getstate()
-    on_cuda = device.type == "cuda"
-    index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
-    with torch.random.fork_rng([index] if on_cuda else []):
-        random.seed(0)
-        # not torch.manual_seed: it reaches every device, those not forked too
-        torch.default_generator.manual_seed(0)
-        if on_cuda:
-            torch.cuda.default_generators[index].manual_seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(state)
+            if difference := first_difference(expected, got):
+                raise ValueError(
+                    f"{what} computes something else than its layout says: in {mode} mode {difference}; {remedy}"
+                )
+        return mixes_samples(own, probe)

@@ -1,5 +1,6 @@
 """The architecture of a network as JSON values, and back: classes by name, attributes as plain data, no code."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastgate.models.gated import Closed, Cut, GatedModule, gated_class, plain_class
 from fastgate.pruning.reads import Reads
 
 # modules are rebuilt from these packages; classes of the user's own are named in load(..., classes=...)
@@ -76,7 +78,8 @@ def _is_known(module_name: str) -> bool:
 
 def own_classes(model: nn.Module) -> set[type[nn.Module]]:
     """The classes of a network that :func:`build` has to be given."""
-    return {type(module) for module in model.modules() if not _is_known(type(module).__module__)}
+    classes = {plain_class(module) for module in model.modules()}
+    return {cls for cls in classes if not _is_known(cls.__module__)}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -98,9 +101,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
         return reads[0].may_read(module, name)
 
     def describe_module(name: str, module: nn.Module) -> dict[str, Any]:
-        cls = type(module)
+        cls = plain_class(module)
         _check_describable(name, module)
-        if cls.__module__.startswith("torch.nn.") and (arguments := _constructor_arguments(module)) is not None:
+        if (
+            cls is type(module)
+            and cls.__module__.startswith("torch.nn.")
+            and (arguments := _constructor_arguments(module)) is not None
+        ):
             return {"class": _class_name(cls), "arguments": arguments}
         attributes = {}
         for key, value in _own_attributes(module).items():
@@ -117,7 +124,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
                         f"cannot describe {cls.__name__}{_at(name)}: its attribute {key!r}: {error}, and its code may "
                         f"use it; {remedy}"
                     ) from error
+        gated = {"gated": _encode_gated(module.gated)} if isinstance(module, GatedModule) else {}
         return {
+            **gated,
             "class": _class_name(cls),
             "attributes": attributes,
             "parameters": _shapes(module._parameters),
@@ -160,7 +169,18 @@ def _check_describable(name: str, module: nn.Module) -> None:
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     # gates say by __getstate__ that the last forward's tensors are no part of them
     state = module.__getstate__() if type(module).__module__.startswith("fastgate.") else vars(module)
-    return {name: value for name, value in state.items() if name not in _BASE_ATTRIBUTES}
+    hidden = {"gated"} if isinstance(module, GatedModule) else set()
+    return {name: value for name, value in state.items() if name not in _BASE_ATTRIBUTES | hidden}
+
+
+def _encode_gated(gated: Closed | Cut) -> list[Any]:
+    """A gated module's description: its kind, and its fields."""
+    return [type(gated).__name__, _encode(dataclasses.asdict(gated))]
+
+
+def _decode_gated(value: list[Any]) -> Closed | Cut:
+    kind, fields = value
+    return {"Closed": Closed, "Cut": Cut}[kind](**_decode(fields))
 
 
 def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
@@ -254,6 +274,9 @@ def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.M
         module.register_buffer(key, empty(spec))
     for key, child in description["children"].items():
         module.add_module(key, None if child is None else _build(child, own))
+    if "gated" in description:
+        module.__class__ = gated_class(cls)
+        module.gated = _decode_gated(description["gated"])  # type: ignore[assignment]
     return module
 
 

@@ -1,14 +1,16 @@
 """From a frozen gated network to a plain, physically smaller one that computes the same."""
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastgate.gates import Gate, LayerGate, named_gates
-from fastgate.models.block import EmptyConv2d, ResidualBlock, gated_blocks
+from fastgate.models.block import EmptyConv2d, Gated, ResidualBlock, gated_blocks
 from fastgate.models.cuts import is_norm, shared_modules
+from fastgate.models.cutting import check_parts, cut_module, cut_parts, empty_parts
+from fastgate.models.gated import Closed, Cut, GatedModule, Zeros, owner_of, take_gate
 from fastgate.models.hooks import copy_network, hooked, warn_of_lost_hooks
 from fastgate.pruning.signs import given_nonnegative
 
@@ -58,36 +60,98 @@ def cut_frozen(model: nn.Module) -> nn.Module:
         ValueError: a gate outside a residual block of this library, or a block that cannot be cut; the network is then
             as it was.
     """
-    parents = {child: parent for parent in model.modules() for child in parent.children()}
     blocks = gated_blocks(model)
     _check_cuts(model, blocks)
-    nonnegative = given_nonnegative(model) if any(_may_drop_relu(block) for block in blocks.values()) else set()
-    for name, block in blocks.items():
-        gate = cast(Gate, block.gate)
-        if not gate.frozen:
-            continue
-        block.gate = None
-        closed = not bool(gate.open.any())
-        if not isinstance(gate, LayerGate) and not bool(gate.open.all()):
-            if not closed:
+    frozen = {name: block for name, block in blocks.items() if _gate(block).frozen}
+    closed = {name: block for name, block in frozen.items() if not bool(_gate(block).open.any())}
+    nonnegative = given_nonnegative(model) if any(_may_drop_relu(block) for block in closed.values()) else set()
+    # channels first: names are those of the whole network until blocks leave
+    for name, block in frozen.items():
+        gate = _gate(block)
+        if isinstance(block, GatedModule):
+            if isinstance(block.gated, Cut):
+                _cut_parts(model, name, block)
+        elif not isinstance(gate, LayerGate) and not bool(gate.open.all()):
+            if name not in closed:
                 _keep_channels(block, gate.open.nonzero().flatten())
             elif block.gate_at < len(block.branch):
+                block.gate = None
                 _empty_channels(block)
-                continue
-        if closed:
-            rest = _without_branch(block, name.rpartition(".")[0] in nonnegative)
-            if block is model:
+                del closed[name]
+    for name, block in frozen.items():
+        if name in closed and not (isinstance(block, GatedModule) and isinstance(block.gated, Cut)):
+            rest = (
+                _without_module(model, name, block)
+                if isinstance(block, GatedModule)
+                else _without_branch(block, _block_name(name) in nonnegative)
+            )
+            if rest is not None and block is model:
                 return rest
-            key = next(key for key, module in parents[block].named_children() if module is block)
-            setattr(parents[block], key, rest)
+            if rest is not None:
+                _put(model, _block_name(name), rest)
+        elif isinstance(block, GatedModule):
+            take_gate(block)
+        else:
+            block.gate = None
     return model
 
 
-def _check_cuts(model: nn.Module, blocks: dict[str, ResidualBlock]) -> None:
+def _gate(block: Gated) -> Gate:
+    return cast(Gate, block.own_gate)
+
+
+def _block_name(gate_name: str) -> str:
+    return gate_name.rpartition(".")[0]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the module of this name, if what held it is still there."""
+    parent, _, child = name.rpartition(".")
+    with suppress(AttributeError):
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _cut_parts(model: nn.Module, name: str, place: GatedModule) -> None:
+    cut, gate = cast(Cut, place.gated), _gate(place)
+    if bool(gate.open.all()):
+        return
+    owner = owner_of(model, name, place)
+    opened = gate.open.clone()
+    if not bool(opened.any()):
+        # without any the modules between would have nothing to work on: one stays, which nothing adds up
+        opened[0] = True
+        empty_parts(owner, cut.parts)
+    channels = opened.repeat_interleave(cut.group).nonzero().flatten()
+    cut_parts(owner, cut.parts, channels)
+
+
+def _without_module(model: nn.Module, name: str, place: GatedModule) -> nn.Module | None:
+    """What a module with a closed layer gate leaves: its shortcut, or zeros, for which what feeds it is not needed."""
+    closed = cast(Closed, place.gated)
+    if closed.skip is not None:
+        return _as_one([(child, getattr(place, child)) for child in closed.skip], place)
+    owner = owner_of(model, name, place)
+    for part in closed.gone:
+        if part != closed.within:
+            _put(owner, part, nn.Identity())
+    zeros = Zeros(closed.others)
+    zeros.training = place.training
+    return zeros
+
+
+def _check_cuts(model: nn.Module, blocks: dict[str, Gated]) -> None:
     """What `attach` made sure of, once more: a network may have been changed since."""
     shared = shared_modules(model)
     for name, block in blocks.items():
-        gate = cast(Gate, block.gate)
+        gate = _gate(block)
+        if isinstance(block, GatedModule):
+            if isinstance(block.gated, Cut) and gate.frozen and not bool(gate.open.all()):
+                owner = owner_of(model, name, block)
+                try:
+                    check_parts(owner, block.gated.parts, shared)
+                except ValueError as error:
+                    raise ValueError(f"gate {name!r}: {error}") from error
+            continue
         if isinstance(gate, LayerGate) or not gate.frozen or bool(gate.open.all()):
             continue
         closed = not bool(gate.open.any())
@@ -105,40 +169,14 @@ def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
     """Cut the convolutions and norms around the gate down to the kept channels."""
     cut = block.cut_convs()
     for child in block.cut_with_gate():
-        module = getattr(block, child)
-        if is_norm(module):
-            _cut_norm(module, kept)
+        if is_norm(getattr(block, child)):
+            cut_module(getattr(block, child), "each", kept)
     for _, conv, dim in cut:
-        conv.weight = nn.Parameter(_take_weight(conv.weight.detach(), dim, kept), conv.weight.requires_grad)
-        if dim == 0:
-            conv.out_channels = len(kept)
-            if conv.bias is not None:
-                conv.bias = nn.Parameter(conv.bias.detach()[kept], conv.bias.requires_grad)
-        else:
-            conv.in_channels = len(kept)
+        cut_module(conv, "out" if dim == 0 else "in", kept)
     if len(cut) == 1 and cut[0][2] == 1:
         block.in_index = kept
     if len(cut) == 1 and cut[0][2] == 0:
         block.out_index = kept
-
-
-def _take_weight(weight: Tensor, dim: int, kept: Tensor) -> Tensor:
-    """The kept slices `[O, I, H, W]`, in the weight's memory format, which index_select would not keep."""
-    taken = weight.index_select(dim, kept)
-    if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        return taken.contiguous(memory_format=torch.channels_last)
-    return taken
-
-
-def _cut_norm(norm: nn.Module, kept: Tensor) -> None:
-    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):  # a frozen one does not say
-        norm.num_features = len(kept)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        old = getattr(norm, name)
-        if isinstance(old, nn.Parameter):
-            setattr(norm, name, nn.Parameter(old.detach()[kept], old.requires_grad))
-        elif old is not None:
-            setattr(norm, name, old[kept])
 
 
 def _empty_channels(block: ResidualBlock) -> None:
@@ -168,27 +206,33 @@ def _drop_unused(block: ResidualBlock) -> None:
         delattr(block, child)
 
 
-def _may_drop_relu(block: ResidualBlock) -> bool:
-    """Whether the block is closed and its ReLU may be all that is left of it."""
-    gate = cast(Gate, block.gate)
+def _may_drop_relu(block: Gated) -> bool:
+    """Whether the ReLU of a closed block may be all that is left of it."""
+    if not isinstance(block, ResidualBlock):
+        return False
     activation = getattr(block, block.activation_name or "", None)
-    return type(activation) is nn.ReLU and block.shortcut_name is None and gate.frozen and not bool(gate.open.any())
+    return type(activation) is nn.ReLU and block.shortcut_name is None
 
 
 def _without_branch(block: ResidualBlock, input_nonnegative: bool) -> nn.Module:
     """What the block computes without its branch, activation(shortcut(x)), as the fewest modules that do so."""
-    kept: OrderedDict[str, nn.Module] = OrderedDict()
+    kept: list[tuple[str, nn.Module]] = []
     if block.shortcut_name is not None:
-        kept[block.shortcut_name] = getattr(block, block.shortcut_name)
+        kept.append((block.shortcut_name, getattr(block, block.shortcut_name)))
     elif _starts_in_place(block):
-        kept[block.branch[0]] = getattr(block, block.branch[0])
+        kept.append((block.branch[0], getattr(block, block.branch[0])))
     if block.activation_name is not None:
         activation = getattr(block, block.activation_name)
         if kept or not (input_nonnegative and type(activation) is nn.ReLU):
-            kept[block.activation_name] = activation
-    for module in kept.values():
-        if isinstance(module, nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Dropout | nn.Dropout2d):
+            kept.append((block.activation_name, activation))
+    return _as_one(kept, block)
+
+
+def _as_one(kept: list[tuple[str, nn.Module]], block: nn.Module) -> nn.Module:
+    """These modules, one after the other, in place of the block."""
+    for _, module in kept:
+        if getattr(module, "inplace", False) is True:
             module.inplace = False  # its input is no longer a fresh sum but another module's output
-    rest = nn.Sequential(kept) if kept else nn.Identity()
+    rest = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
     rest.training = block.training
     return rest

@@ -10,14 +10,16 @@ as a list of images, as the only argument. `forward(model, inputs)` calls networ
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
-from fastgate.models.block import ResidualBlock, gated_blocks
+from fastgate.models.block import Gated, ResidualBlock, gated_blocks
+from fastgate.models.cutting import share_of_channel
+from fastgate.models.gated import Closed, GatedModule, owner_of
 from fastgate.pruning.counting import count_macs
 from fastgate.pruning.latency import block_latencies, open_latency
 from fastgate.pruning.probe import check_reached, example_of, open_for_probing
@@ -109,11 +111,13 @@ def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Fo
 
     The attribute `total` is what the whole network costs with every gate open.
 
-    A closed layer gate removes its block's branch. A closed channel removes, at "middle", a row of the convolution
-    before the gate and a column of the one behind it; at "before" a column of the first convolution; at "after" a row
-    of the last one. The compact network has `macs(model)` minus the costs of everything closed, with one exception:
-    where *all* channels of a gate are closed, convolutions that now feed nothing go as well, which is more than the
-    channels switch one by one (at "after" the whole branch; at "middle" of a bottleneck its first convolution).
+    A closed layer gate removes its block's branch (or a sum's). What channel gates in that branch switch counts for
+    these alone (`gating="both"`), so that costs add up where the channels of a closed layer are closed as well. A
+    closed channel removes, at "middle", a row of the convolution before the gate and a column of the one behind it; at
+    "before" a column of the first convolution; at "after" a row of the last one. The compact network has `macs(model)`
+    minus the costs of everything closed, with one exception: where *all* channels of a gate are closed, convolutions
+    that now feed nothing go as well, which is more than the channels switch one by one (at "after" the whole branch; at
+    "middle" of a bottleneck its first convolution); inside a block's own modules one channel is left, which is less.
 
     Args:
         model: a gated network, on the device where its latency counts.
@@ -129,20 +133,50 @@ def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Fo
     """
     _check_cost(cost)
     blocks = gated_blocks(model)
+    costs = _costs_alone(model, blocks, inputs, cost, forward)
+    for name, block in blocks.items():
+        if isinstance(block.own_gate, LayerGate):
+            within = set(_closed_modules(model, name, block))
+            for other, inner in blocks.items():
+                if inner is not block and inner in within:
+                    costs[name] = (costs[name] - costs[other].sum()).clamp(min=1 if cost == "latency" else 0)
+    return Costs(costs, total_cost(model, inputs, cost, forward=forward))
+
+
+def _closed_modules(model: nn.Module, gate: str, block: Gated) -> Iterator[nn.Module]:
+    """All modules that a closed layer gate leaves without use."""
+    if isinstance(block, ResidualBlock):
+        gone = [getattr(block, name) for name in block.branch]
+    else:
+        gone = [owner_of(model, gate, block).get_submodule(part) for part in cast(Closed, block.gated).gone]
+    for module in gone:
+        yield from module.modules()
+
+
+def _costs_alone(
+    model: nn.Module, blocks: Mapping[str, Gated], inputs: Any, cost: str, forward: Forward | None
+) -> dict[str, Tensor]:
+    """What each gate switches with all others open."""
     if cost == "latency":
         latencies = block_latencies(model, inputs, forward)
-        found = {
+        return {
             name: torch.full((_gates(block),), nanoseconds)
             for (name, block), nanoseconds in zip(blocks.items(), latencies, strict=True)
         }
-        return Costs(found, total_cost(model, inputs, cost, forward=forward))
     if cost == "params":
-        found = {name: _cost_of(block, lambda _, child: _parameters(child), cost) for name, block in blocks.items()}
-        return Costs(found, total_cost(model, inputs, cost, forward=forward))
-    counted = count_macs(model, example_of(model, inputs), forward)
-    check_reached(blocks, {module for _, module in counted.calls})
-    found = {name: _cost_of(block, lambda *call: counted.calls[call], cost) for name, block in blocks.items()}
-    return Costs(found, counted.total)
+        return {
+            name: _cost_of(model, name, block, lambda _, child: _parameters(child), cost)
+            for name, block in blocks.items()
+        }
+    calls = count_macs(model, example_of(model, inputs), forward).calls
+    check_reached(blocks, {module for _, module in calls})
+
+    def count(caller: nn.Module | None, module: nn.Module) -> int:
+        if caller is not None:
+            return calls[caller, module]
+        return sum(macs for (_, called), macs in calls.items() if called is module)
+
+    return {name: _cost_of(model, name, block, count, cost) for name, block in blocks.items()}
 
 
 def total_cost(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> int:
@@ -161,8 +195,12 @@ def _check_cost(cost: str) -> None:
         raise ValueError(f"cost: expected one of {', '.join(COSTS)}, got {cost!r}")
 
 
-def _cost_of(block: ResidualBlock, count: Callable[[nn.Module, nn.Module], int], cost: str) -> Tensor:
-    """MACs or parameters that a block's gate (channel) switches; `count` tells those of a child by (block, child)."""
+def _cost_of(
+    model: nn.Module, gate: str, block: Gated, count: Callable[[nn.Module | None, nn.Module], int], cost: str
+) -> Tensor:
+    """MACs or parameters that a gate (channel) switches; `count`: those of a module by who runs it (None: anyone)."""
+    if isinstance(block, GatedModule):
+        return _cost_of_module(model, gate, block, lambda module: count(None, module), cost)
 
     def of(name: str) -> int:
         return count(block, getattr(block, name))
@@ -180,9 +218,24 @@ def _cost_of(block: ResidualBlock, count: Callable[[nn.Module, nn.Module], int],
     return torch.full((_gates(block),), per_channel)
 
 
+def _cost_of_module(
+    model: nn.Module, gate: str, place: GatedModule, count: Callable[[nn.Module], int], cost: str
+) -> Tensor:
+    owner = owner_of(model, gate, place)
+    if isinstance(place.gated, Closed):
+        skipped = [getattr(place, child) for child in place.gated.skip or ()]
+        gone = sum(count(owner.get_submodule(part)) for part in place.gated.gone)
+        return torch.tensor([gone - sum(map(count, skipped))])
+    each = 0
+    for part, role in place.gated.parts:
+        module = owner.get_submodule(part)
+        each += place.gated.group * share_of_channel(module, role, count(module), cost == "params")
+    return torch.full((_gates(place),), each)
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _gates(block: ResidualBlock) -> int:
-    return block.gate.gates  # type: ignore[union-attr]
+def _gates(block: Gated) -> int:
+    return block.own_gate.gates  # type: ignore[union-attr]

@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastgate.gates import LayerGate, named_gates
-from fastgate.models.block import ResidualBlock, gated_blocks
+from fastgate.gates import Gate, LayerGate, named_gates
+from fastgate.models.block import Gated, ResidualBlock, gated_blocks
+from fastgate.models.gated import owner_of
 from fastgate.models.hooks import copy_network
 from fastgate.modes import eval_mode
 from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.probe import check_reached, example_of, open_for_probing
-from fastgate.values import Forward, call, tensors_in
+from fastgate.values import Forward, call, tensors_in, to_device_of
 
 # rounds for differences between blocks: 100 of a block of ResNet-20 take 0.1 s
 _BLOCK_ROUNDS = 100
@@ -81,41 +82,55 @@ def block_latencies(model: nn.Module, inputs: Any, forward: Forward | None = Non
         ValueError: a gated block that these inputs do not reach.
     """
     blocks = gated_blocks(model)
-    entering: dict[ResidualBlock, Tensor] = {}
+    owners = {name: _owner(model, name, block) for name, block in blocks.items()}
+    entering: dict[nn.Module, tuple[Any, Any]] = {}
 
-    def note(block: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # cloned: a block may begin with an in-place module
-        entering.setdefault(cast(ResidualBlock, block), args[0].clone())
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # copied: a block may begin with an in-place module
+        entering.setdefault(block, to_device_of(block, (args, kwargs), copied=True))
 
     with ExitStack() as hooks:
-        for block in blocks.values():
-            hooks.callback(block.register_forward_pre_hook(note).remove)
+        for owner in set(owners.values()):
+            hooks.callback(owner.register_forward_pre_hook(note, with_kwargs=True).remove)
         with open_for_probing(model):
             call(model, example_of(model, inputs), forward)
-    check_reached(blocks, entering)
+    check_reached(owners, entering)
     known: dict[str, int] = {}
-    for block in blocks.values():
-        kind = f"{block} {list(entering[block].shape)}"
+    found = []
+    for name, block in blocks.items():
+        owner = owners[name]
+        args, kwargs = entering[owner]
+        gates = cast(Gate, block.own_gate).gates
+        within = "gate" if isinstance(block, ResidualBlock) else f"{block.gated.within}.{block.gated.child}".strip(".")
+        kind = f"{within} of {owner} {[list(tensor.shape) for tensor in tensors_in((args, kwargs))]}"
         if kind not in known:
-            gates = block.gate.gates  # type: ignore[union-attr]
-            gone = 1 if isinstance(block.gate, LayerGate) else max(gates // 2, 1)
-            versions = {"open": _cut_copy(block, 0), "cut": _cut_copy(block, gone)}
-            seconds = measure_latency(versions, entering[block], rounds=_BLOCK_ROUNDS)
+            gone = 1 if isinstance(block.own_gate, LayerGate) else max(gates // 2, 1)
+            versions = {"open": _cut_copy(owner, {}), "cut": _cut_copy(owner, {within: gone})}
+            seconds = measure_latency(versions, (args, kwargs), _call_as_seen, rounds=_BLOCK_ROUNDS)
             known[kind] = max(round((seconds["open"] - seconds["cut"]) / gone * 1e9), 1)
-    return [known[f"{block} {list(entering[block].shape)}"] for block in blocks.values()]
+        found.append(known[kind])
+    return found
+
+
+def _call_as_seen(module: nn.Module, inputs: tuple[Any, Any]) -> Any:
+    return module(*inputs[0], **inputs[1])
+
+
+def _owner(model: nn.Module, name: str, block: Gated) -> nn.Module:
+    return block if isinstance(block, ResidualBlock) else owner_of(model, name, block)
 
 
 def open_latency(model: nn.Module, inputs: Any, forward: Forward | None = None) -> int:
     """Nanoseconds that the inputs (or one image) take through the network without gates."""
-    plain = _cut_copy(model, 0)
+    plain = _cut_copy(model, {})
     return round(measure_latency({"open": plain}, example_of(plain, inputs), forward)["open"] * 1e9)
 
 
-def _cut_copy(model: nn.Module, closed: int) -> nn.Module:
-    """A copy without gates, and without the first `closed` channels of each (1: without the branch of a layer gate)."""
+def _cut_copy(model: nn.Module, closed: Mapping[str, int]) -> nn.Module:
+    """A copy without gates, and without the first so many channels of these gates (1: the branch of a layer gate)."""
     copied = copy_network(model)
-    for _, gate in named_gates(copied):
-        gate.freeze(torch.arange(gate.gates) >= closed)
+    for name, gate in named_gates(copied):
+        gate.freeze(torch.arange(gate.gates) >= closed.get(name, 0))
     return cut_frozen(copied)
 
 

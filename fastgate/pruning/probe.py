@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgate.gates import named_gates
-from fastgate.models.block import ResidualBlock
+from fastgate.models.block import Gated
 from fastgate.modes import eval_mode
 from fastgate.values import to_device_of
 
@@ -35,25 +35,25 @@ def example_of(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def open_for_probing(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients and without the gates of residual blocks: every branch runs, as a plain one.
+    """Eval mode without gradients and without the gates that `attach` placed: every branch runs, as a plain one.
 
     Gates elsewhere run as they are, and keep the logits and decisions that they had. Modes and gates are restored.
     """
     last = {gate: (gate.logits, gate.decisions) for _, gate in named_gates(model)}
-    gates = {module: module.gate for module in model.modules() if isinstance(module, ResidualBlock)}
+    gates = {module: module.own_gate for module in model.modules() if isinstance(module, Gated)}
     try:
         with torch.no_grad(), eval_mode(model):
             for block in gates:
-                block.gate = None
+                block.set_gate(None)
             yield
     finally:
         for block, gate in gates.items():
-            block.gate = gate
+            block.set_gate(gate)
         for gate, (logits, decisions) in last.items():
             gate.logits, gate.decisions = logits, decisions
 
 
-def check_reached(blocks: Mapping[str, ResidualBlock], reached: Container[nn.Module]) -> None:
+def check_reached(blocks: Mapping[str, nn.Module], reached: Container[nn.Module]) -> None:
     """Raise `ValueError` where a gate's block did not run: what it costs is then unknown, and not nothing."""
     if missed := [name for name, block in blocks.items() if block not in reached]:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules import module as module_globals
 
-from fastgate.models.block import ResidualBlock
+from fastgate.models.block import Gated, ResidualBlock
 from fastgate.models.hooks import copy_network, is_own
 
 # what makes any input non-negative
@@ -41,10 +41,10 @@ _IN_PLACE = ("inplace", "out")
 
 
 class _Tracer(fx.Tracer):
-    """Sees through every module but those of `torch.nn` and residual blocks."""
+    """Sees through every module but those of `torch.nn` and those with gates, and residual blocks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ResidualBlock) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Gated) or super().is_leaf_module(m, module_qualified_name)
 
 
 def given_nonnegative(model: nn.Module) -> set[str]:

@@ -1,0 +1,260 @@
+"""What a channel gate inside a block cuts: found by following channels through a recorded run, and tried out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.gates import ChannelGate
+from fastgate.models.cuts import check_cut, is_conv, is_group_norm, is_norm, runs_as
+from fastgate.models.cutting import cut_parts
+from fastgate.models.gated import Cut, put_gate
+from fastgate.models.hooks import copy_network
+from fastgate.models.probing import Probe, run_probe, same_random_numbers
+from fastgate.models.recording import Recording, Step, Value, replace
+from fastgate.models.residual import record_probe
+
+# relative to the largest value: sums of fewer terms are rounded in other places; a wrong cut is off by its order
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class FoundCut:
+    """A place for a channel gate.
+
+    Attributes:
+        name: the module in the block whose input it gates.
+        cut: what it cuts.
+        width: channels of that input.
+    """
+
+    name: str
+    cut: Cut
+    width: int
+
+
+class _CannotCutError(ValueError):
+    """Why a cut is not possible."""
+
+
+def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tuple[list[FoundCut], str]:
+    """Where the hidden channels of a block can be gated: the last place of each of its sums; and why others cannot.
+
+    Hidden channels are what one convolution or linear layer (all of whose outputs depend on all inputs) computes and a
+    later one adds up, with nothing between that mixes them: batch norms, elementwise operations, depthwise and grouped
+    convolutions, group norms (the last two by whole groups), squeeze-and-excitation.
+
+    Args:
+        block: a copy that may run.
+        probe: arguments on which it runs.
+        shared: names of modules that stand at other places of the network too: they are not cut.
+        sums: how many residual sums it has.
+    """
+    try:
+        recording = record_probe(block, probe, False, is_leaf=_is_whole)
+    except ValueError as error:
+        return [], str(error)
+    modules = dict(block.named_modules())
+    possible: list[FoundCut] = []
+    reasons: list[str] = []
+    for step in reversed(recording.steps):
+        if step.name is None or not _is_dense(modules[step.name]):
+            continue
+        try:
+            cut = _follow(recording, step, modules)
+            if repeated := {name for name, _ in cut.cut.parts} & shared:
+                raise _CannotCutError(f"{min(repeated)!r} stands at another place of the network too")
+            _try_out(block, probe, cut)
+        except _CannotCutError as error:
+            reasons.append(str(error))
+            continue
+        possible.append(cut)
+    sizes = [_size(cut, modules) for cut in possible]
+    found: list[FoundCut] = []
+    for cut, size in zip(possible, sizes, strict=True):
+        parts = {name for name, _ in cut.cut.parts}
+        # the hidden channels of a squeeze-and-excitation are not those of the block
+        if len(found) < max(sums, 1) and 4 * size >= max(sizes) and not any(parts & _names(other) for other in found):
+            found.append(cut)
+    # why not at the last place, which is the one that was asked for
+    reasons.append("it has no two convolutions or linear layers one after the other")
+    return found[::-1], "" if found else reasons[0]
+
+
+def _names(cut: FoundCut) -> set[str]:
+    return {name for name, _ in cut.cut.parts}
+
+
+def _size(cut: FoundCut, modules: dict[str, nn.Module]) -> int:
+    """Parameters of the modules that a cut makes smaller."""
+    return sum(parameter.numel() for name, _ in cut.cut.parts for parameter in modules[name].parameters())
+
+
+def _is_whole(module: nn.Module) -> bool:
+    return not module._modules or is_norm(module) or is_group_norm(module) or isinstance(module, nn.MultiheadAttention)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """A layer each of whose outputs depends on every input channel."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+
+
+def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module]) -> FoundCut:
+    """The cut on the channels that a layer adds up: with all values that hold them, and all that make or read these."""
+    start = consumer.inputs[0]
+    dim = 1 if isinstance(modules[str(consumer.name)], nn.Conv2d) else -1
+    width = start.shape[dim]
+    held: list[Value] = [start]
+    roles: dict[str, str] = {}
+    groups = 1
+
+    def add(value: Value) -> None:
+        if value not in held:
+            held.append(value)
+
+    def give(step: Step, role: str) -> None:
+        name = str(step.name)
+        if roles.setdefault(name, role) != role:
+            raise _CannotCutError(f"{name!r} both makes and reads the channels")
+        try:
+            if not (is_group_norm(modules[name]) or runs_as(modules[name], nn.Linear)):
+                check_cut(name, modules[name])
+        except ValueError as error:
+            raise _CannotCutError(str(error)) from error
+
+    for value in held:
+        step = value.maker
+        if step is None or value in recording.outputs:
+            raise _CannotCutError("the channels are those of its input or its result")
+        if step.name is not None and _is_dense(modules[step.name]):
+            give(step, "out")
+        else:
+            for other in _carried(step, value, dim, width, modules):
+                add(other)
+        for reader in value.readers:
+            if reader.name is not None and _is_dense(modules[reader.name]):
+                if (1 if isinstance(modules[reader.name], nn.Conv2d) else -1) != dim:
+                    raise _CannotCutError(f"{reader.name!r} reads the channels as something else")
+                give(reader, "in")
+                continue
+            for other in _carried(reader, value, dim, width, modules):
+                add(other)
+    for step in {step for value in held for step in (value.maker, *value.readers) if step is not None}:
+        module = modules[step.name] if step.name is not None else None
+        if module is None or _is_dense(module) or not (module._parameters or module._buffers):
+            continue
+        give(step, "each")
+        groups = math.lcm(groups, _group_size(module))
+    if width % groups or width == groups:
+        raise _CannotCutError(f"its {width} channels cannot be cut in groups of {groups}")
+    if "out" not in roles.values():
+        raise _CannotCutError("nothing in the block makes the channels")
+    parts = tuple((name, roles[name]) for name in sorted(roles))
+    readers = [step for step in recording.steps if step.name is not None and roles.get(step.name) == "in"]
+    name = _place(recording, held, readers)
+    return FoundCut(name, Cut(parts, name, groups, dim), width)
+
+
+def _group_size(module: nn.Module) -> int:
+    """Channels that a module treats together."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups
+    return module.in_channels // module.groups if isinstance(module, nn.Conv2d) else 1
+
+
+def _carried(step: Step, value: Value, dim: int, width: int, modules: dict[str, nn.Module]) -> list[Value]:
+    """The other values of a step that hold the same channels one by one, where it treats each channel by itself."""
+    held = [v for v in (*step.inputs, *step.outputs) if len(v.shape) == len(value.shape) and v.shape[dim] == width]
+    what = step.name or getattr(step.function, "__name__", "an operation")
+    if set(step.outputs) - set(held) or not set(step.inputs) & set(held):
+        raise _CannotCutError(f"{what!r} between the layers changes the channels")
+    module = modules[step.name] if step.name is not None else None
+    if module is not None and (module._parameters or module._buffers):
+        grouped = isinstance(module, nn.Conv2d) and is_conv(module) and module.in_channels == module.out_channels
+        normed = (is_norm(module) or is_group_norm(module)) and dim == 1
+        if not (grouped or normed):
+            raise _CannotCutError(f"{type(module).__name__} {what!r} between the layers cannot be cut")
+    elif not _acts_on_each(step, set(held), dim, width, module):
+        raise _CannotCutError(f"{what!r} between the layers mixes the channels")
+    return held
+
+
+def _acts_on_each(step: Step, held: set[Value], dim: int, width: int, module: nn.Module | None) -> bool:
+    """Whether the step of some of the channels is some of the step of the channels, tried on random numbers."""
+    generator = torch.Generator("cpu").manual_seed(2)
+    kept = torch.randperm(width, generator=generator)[: max(width // 2, 1)].sort().values
+    given = {v: torch.randn(v.shape, generator=generator).to(v.tensor) for v in step.inputs if v in held}
+    run: Callable[..., Any] = module if module is not None else step.function  # type: ignore[assignment]
+
+    def compute(change: Callable[[Tensor], Tensor]) -> Tensor | None:
+        def fill(leaf: Any) -> Any:
+            if not isinstance(leaf, Value):
+                return leaf
+            return change(given[leaf]) if leaf in given else leaf.tensor
+
+        with torch.no_grad(), same_random_numbers(step.outputs[0].tensor.device):
+            result = run(*replace(step.args, fill), **replace(step.kwargs, fill))
+        return result if isinstance(result, Tensor) else None
+
+    try:
+        whole = compute(lambda tensor: tensor.clone())
+        some = compute(lambda tensor: tensor.index_select(dim, kept.to(tensor.device)))
+    except Exception:  # a size written into it
+        return False
+    if whole is None or some is None:
+        return False
+    return torch.allclose(whole.index_select(dim, kept.to(whole.device)), some, rtol=1e-5, atol=1e-6)
+
+
+def _place(recording: Recording, held: list[Value], readers: list[Step]) -> str:
+    """The module whose input is gated, so that all that read the channels see them gated: the last such one."""
+    for value in sorted(held, key=lambda v: -(v.maker.number if v.maker is not None else -1)):
+        if not all(value in _sources(step.inputs[0], held) for step in readers):
+            continue
+        for name, first in sorted(recording.entered, key=lambda e: -e[0].count(".")):
+            if first is value and all(_is_within(reader, name) for reader in value.readers):
+                return name
+    raise _CannotCutError("no module takes the channels before all that read them")
+
+
+def _sources(value: Value, held: list[Value]) -> set[Value]:
+    """The values whose channels this one's were made of, itself included."""
+    found, pending = {value}, [value]
+    while pending:
+        maker = pending.pop().maker
+        new = {v for v in maker.inputs if v in held and v not in found} if maker is not None else set()
+        found |= new
+        pending += new
+    return found
+
+
+def _is_within(step: Step, name: str) -> bool:
+    place = step.name if step.name is not None else step.scope
+    return place == name or place.startswith(f"{name}.")
+
+
+def _try_out(block: nn.Module, probe: Probe, found: FoundCut) -> None:
+    """Gate a copy and cut another one: they must compute the same."""
+    generator = torch.Generator("cpu").manual_seed(3)
+    opened = torch.rand(found.width // found.cut.group, generator=generator) < 0.5
+    opened[0] = True
+    gated, small = copy_network(block), copy_network(block)
+    like = next(block.parameters())
+    with same_random_numbers(like.device):
+        gate = ChannelGate(found.width, len(opened)).to(like)
+    gate.freeze(opened)
+    put_gate(gated.get_submodule(found.name), gate, found.cut)
+    try:
+        cut_parts(small, found.cut.parts, opened.repeat_interleave(found.cut.group).nonzero().flatten())
+        with torch.no_grad():
+            wanted, got = (run_probe(each, probe, False)["its result"] for each in (gated, small))
+    except Exception as error:
+        raise _CannotCutError(f"without some channels it raises ({error})") from error
+    if wanted is None or got is None or wanted.shape != got.shape:
+        raise _CannotCutError("without some channels its result has another size")
+    scale = float(wanted.abs().max())
+    if not float((wanted - got).abs().max()) <= _TOLERANCE * scale:
+        raise _CannotCutError("without some channels it computes something else than with these at zero")

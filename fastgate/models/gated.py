@@ -1,0 +1,275 @@
+"""Gates on modules that keep their own forward: on what a module returns, or on the channels of what it is given.
+
+The module stays the same object with its tensors, children and hooks under their names; its class becomes one derived
+from its own, and it gets a child `gate`. When the gate leaves it is of its own class again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgate.gates import Gate
+from fastgate.ops.dispatch import transforms_active
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What a module computes where its layer gate is closed.
+
+    Attributes:
+        skip: names of its children that run one after the other instead, none for its input itself; None for zeros.
+        within: its name in the block whose residual sum it feeds, "" where it is the block.
+        gone: names in that block of the modules that a closed gate leaves without use, its own among them.
+        others: how many results it has beside the first one; None for a module that returns a tensor.
+        channels: the dimension of its input that holds the channels, 1 or -1.
+        child: name under which it holds its gate.
+    """
+
+    skip: tuple[str, ...] | None
+    within: str = ""
+    gone: tuple[str, ...] = ("",)
+    others: int | None = None
+    channels: int = 1
+    child: str = "gate"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What the channel gate on a module's input cuts.
+
+    Attributes:
+        parts: (name in the block, role) of every module that loses channels: "out": features that it computes, "in":
+            features that it adds up, "each": features that it treats one by one or in groups.
+        within: the gated module's name in the block.
+        group: channels that one decision opens or closes.
+        channels: the dimension of the input that holds the channels, 1 or -1.
+        child: name under which it holds its gate.
+    """
+
+    parts: tuple[tuple[str, str], ...]
+    within: str = ""
+    group: int = 1
+    channels: int = 1
+    child: str = "gate"
+
+
+class GatedModule(nn.Module):
+    """What :func:`put_gate` mixes into a module's class."""
+
+    ungated: type[nn.Module]
+    gated: Closed | Cut
+
+    @property
+    def own_gate(self) -> Gate | None:
+        """The gate, None for a while (:mod:`fastgate.pruning.probe`)."""
+        return self._modules[self.gated.child]  # type: ignore[return-value]
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Take the gate out for a while, or put it back."""
+        self._modules[self.gated.child] = gate
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with the gate's decisions for its first argument."""
+        gate = self.own_gate
+        if gate is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        x = args[0] if args else next(iter(kwargs.values()))
+        features = as_features(x, self.gated.channels)
+        if isinstance(self.gated, Cut):
+            decisions = gate(features)
+            if not gate.known_all_open:
+                gated = x * _channel_mask(decisions, x, self.gated)
+                args, kwargs = ((gated, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): gated})
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        decisions = gate(features)
+        if gate.known_all_open:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        closed = None if self.gated.skip is None else self._run_skip(x)
+        if closed is not None and _all_closed(decisions) and not any(map(has_gates, self._others())):
+            return closed
+        result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        y, *rest = result if isinstance(result, tuple) else (result,)
+        y = _pick(y, closed, decisions)
+        return (y, *rest) if isinstance(result, tuple) else y
+
+    def _others(self) -> Iterator[nn.Module]:
+        """Its children, without the gate."""
+        return (part for name, part in self._modules.items() if part is not None and name != self.gated.child)
+
+    def _run_skip(self, x: Tensor) -> Tensor:
+        skip = self.gated.skip or ()  # type: ignore[union-attr]
+        for i, name in enumerate(skip):
+            module = getattr(self, name)
+            # the input goes on to the module's own forward
+            x = module(x.clone() if i == 0 and getattr(module, "inplace", False) else x)
+        return x
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made anew for a copy or a pickle."""
+        return _restore, (self.ungated,), self.__getstate__()
+
+
+class _GatedSequential(GatedModule):
+    """Its gate is none of the modules that run one after the other."""
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        return (module for name, module in self._modules.items() if name != self.gated.child)
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1
+
+
+_classes: dict[type[nn.Module], type[GatedModule]] = {}
+
+
+def has_gates(module: nn.Module) -> bool:
+    """Whether there are gates in a module that keeps its own forward."""
+    return any(isinstance(part, GatedModule) for part in module.modules())
+
+
+def gated_class(cls: type[nn.Module]) -> type[GatedModule]:
+    """The class of a module of this class with a gate."""
+    if cls not in _classes:
+        names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "ungated": cls}
+        base = _GatedSequential if issubclass(cls, nn.Sequential) else GatedModule
+        _classes[cls] = type(f"Gated{cls.__name__}", (base, cls), names)
+    return _classes[cls]
+
+
+def _restore(cls: type[nn.Module]) -> GatedModule:
+    made = gated_class(cls)
+    return made.__new__(made)
+
+
+def put_gate(module: nn.Module, gate: Gate, gated: Closed | Cut) -> None:
+    """Gate a module, in place."""
+    child = "gate"
+    while hasattr(module, child):  # it may have something of that name itself
+        child += "_"
+    module.__class__ = gated_class(type(module))
+    module.add_module(child, gate)
+    module.gated = replace(gated, child=child)  # type: ignore[assignment]
+
+
+def take_gate(module: GatedModule) -> None:
+    """Make it the plain module again that it was, in place."""
+    del module._modules[module.gated.child]
+    del module.__dict__["gated"]
+    module.__class__ = module.ungated
+
+
+@contextmanager
+def without_gate(module: nn.Module) -> Iterator[None]:
+    """The module as it is without its gate, for a look at it."""
+    if not isinstance(module, GatedModule):
+        yield
+        return
+    cls, child = type(module), module.gated.child
+    gate = module._modules.pop(child)
+    try:
+        module.__class__ = module.ungated
+        yield
+    finally:
+        module.__class__ = cls
+        module._modules[child] = gate
+
+
+def owner_of(model: nn.Module, gate_name: str, module: GatedModule) -> nn.Module:
+    """The block that the names in a gated module's description are of, by the name of its gate."""
+    path, within = gate_name.rpartition(".")[0], module.gated.within
+    return model.get_submodule(path[: len(path) - len(within)].rstrip(".") if within else path)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without its gate."""
+    return module.ungated if isinstance(module, GatedModule) else type(module)
+
+
+def zero_first(result: Any) -> Any:
+    """A module's result with zeros in place of its first tensor."""
+    if isinstance(result, tuple):
+        return (torch.zeros_like(result[0]), *result[1:])
+    return torch.zeros_like(result)
+
+
+class Zeros(nn.Module):
+    """What is left of a module in a residual branch when its gate is closed: zeros like its input.
+
+    Args:
+        others: how many further results it has, which become None; None for a module that returns a tensor.
+    """
+
+    def __init__(self, others: int | None = None) -> None:
+        super().__init__()
+        self.others = others
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        """Zeros of x's sizes."""
+        zeros = torch.zeros_like(x)
+        return zeros if self.others is None else (zeros, *[None] * self.others)
+
+
+def as_features(x: Tensor, channels: int) -> Tensor:
+    """Any features as `[N, C, H, W]`, for a gate.
+
+    Args:
+        x: `[N, C]`, or with any further dimensions, that of the channels being `channels` (1 or -1).
+        channels: 1 for `[N, C, ...]`, -1 for `[N, ..., C]`.
+    """
+    if channels == -1 and x.dim() > 2:
+        return x.flatten(1, -2).transpose(1, 2).unsqueeze(-1)
+    if x.dim() == 4:
+        return x
+    return x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]
+
+
+def _channel_mask(decisions: Tensor, x: Tensor, cut: Cut) -> Tensor:
+    mask = decisions.flatten(1)
+    if cut.group > 1:
+        mask = mask.repeat_interleave(cut.group, 1)
+    ones = [1] * (x.dim() - 2)
+    return mask.reshape(-1, *ones, mask.shape[1]) if cut.channels == -1 else mask.reshape(*mask.shape, *ones)
+
+
+def _all_closed(decisions: Tensor) -> bool:
+    """Whether nothing is open, where that can be asked without waiting for a device and matters to nobody else."""
+    return not (
+        decisions.requires_grad
+        or decisions.device.type != "cpu"
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+        or transforms_active()
+    ) and not bool((decisions != 0).any())
+
+
+def _pick(y: Tensor, closed: Tensor | None, decisions: Tensor) -> Tensor:
+    """y where the decisions are 1, `closed` (None: zero) where they are 0, nan where they are; `[N, 1, 1, 1]`."""
+    gate = decisions.reshape(-1, *[1] * (y.dim() - 1))
+    if closed is None:
+        closed = y.new_zeros(())
+    if transforms_active():
+        return closed + gate * (y - closed)
+    return _Pick.apply(y, closed.to(y.dtype), gate)  # type: ignore[no-any-return]
+
+
+class _Pick(torch.autograd.Function):
+    """y or closed, exact to the bit, with the gradient of `closed + gate * (y - closed)`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, closed: Tensor, gate: Tensor) -> Tensor:
+        """Gate `[N, 1, ...]`; closed of y's shape or a single zero."""
+        ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, closed, gate)
+        return torch.where(gate == 0, closed, torch.where(gate == 1, y, gate.to(y.dtype)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y, closed and gate."""
+        y, closed, gate = ctx.saved_tensors
+        dy = grads[0]
+        dclosed = dy * (1 - gate) if ctx.needs_input_grad[1] else None
+        dgate = None if y is None else (dy * (y - closed)).flatten(1).sum(1).reshape(gate.shape).to(gate.dtype)
+        return dy * gate, dclosed, dgate
