@@ -95,5 +95,6 @@ def empty_parts(block: nn.Module, parts: Iterable[tuple[str, str]]) -> None:
     """Let those that add up the cut channels add up nothing: for a cut of which no channel would be left."""
     for name, role in parts:
         if role == "in":
-            weight = block.get_submodule(name).weight
-            block.get_submodule(name).weight = nn.Parameter(torch.zeros_like(weight), weight.requires_grad)
+            module = block.get_submodule(name)
+            weight = module.get_parameter("weight")
+            module.weight = nn.Parameter(torch.zeros_like(weight), weight.requires_grad)

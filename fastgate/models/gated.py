@@ -76,7 +76,7 @@ class GatedModule(nn.Module):
         """The module's own forward, with the gate's decisions for its first argument."""
         gate = self.own_gate
         if gate is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         features = as_features(x, self.gated.channels)
         if isinstance(self.gated, Cut):
@@ -84,14 +84,14 @@ class GatedModule(nn.Module):
             if not gate.known_all_open:
                 gated = x * _channel_mask(decisions, x, self.gated)
                 args, kwargs = ((gated, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): gated})
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         decisions = gate(features)
         if gate.known_all_open:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         closed = None if self.gated.skip is None else self._run_skip(x)
         if closed is not None and _all_closed(decisions) and not any(map(has_gates, self._others())):
             return closed
-        result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        result = super().forward(*args, **kwargs)
         y, *rest = result if isinstance(result, tuple) else (result,)
         y = _pick(y, closed, decisions)
         return (y, *rest) if isinstance(result, tuple) else y
@@ -159,7 +159,7 @@ def take_gate(module: GatedModule) -> None:
     """Make it the plain module again that it was, in place."""
     del module._modules[module.gated.child]
     del module.__dict__["gated"]
-    module.__class__ = module.ungated
+    module.__class__ = module.ungated  # type: ignore[assignment]
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def without_gate(module: nn.Module) -> Iterator[None]:
     cls, child = type(module), module.gated.child
     gate = module._modules.pop(child)
     try:
-        module.__class__ = module.ungated
+        module.__class__ = module.ungated  # type: ignore[assignment]
         yield
     finally:
         module.__class__ = cls
@@ -253,7 +253,7 @@ def _pick(y: Tensor, closed: Tensor | None, decisions: Tensor) -> Tensor:
         closed = y.new_zeros(())
     if transforms_active():
         return closed + gate * (y - closed)
-    return _Pick.apply(y, closed.to(y.dtype), gate)  # type: ignore[no-any-return]
+    return _Pick.apply(y, closed.to(y.dtype), gate)
 
 
 class _Pick(torch.autograd.Function):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,14 +184,14 @@ def find_blocks(
         inside = [other for other in found if _is_inside(other, name)]
         if len(inside) > 1:
             continue
-        block = read(candidates[name], lambda name=name: capture(name))
+        block = read(candidates[name], partial(capture, name))
         if block is not None:
             found = {other: b for other, b in found.items() if other not in inside} | {name: block}
     if plain:  # those of the same classes that have no shortcut
         kinds = {type(block.module) for block in found.values()}
         for name, module in candidates.items():
             near = any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in found)
-            probe = read.probe(module, lambda name=name: capture(name)) if type(module) in kinds and not near else None
+            probe = read.probe(module, partial(capture, name)) if type(module) in kinds and not near else None
             if probe is not None:
                 found[name] = FoundBlock(module, probe, None, {}, {}, {}, "it has no shortcut", 0, False, 0)
     return {name: found[name] for name in candidates if name in found}
@@ -253,12 +254,12 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
     """What a block computes on such arguments, None for one without a residual sum or that cannot be run alone."""
     copied = probe_copy(block)
     try:
-        runs = [find_residual(copied, probe, training) for training in (False, True)]
+        evaluated, trained = (find_residual(copied, probe, training) for training in (False, True))
     except Exception:  # it cannot be run alone, or not in training mode
         return None
-    evaluated, trained = runs
     if evaluated is None or trained is None or _signature(evaluated) != _signature(trained):
         return None
+    runs = [evaluated, trained]
     shape = trained.origin.shape
     channels = channels_of(copied, shape)
     layout = _as_chain(block, trained) if channels == 1 and len(shape) == 4 else None

@@ -99,7 +99,8 @@ def find_residual(block: nn.Module, probe: Probe, training: bool) -> Residual | 
     if not recording.outputs or not recording.inputs:
         return None
     origin = recording.inputs[0]
-    value, tail = recording.outputs[0], []
+    value = recording.outputs[0]
+    tail: list[Step] = []
     while value.maker is not None and not value.maker.is_sum:
         if len(value.maker.inputs) != 1 or value is origin:
             return None

@@ -276,7 +276,7 @@ def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.M
         module.add_module(key, None if child is None else _build(child, own))
     if "gated" in description:
         module.__class__ = gated_class(cls)
-        module.gated = _decode_gated(description["gated"])  # type: ignore[assignment]
+        module.gated = _decode_gated(description["gated"])
     return module
 
 

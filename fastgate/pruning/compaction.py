@@ -232,7 +232,7 @@ def _as_one(kept: list[tuple[str, nn.Module]], block: nn.Module) -> nn.Module:
     """These modules, one after the other, in place of the block."""
     for _, module in kept:
         if getattr(module, "inplace", False) is True:
-            module.inplace = False  # its input is no longer a fresh sum but another module's output
+            module.inplace = False  # type: ignore[assignment]  # its input is no longer a fresh sum but another module's output
     rest = nn.Sequential(OrderedDict(kept)) if kept else nn.Identity()
     rest.training = block.training
     return rest
