@@ -15,12 +15,13 @@ import typer
 import fastgate
 from fastgate import processes
 from fastgate.env import describe_environment
-from fastgate.files import write_atomically
+from fastgate.files import NotWritten, write_atomically
 from fastgate.gates import named_gates
 from fastgate.ops import choices
 from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
+from fastgate.streams import outlive_readers
 from fastgate.training import distributed
 from fastgate.training.distributed import resolve_device
 from fastgate.training.presets import PRESETS, get_preset
@@ -367,6 +368,7 @@ def main() -> Any:
     from fastgate.pruning.equality import NotEqual
     from fastgate.training.trainer import NonFiniteLoss
 
+    outlive_readers()
     try:
         with distributed.joined():
             return app()
@@ -374,4 +376,5 @@ def main() -> Any:
         if os.environ.get("FASTGATE_TRACEBACK") == "1":
             raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2 if isinstance(error, ValueError | TypeError | OSError) else 1)
+        asked_wrong = isinstance(error, ValueError | TypeError | OSError) and not isinstance(error, NotWritten)
+        sys.exit(2 if asked_wrong else 1)

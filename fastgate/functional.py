@@ -94,6 +94,8 @@ def gate_head(
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}; convert the images first")
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    if pixels == 0 and pooled is None:
+        raise ValueError(f"x: expected maps of a pixel or more, got {list(x.shape)}; their means are not defined")
     if fc1_weight.dim() != 2 or fc1_weight.shape[1] not in (channels, channels * pixels):
         raise ValueError(
             f"fc1_weight: expected [hidden, {channels}] (pooled) or [hidden, {channels * pixels}] (flattened) for x of "
@@ -154,7 +156,7 @@ def gate_head(
     def choose() -> str:
         return choices.choose(HeadCall.of(source, means, fc1_weight, fc2_weight, training), source, fc1_weight)
 
-    if resolve_impl(impl, "gate_head", obstacle, choose) == "triton":
+    if resolve_impl(_unless_empty(impl, source), "gate_head", obstacle, choose) == "triton":
         source = source if pooled is None else pooled.contiguous()
         decisions, logits = GateHead.apply(source, means, *parameters, *options)
         return decisions, logits
@@ -217,10 +219,10 @@ def gated_residual(
         raise ValueError(
             f"gate: expected [{n}], [{n}, 1, 1, 1], [{n}, {c}] or [{n}, {c}, 1, 1], got {list(gate.shape)}"
         )
-    flat = gate.reshape(n) if gate.numel() == n else gate.reshape(n, c)
+    flat = gate.reshape(n) if gate.dim() == 1 or gate.size(1) == 1 else gate.reshape(n, c)
     arguments = (shortcut, branch, flat, relu, return_pooled)
     fused = resolve_impl(
-        impl,
+        _unless_empty(impl, shortcut),
         "gated_residual",
         lambda: gated_residual_obstacle(shortcut, branch, flat),
         lambda: choices.choose(ResidualCall.of(*arguments), shortcut, branch, flat),
@@ -289,7 +291,8 @@ def gated_conv2d(
         )
     ins = _gate_rows("in_gate", in_gate, x, x.shape[1])
     outs = _gate_rows("out_gate", out_gate, x, weight.shape[0])
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as F.conv2d does
+    autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype != torch.float64:  # as F.conv2d does
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype:
@@ -299,7 +302,7 @@ def gated_conv2d(
     def obstacle() -> str | None:
         return gated_conv2d_obstacle(x, weight, ins, outs)
 
-    ways = resolve_impl(impl, "gated_conv2d", obstacle, lambda: choose_ways(*arguments))
+    ways = resolve_impl(_unless_empty(impl, x, weight), "gated_conv2d", obstacle, lambda: choose_ways(*arguments))
     if ways == "triton":
         ways = Ways("triton", "triton", "triton")
     if isinstance(ways, Ways) and "triton" in ways:
@@ -307,6 +310,12 @@ def gated_conv2d(
         return y
     gathers = requested_impl(impl)[0] == "auto" and worth_gathering(x, weight, ins, outs, stride)
     return (gated_conv2d_gathered if gathers else gated_conv2d_torch)(*arguments)
+
+
+def _unless_empty(impl: str, *tensors: Tensor) -> str:
+    """What is asked for, where there is anything to compute: no kernel can be launched for nothing."""
+    requested_impl(impl)
+    return impl if all(tensor.numel() for tensor in tensors) else "torch"
 
 
 def _gate_rows(name: str, gate: Tensor | None, x: Tensor, channels: int) -> Tensor | None:

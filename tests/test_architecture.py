@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # a module uses modules of its own floor and of those below
 FLOORS = {
+    "digests": 0,
     "files": 0,
+    "streams": 0,
     "modes": 0,
     "values": 0,
     "processes": 0,

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,19 +133,28 @@ def test_bad_files_are_one_line_too(run: Path, live: Path, tmp_path: Path) -> No
     half.write_bytes((run / "checkpoint.pt").read_bytes()[:5000])
     (tmp_path / "cut.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:300])
     other = tmp_path / "other.json"
-    fg.Decisions.from_json(live / "decisions.json").to_json(other)
-    other.write_text(other.read_text().replace("layer1.0", "layer1.7"))
+    decisions = fg.Decisions.from_json(live / "decisions.json")
+    fg.Decisions({name.replace("layer1.0", "layer1.7"): gate for name, gate in decisions.items()}).to_json(other)
+    # with one gate flipped: by hand, which the checksum notices, and written anew, over what is final
+    flipped, anew = tmp_path / "flipped.json", tmp_path / "anew.json"
+    flipped.write_text((run / "decisions.json").read_text().replace("true", "false", 1).replace("[1.0]", "[0.0]", 1))
+    final = dict(fg.Decisions.from_json(run / "decisions.json"))
+    first = next(iter(final))
+    final[first] = replace(final[first], open=~final[first].open)
+    fg.Decisions(final).to_json(anew)
     color = fg.models.resnet(8)
     fg.save(color, tmp_path / "color.safetensors")
     fg.save(fg.models.resnet(8, 7, in_channels=1), tmp_path / "gray.safetensors")
     for arguments, message in (
-        (["compact", half], "truncated or foreign file"),
+        (["compact", half], "damaged or foreign file"),
         (["evaluate", tmp_path / "cut.safetensors"], "damaged or other data"),
         (["evaluate", foreign_network(tmp_path)], "expected format 'fastgate-network'"),
         (["evaluate", tmp_path / "color.safetensors"], "pass --dataset"),
         (["evaluate", tmp_path / "color.safetensors", "--dataset", "digits"], "x: expected [N, 3, H, W], got [1, 1"),
         (["evaluate", tmp_path / "gray.safetensors", "--dataset", "digits"], "has 7 classes, but the data set has 10"),
         (["compact", live, "--decisions", other], "these are decisions of another network"),
+        (["compact", run, "--decisions", flipped], "contents that are not what was written (their checksum differs)"),
+        (["compact", run, "--decisions", anew], f"got others for {first}; these are decisions of another run"),
         (["report", run, tmp_path], "expected a run folder with config.json"),
         (["train", "--resume", "--output", tmp_path], "expected a run folder with config.json"),
         (["train", *TINY_OPTIONS, "--output", run], "got one that holds a run"),

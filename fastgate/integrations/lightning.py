@@ -7,6 +7,7 @@ training, by :func:`load_from_checkpoint`.
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,22 @@ from fastgate.integrations.session import Session, restore_shape
 from fastgate.pruning.config import SearchConfig
 from fastgate.pruning.search import GateSearch
 from fastgate.values import Forward
+
+
+class _Method:
+    """A method of a module that goes through a wrapper; a copy of the module has the method as it was."""
+
+    def __init__(self, wrapper: Callable[..., Any], module: pl.LightningModule, name: str) -> None:
+        self.wrapper, self.module, self.name = wrapper, module, name
+        self.original = getattr(module, name)
+        self.__wrapped__ = self.original  # by which Lightning sees whether a module has a method of its own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.module, self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # what the wrapper knows, the trainer and through it the whole run, is not the module's
+        return MethodType(getattr(type(self.module), self.name), memo[id(self.module)])
 
 
 class GateSearchCallback(pl.Callback):
@@ -75,7 +92,7 @@ class GateSearchCallback(pl.Callback):
 
     def _wrap(self, module: pl.LightningModule, name: str, wrapper: Callable[..., Any]) -> None:
         """Let a method of the module go through the wrapper, which gets it first; see :meth:`teardown`."""
-        setattr(module, name, functools.partial(wrapper, module, getattr(module, name)))
+        setattr(module, name, _Method(wrapper, module, name))
         self._wrapped.append(name)
 
     def _loading(self, module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Which implementation of an operation runs: `impl="auto" | "triton" | "torch"`."""
 
+import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +89,44 @@ def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     return None
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on gradients, whose own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "fastgate's kernels have no second derivative; use impl='torch' where gradients of gradients count"
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a kernel: whoever differentiates its result gets an error.
+
+    PyTorch's own of that name says nothing where the arriving gradient is a constant: what depends on saved tensors is
+    then taken for constant too.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        return _NoSecondDerivative.apply(torch.zeros((), requires_grad=True), *found)
+
+    return wrapper
+
+
+def device_guard(arguments: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Makes the GPU of the first tensor the current one, on which Triton launches."""
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def register(name: str, schema: str, module: str, fake: Callable[..., Any]) -> None:
     """Register a dispatcher operation `fastgate::name`, for CUDA and for Triton's interpreter on the CPU, once.
 
@@ -100,7 +140,8 @@ def register(name: str, schema: str, module: str, fake: Callable[..., Any]) -> N
         return  # a reloaded module: the first registration stays
 
     def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"fastgate.kernels.{module}"), name)(*arguments)
+        with device_guard(arguments):
+            return getattr(importlib.import_module(f"fastgate.kernels.{module}"), name)(*arguments)
 
     _library.define(name + schema)
     _library.impl(name, launch, "CUDA")

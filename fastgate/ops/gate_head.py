@@ -7,11 +7,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate.ops import inputs
 from fastgate.ops.choices import Kind
-from fastgate.ops.dispatch import register, tensor_obstacle
+from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle
 
 WINDOWS = ("clipped", "restoring", "identity")
 

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate.ops import choices, inputs
-from fastgate.ops.dispatch import register, tensor_obstacle, transforms_active
+from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle, transforms_active
 from fastgate.ops.gated_residual import GatedProduct
 from fastgate.ops.inputs import is_channels_last
 

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgate.ops import inputs
 from fastgate.ops.choices import Kind
-from fastgate.ops.dispatch import register, tensor_obstacle, transforms_active
+from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle, transforms_active
 from fastgate.ops.means import remember_means
 
 
@@ -24,7 +23,7 @@ def gated_residual_plain(
 ) -> tuple[Tensor, Tensor | None]:
     """What `impl="torch"` computes: y, and its means over H and W if asked for; `gate` is [N] or [N, C]."""
     # 0 and 1 are exact in any dtype; a wider gate must not widen the result, as it does not in the kernel
-    gate = gate.reshape(len(gate), -1, 1, 1).to(torch.promote_types(shortcut.dtype, branch.dtype))
+    gate = gate.reshape(*gate.shape, *[1] * (4 - gate.dim())).to(torch.promote_types(shortcut.dtype, branch.dtype))
     if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
         y = PlainGatedResidual.apply(shortcut, branch, gate, relu)
     else:
@@ -133,7 +132,8 @@ def gated_residual_obstacle(shortcut: Tensor, branch: Tensor, gate: Tensor) -> s
 class GatedResidual(torch.autograd.Function):
     """The fused kernel with its gradient: (y, means of y over H and W).
 
-    Saved for backward: y (its sign is the ReLU's; the next block keeps it alive anyway), the gate, and the branch.
+    Saved for backward: y where there is a ReLU (its sign; the next block keeps it alive anyway), the gate, and the
+    branch.
     """
 
     @staticmethod
@@ -143,8 +143,13 @@ class GatedResidual(torch.autograd.Function):
         """`gate` is [N] or [N, C]."""
         y, pooled = torch.ops.fastgate.gated_residual_fwd(shortcut, branch, gate, relu, pool)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, branch, gate)
+        # without a ReLU nothing reads y, and what follows may change it in place
+        ctx.save_for_backward(y if relu else None, branch, gate)
         ctx.relu, ctx.pool = relu, pool
+        ctx.like = {
+            "dtype": y.dtype,
+            "memory_format": torch.channels_last if inputs.is_channels_last(y) else torch.contiguous_format,
+        }
         ctx.dtype = shortcut.dtype
         return y, pooled
 
@@ -158,6 +163,8 @@ class GatedResidual(torch.autograd.Function):
             dpooled = None  # a compiled backward materialises it, empty
         if dy is None and dpooled is None:
             return (None,) * 5
+        if y is None:  # not read: it says what the gradient of the shortcut looks like
+            y = torch.empty_like(branch, **ctx.like)
         if dy is not None and tensor_obstacle(dy) is not None:
             dy = torch.empty_like(y, dtype=dy.dtype).copy_(dy)  # an expanded gradient, such as that of a sum
         if dpooled is not None:

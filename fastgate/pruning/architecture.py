@@ -20,6 +20,21 @@ from fastgate.pruning.reads import Reads
 # modules are rebuilt from these packages; classes of the user's own are named in load(..., classes=...)
 _PACKAGES = ("fastgate", "torch.nn", "torchvision", "timm")
 
+# Modules of torch.nn without children, whose constructors compute nothing but shapes: from these files of torch.nn. No
+# file may call another constructor: some load weights, ask a hub, or make as many layers as they are told to.
+_CONSTRUCTED = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in (
+        "activation", "batchnorm", "channelshuffle", "conv", "distance", "dropout", "flatten", "fold", "instancenorm",
+        "linear", "loss", "normalization", "padding", "pixelshuffle", "pooling", "rnn", "sparse", "upsampling",
+    )
+)  # fmt: skip
+_NOT_CONSTRUCTED = (nn.MultiheadAttention, nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
+
+# far beyond any network: what is deeper or larger was made to keep its reader busy
+_MAX_DEPTH = 100
+_MAX_MODULES = 100_000
+
 # attributes that every module has; all others belong to its class
 _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -103,11 +118,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     def describe_module(name: str, module: nn.Module) -> dict[str, Any]:
         cls = plain_class(module)
         _check_describable(name, module)
-        if (
-            cls is type(module)
-            and cls.__module__.startswith("torch.nn.")
-            and (arguments := _constructor_arguments(module)) is not None
-        ):
+        is_plain = cls is type(module) and _is_constructed(cls)
+        if is_plain and (arguments := _constructor_arguments(module)) is not None:
             return {"class": _class_name(cls), "arguments": arguments}
         attributes = {}
         for key, value in _own_attributes(module).items():
@@ -188,10 +200,7 @@ def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
     if module._modules:
         return None
     arguments = {}
-    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
-        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if name in ("self", "device", "dtype") or variadic:
-            continue
+    for name in _argument_names(type(module)):
         try:
             value = getattr(module, name)
             is_tensor = name == "bias" and isinstance(value, torch.Tensor | None)
@@ -204,6 +213,21 @@ def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
     except (RuntimeError, TypeError, ValueError):
         return None
     return None if any(_differences(module, twin)) else arguments
+
+
+def _is_constructed(cls: type) -> bool:
+    """Whether a class is one of those that are described by their constructor's arguments."""
+    return cls.__module__ in _CONSTRUCTED and not issubclass(cls, _NOT_CONSTRUCTED)
+
+
+def _argument_names(cls: type[nn.Module]) -> list[str]:
+    """What a file may say of a constructor's arguments: not the device, where memory would be taken, nor the dtype."""
+    return [
+        name
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if name not in ("self", "device", "dtype")
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def _construct(cls: type[nn.Module], arguments: dict[str, Any]) -> nn.Module:
@@ -250,30 +274,52 @@ def build(description: dict[str, Any], classes: Iterable[type[nn.Module]] = ()) 
         ValueError: a class that is neither of the known packages nor among `classes`.
         AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError: what is no description.
     """
+    _check_size(description)
     with torch.device("meta"):  # nothing is drawn from the random generator, nor allocated
         return _build(description, {_class_name(c): c for c in classes})
+
+
+def _check_size(description: Any) -> None:
+    found, level = 0, [description]
+    for _ in range(_MAX_DEPTH):
+        found += len(level)
+        if not level or found > _MAX_MODULES:
+            break
+        level = [child for module in level for child in module.get("children", {}).values() if child is not None]
+    if level:
+        raise ValueError(f"network: expected up to {_MAX_MODULES} modules in up to {_MAX_DEPTH} levels, got more")
 
 
 def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.Module:
     name = description["class"]
     cls = own[name] if name in own else _find_class(name, nn.Module)
     if "arguments" in description:
-        return _construct(cls, description["arguments"])
+        arguments = description["arguments"]
+        if not _is_constructed(cls):
+            raise ValueError(f"network: expected no arguments for {name}, whose constructor no file may call, got some")
+        if unknown := [key for key in arguments if key not in _argument_names(cls)]:
+            raise ValueError(f"network: expected arguments of {name}, got {unknown[0]!r}")
+        return _construct(cls, arguments)
+    # past whatever the class does when an attribute, a tensor or a child is given to it
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for key, value in description["attributes"].items():
-        setattr(module, key, _decode(value))
+        if key in _BASE_ATTRIBUTES or hasattr(nn.Module, key):
+            raise ValueError(
+                f"network: expected attributes of a {name} of its own, got {key!r}, which every module has"
+            )
+        vars(module)[key] = _decode(value)
 
     def empty(spec: dict[str, Any] | None) -> torch.Tensor | None:
         return None if spec is None else torch.empty(spec["shape"], dtype=_find_dtype(spec["dtype"]))
 
     for key, spec in description["parameters"].items():
         tensor = empty(spec)
-        module.register_parameter(key, None if tensor is None else nn.Parameter(tensor))
+        nn.Module.register_parameter(module, key, None if tensor is None else nn.Parameter(tensor))
     for key, spec in description["buffers"].items():
-        module.register_buffer(key, empty(spec))
+        nn.Module.register_buffer(module, key, empty(spec))
     for key, child in description["children"].items():
-        module.add_module(key, None if child is None else _build(child, own))
+        nn.Module.add_module(module, key, None if child is None else _build(child, own))
     if "gated" in description:
         module.__class__ = gated_class(cls)
         module.gated = _decode_gated(description["gated"])
@@ -285,12 +331,18 @@ def _find_class(name: str, base: type) -> Any:
     module_name, _, qualname = name.partition(":")
     if not _is_known(module_name):
         raise ValueError(f"network: its class {name} is not of {', '.join(_PACKAGES)}; pass load(path, classes=[...])")
+    if any(part.startswith("__") for part in module_name.split(".")):  # __main__ is a program
+        raise ValueError(f"network: expected a class of a module, got {name}")
     found: Any = importlib.import_module(module_name)
     for part in qualname.split("."):
-        found = getattr(found, part)
+        found = vars(found).get(part)  # getattr may run code of the module's own
+        if found is None:
+            raise ValueError(f"network: its class {name} is not there in this version of {module_name.split('.')[0]}")
     if not (isinstance(found, type) and issubclass(found, base)):
         kind = "modules" if base is nn.Module else base.__name__
         raise ValueError(f"network: expected a class of {kind}, got {name}")
+    if _class_name(found) != name:  # one that another package made
+        raise ValueError(f"network: expected the name {_class_name(found)} of a class, got {name}")
     return found
 
 

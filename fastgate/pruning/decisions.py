@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate import processes
+from fastgate.digests import KEY, digest
 from fastgate.files import write_atomically
 from fastgate.gates import Gate, named_gates
 from fastgate.modes import eval_mode
@@ -21,7 +24,8 @@ from fastgate.pruning.costs import gate_costs
 from fastgate.values import Forward, call, to_device_of
 
 FORMAT = "fastgate-decisions"
-VERSION = 1
+VERSION = 2
+_WITHOUT_DIGEST = 1  # the version of files that cannot be checked for damage
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +98,16 @@ class Decisions(Mapping[str, GateDecision]):
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The decisions as JSON text, also written to `path` if one is given."""
-        text = json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "threshold": self.threshold,
-                "samples": self.samples,
-                "gates": {
-                    name: {"mean": g.mean.tolist(), "open": g.open.tolist(), "rows": g.rows} for name, g in self.items()
-                },
-            }
-        )
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "threshold": self.threshold,
+            "samples": self.samples,
+            "gates": {
+                name: {"mean": g.mean.tolist(), "open": g.open.tolist(), "rows": g.rows} for name, g in self.items()
+            },
+        }
+        text = json.dumps({**data, KEY: digest(data)})
         if path is not None:
             write_atomically(path, text)
         return text
@@ -115,33 +118,66 @@ class Decisions(Mapping[str, GateDecision]):
 
         Raises:
             FileNotFoundError: a path where no file is.
-            ValueError: the text is not such a document.
+            ValueError: the text is not such a document, or was damaged or changed since it was written.
         """
         is_text = isinstance(source, str) and source.lstrip()[:1] in ("", "{", "[")
         where = "a text" if is_text else str(source)
         if not is_text and not Path(source).is_file():
             raise FileNotFoundError(f"{where}: expected a file written by Decisions.to_json, found none")
         try:
-            text = str(source) if is_text else Path(source).read_text()
-            data: Any = json.loads(text)
-            if data.get("format") != FORMAT or data.get("version") != VERSION:
-                raise ValueError(f"format {data.get('format')!r} version {data.get('version')!r}")
-            gates = {
-                name: GateDecision(
-                    torch.tensor(g["mean"], dtype=torch.float64),
-                    torch.tensor(g["open"]).bool(),
-                    int(g.get("rows", data["samples"])),  # earlier versions counted samples alone
+            data: Any = json.loads(str(source) if is_text else Path(source).read_text())
+            _check_version(data, where)
+            gates = {}
+            for name, gate in data["gates"].items():
+                _check_ranges(name, gate)
+                gates[name] = GateDecision(
+                    torch.tensor(gate["mean"], dtype=torch.float64),
+                    torch.tensor(gate["open"], dtype=torch.bool),
+                    _count("rows", gate.get("rows", data["samples"])),  # earlier versions counted samples alone
                 )
-                for name, g in data["gates"].items()
-            }
-            if odd := [name for name, g in gates.items() if g.mean.dim() != 1 or g.mean.shape != g.open.shape]:
-                raise ValueError(f"means and decisions of different lengths at {odd[0]!r}")
-            return cls(gates, float(data["threshold"]), int(data["samples"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            [threshold] = _shares("threshold", [data["threshold"]])
+            return cls(gates, threshold, _count("samples", data["samples"]))
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"decisions: expected JSON of format {FORMAT!r} version {VERSION}, got {where} with {error}; "
                 "write it with Decisions.to_json"
             ) from error
+
+
+def _check_version(data: Any, where: str) -> None:
+    """Refuse what is not of this library, and what is not as it was written."""
+    version = data.get("version") if data.get("format") == FORMAT else None
+    if version == _WITHOUT_DIGEST and KEY not in data:
+        warnings.warn(f"{where}: decisions of an earlier version, which cannot be checked for damage", stacklevel=3)
+        return
+    if version != VERSION:
+        raise ValueError(f"format {data.get('format')!r} version {data.get('version')!r}")
+    wanted = data.pop(KEY, None)
+    if digest(data) != wanted:
+        raise ValueError("contents that are not what was written (their checksum differs)")
+
+
+def _check_ranges(name: str, gate: Mapping[str, Any]) -> None:
+    means, opened = _shares(f"the mean of {name!r}", gate["mean"]), gate["open"]
+    for value in opened:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} for a decision of {name!r}, which is true or false")
+    if len(means) != len(opened):
+        raise ValueError(f"means and decisions of different lengths at {name!r}")
+
+
+def _shares(name: str, values: Any) -> list[float]:
+    """A list of numbers from 0 to 1."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{value!r} for {name}, which is a number from 0 to 1")
+    return list(values)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} for the number of {name}, which is 0 or more")
+    return value
 
 
 def decide(
@@ -236,6 +272,11 @@ def _ask(
         for batch in batches:
             inputs = _inputs_of(batch, forward)
             call(model, to_device_of(model, inputs), forward)
+            if any(module.training for module in model.modules()):
+                raise RuntimeError(
+                    "model: expected its eval mode while its gates are asked, got training mode, which its code or "
+                    "another thread has set meanwhile; ask a copy of it"
+                )
             for name, outputs in calls.items():
                 if not outputs:
                     raise ValueError(f"gate {name!r} did not run in the model's forward; remove or connect it")
@@ -262,11 +303,17 @@ def _ask(
 
 @contextmanager
 def _collected(gates: Mapping[str, Gate]) -> Iterator[dict[str, list[Tensor]]]:
-    """The results of all calls of these gates, by name, as they come."""
+    """The results of all calls of these gates that this thread makes, by name, as they come."""
     calls: dict[str, list[Tensor]] = {name: [] for name in gates}
+    asker = threading.get_ident()
+
+    def collect(name: str, called: nn.Module, output: Tensor) -> None:
+        # replicas of nn.DataParallel are called from threads of their own; the gate itself by whoever else uses it
+        if threading.get_ident() == asker or called is not gates[name]:
+            calls[name].append(output)
+
     handles = [
-        # append: the replicas of nn.DataParallel call it from several threads
-        gate.register_forward_hook(lambda _, inputs, output, found=calls[name]: found.append(output))
+        gate.register_forward_hook(lambda called, inputs, output, name=name: collect(name, called, output))
         for name, gate in gates.items()
     ]
     try:

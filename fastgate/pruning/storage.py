@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from fastgate.digests import KEY, check_digest, digest
 from fastgate.files import write_atomically
 from fastgate.pruning.architecture import build, check_rebuilt, describe, own_classes
 
 FORMAT = "fastgate-network"
-VERSION = 1
+VERSION = 2
+_WITHOUT_DIGEST = 1  # the version of files that cannot be checked for damage
+_RESERVED = ("format", "version", "architecture", KEY)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, str] | None = None) -> None:
@@ -31,8 +35,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a name ending in .safetensors, got {path.name}")
-    if missing := [key for key in (metadata or {}) if key in ("format", "version", "architecture")]:
-        raise ValueError(f"metadata: {missing[0]!r} is written by fastgate itself; use another key")
+    if taken := [key for key in (metadata or {}) if key in _RESERVED]:
+        raise ValueError(f"metadata: {taken[0]!r} is written by fastgate itself; use another key")
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_meta:
@@ -54,9 +58,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
         text = json.dumps(architecture)
         # found out now, while the network is still at hand, and not when it is loaded
         check_rebuilt(model, _rebuild(json.loads(text), tensors, own_classes(model)))
-    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of whichever class it is made of
         raise ValueError(f"model: its description does not give it back ({error}); it cannot be saved") from error
     header = {**(metadata or {}), "format": FORMAT, "version": str(VERSION), "architecture": text}
+    header[KEY] = digest([header, tensors])
     data = save_tensors(tensors, header)
     write_atomically(path, lambda file: file.write(data))
 
@@ -80,7 +85,8 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 def load(path: str | os.PathLike[str], *, classes: Iterable[type[nn.Module]] = ()) -> nn.Module:
     """Rebuild a network that :func:`save` wrote: on the CPU, in eval mode, every tensor bit-equal.
 
-    Nothing in the file is executed: classes come from fastgate, torch.nn, torchvision and timm, or from `classes`.
+    Nothing in the file is executed: classes come from fastgate, torch.nn, torchvision and timm, or from `classes`, and
+    no constructor is called but those of layers of torch.nn. It takes no memory but for the tensors in the file.
 
     Args:
         path: the .safetensors file.
@@ -93,16 +99,16 @@ def load(path: str | os.PathLike[str], *, classes: Iterable[type[nn.Module]] = (
     metadata, tensors = _read(Path(path))
     try:
         return _rebuild(json.loads(metadata["architecture"]), tensors, classes).eval()
-    except (AttributeError, ImportError, LookupError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # a description that was made up can fail in any way
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise ValueError(f"{path}: {error}") from error
         raise ValueError(f"{path}: its architecture cannot be rebuilt here ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The strings that were passed to :func:`save` as `metadata`."""
     metadata, _ = _read(Path(path))
-    return {key: value for key, value in metadata.items() if key not in ("format", "version", "architecture")}
+    return {key: value for key, value in metadata.items() if key not in _RESERVED}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -115,7 +121,13 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a .safetensors file, got damaged or other data ({error})") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+    version = metadata.get("version") if metadata.get("format") == FORMAT else None
+    if version == str(_WITHOUT_DIGEST) and KEY not in metadata:
+        warnings.warn(f"{path}: a network file of an earlier version, which cannot be checked for damage", stacklevel=3)
+    elif version == str(VERSION):
+        wanted = metadata.pop(KEY, None)
+        check_digest(path, [metadata, tensors], wanted)
+    else:
         raise ValueError(
             f"{path}: expected format {FORMAT!r} version {VERSION}, got {metadata.get('format')!r} version "
             f"{metadata.get('version')!r}; write it with fastgate.save"
@@ -135,6 +147,7 @@ def _rebuild(
         tensors[name] = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
     # assign: dtypes, values and strides are those of the file, and no tensor is copied twice
     module.load_state_dict(tensors, strict=True, assign=True)
+    frozen = set(architecture["frozen"])
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name not in architecture["frozen"])
+        parameter.requires_grad_(name not in frozen)
     return module

@@ -126,14 +126,20 @@ class Metering(Callback):
 
 
 class MetricsFile(Callback):
-    """`metrics.jsonl`: a line of JSON for every epoch; and `decisions.json`, once every decision is final."""
+    """`metrics.jsonl`: a line of JSON for every epoch; and `decisions.json`, once every decision is final.
+
+    Both are for others to read. A run that goes on takes its history from its checkpoint.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lines = ""
+        self._kept = False  # whether a checkpoint had them
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
-        """Read what was written before; lines of epochs that no checkpoint has are of no account."""
-        trainer.records = [line for line in read_history(self.folder) if line["epoch"] <= trainer.epoch]
+        """Take up what was recorded before; of a checkpoint of an earlier version, what the file has of it."""
+        lines = [json.loads(line) for line in self._lines.splitlines()] if self._kept else read_history(self.folder)
+        trainer.records = [line for line in lines if line["epoch"] <= trainer.epoch]
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Write the decisions."""
@@ -146,8 +152,17 @@ class MetricsFile(Callback):
 
     def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
         """Write all lines anew, before the checkpoint: a kill between the two repeats the epoch and its line."""
+        self._lines = "".join(json.dumps(line) + "\n" for line in trainer.records)
         if processes.is_main():
-            write_atomically(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in trainer.records))
+            write_atomically(self.folder / METRICS, self._lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lines."""
+        return {"lines": self._lines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._lines, self._kept = state["lines"], True
 
 
 class TensorBoard(Callback):

@@ -117,6 +117,11 @@ def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None 
     gates = dict(named_gates(model))
     if decisions is not None:
         freeze(copy.deepcopy(model), decisions)  # refuses those of another network
+        if odd := [name for name, opened in final.items() if not torch.equal(decisions[name].open, opened.cpu())]:
+            raise ValueError(
+                f"decisions: expected those that are final in {checkpoint}, got others for {', '.join(odd[:4])}; these "
+                "are decisions of another run"
+            )
     for name, opened in final.items():
         gates[name].freeze(opened)
     if recipe.search.compact_training:

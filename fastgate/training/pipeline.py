@@ -37,6 +37,7 @@ from fastgate.training.callbacks import (
 )
 from fastgate.training.controls import control_recipe, draw_decisions
 from fastgate.training.data import Data, load_data
+from fastgate.training.lock import locked
 from fastgate.training.loggers import open_logger
 from fastgate.training.networks import build_network, evaluate, find_plain, resolve_precision
 from fastgate.training.recipe import Recipe, change, recipe_to_dict
@@ -221,6 +222,11 @@ def finish(run: Run, data: Data | None = None, *, resume: bool = False) -> Outco
             "control: equal-macs is for networks by name, whose depth and widths can be chosen, got a network; leave "
             "it out, or train a smaller network of your own as a run beside this one"
         )
+    with locked(run.folder):
+        return _finish(run, data, resume=resume)
+
+
+def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     run = replace(run, recipe=open_folder(run.folder, run.recipe, resume=resume))
     data = data or run.load_data()
     trainer = start_trainer(run, data, resume=resume)

@@ -8,6 +8,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastgate import processes
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Fall silent, where Rich would end the process: a training goes on though nobody reads what it says."""
+        self.quiet = True
+
+
 class RunProgress:
     """Progress over the steps of one run; use as a context manager.
 
@@ -19,7 +25,7 @@ class RunProgress:
     """
 
     def __init__(self, title: str, total_steps: int, done_steps: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=not processes.is_main())
+        self.console = console or _Console(stderr=True, quiet=not processes.is_main())
         self.title = title
         self._bar = Progress(
             TextColumn("{task.description}"),

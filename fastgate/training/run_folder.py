@@ -64,8 +64,6 @@ def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
 
     def find_recipe() -> Recipe:
         if resume:
-            for stale in folder.glob(".*.tmp"):  # what a kill in the middle of writing left behind
-                stale.unlink()
             return read_config(folder)
         if (folder / CONFIG).exists():
             raise ValueError(

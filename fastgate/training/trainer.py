@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastgate.pruning.search import GateSearch
 from fastgate.training import distributed
 from fastgate.training.callbacks import Callback, Checkpoints, MetricsFile
 from fastgate.training.checkpoint import load_checkpoint
+from fastgate.training.lock import locked
 from fastgate.training.run_folder import CHECKPOINT
 from fastgate.training.step import CudaGraphs, Measure, TrainingStep, can_be_captured
 from fastgate.values import Forward, device_of, tensors_in, to_device_of
@@ -159,7 +160,12 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss became infinite or NaN.
             Interrupted: Ctrl-C; the state is saved, where there is a folder.
+            ValueError: another process trains in the folder.
         """
+        with nullcontext() if self.folder is None else locked(self.folder):
+            self._fit()
+
+    def _fit(self) -> None:
         self._tell("on_fit_begin")
         try:
             with (

@@ -1,6 +1,7 @@
 """A search in loops of several processes: `python -m tests.integrations.loops KIND-GATING OUT`, or by torchrun."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def make_data() -> TensorDataset:
 
 def make_model(gating: str) -> nn.Module:
     torch.manual_seed(0)
-    return fg.models.resnet(8, 4, gating=gating)
+    return fg.models.resnet(8, 4, gating=None if gating == "none" else gating)
 
 
 def record(search: fg.GateSearch, small: nn.Module, stale: list[str]) -> dict[str, Any]:
@@ -96,9 +97,71 @@ def accelerated(gating: str) -> dict[str, Any]:
     return found
 
 
+def with_lightning(gating: str) -> dict[str, Any]:
+    """Lightning's own wrapper, which the callback makes anew in its place."""
+    import lightning.pytorch as pl
+
+    from fastgate.integrations.lightning import GateSearchCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model("none")
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+    callback = GateSearchCallback(CONFIG, gating, folder=Path(sys.argv[2]).parent)
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS, callbacks=[callback], accelerator="cpu", devices=processes_wanted(), strategy="ddp",
+        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Module(), DataLoader(make_data(), 8, shuffle=True))
+    assert callback.search is not None and callback.small is not None
+    return record(callback.search, callback.small.net, [])
+
+
+def with_transformers(gating: str) -> dict[str, Any]:
+    """Hugging Face's own wrapper, likewise."""
+    from transformers import Trainer, TrainingArguments
+
+    from fastgate.integrations.transformers import GateSearchCallback
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model("none")
+
+        def forward(self, pixel_values: Any, labels: Any) -> dict[str, Any]:
+            logits = self.net(pixel_values)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    images, labels = make_data().tensors
+    data = [{"pixel_values": x, "labels": int(y)} for x, y in zip(images, labels, strict=True)]
+    arguments = TrainingArguments(
+        str(Path(sys.argv[2]).parent), num_train_epochs=EPOCHS, per_device_train_batch_size=8, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-3,
+    )  # fmt: skip
+    callback = GateSearchCallback(CONFIG, gating)
+    Trainer(Net(), arguments, train_dataset=data, callbacks=[callback]).train()
+    assert callback.search is not None and callback.small is not None
+    return record(callback.search, callback.small.net, [])
+
+
+def processes_wanted() -> int:
+    """What torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+KINDS = {"own": own_loop, "accelerate": accelerated, "lightning": with_lightning, "transformers": with_transformers}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cast_votes()
     kind, gating = sys.argv[1].split("-")
-    found = {"own": own_loop, "accelerate": accelerated}[kind](gating)
-    Path(sys.argv[2]).write_text(json.dumps(found))
+    found = KINDS[kind](gating)
+    if os.environ.get("RANK", "0") == "0":
+        Path(sys.argv[2]).write_text(json.dumps(found))

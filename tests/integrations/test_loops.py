@@ -11,7 +11,7 @@ from tests.training.runs import run_parallel
 
 
 @pytest.mark.parametrize("gating", ["channel", pytest.param("layer", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["own", "accelerate"])
+@pytest.mark.parametrize("kind", list(loops.KINDS))
 def test_two_processes_end_with_the_same_network(kind: str, gating: str, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     result = run_parallel(2, "-m", "tests.integrations.loops", f"{kind}-{gating}", file)

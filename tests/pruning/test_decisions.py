@@ -1,6 +1,8 @@
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastgate as fg
+from fastgate.digests import digest
 from fastgate.pruning.costs import total_cost
 from fastgate.pruning.decisions import GateDecision
 from fastgate.pruning.targets import meet_target
@@ -332,7 +335,8 @@ def good() -> dict:
     [
         {"format": "other"},
         {"format": None},
-        {"version": 2},
+        {"version": 3},
+        {"threshold": 0.4},  # as it may be, but not as it was written
         {"gates": None},
         {"gates": {"layer": {"mean": [0.5]}}},
         {"gates": {"layer": {"mean": ["high"], "open": [True]}}},
@@ -345,13 +349,54 @@ def good() -> dict:
 def test_foreign_json_is_refused(change: dict, tmp_path: Path) -> None:
     text = json.dumps({**good(), **change})
     with pytest.raises(
-        ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 1, got a text"
+        ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 2, got a text"
     ):
         fg.Decisions.from_json(text)
     path = tmp_path / "foreign.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"got .*foreign\.json with .*; write it with Decisions\.to_json"):
         fg.Decisions.from_json(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [7.0]}, "7.0 for the mean of 'layer', which is a number from 0 to 1"),
+        ({"mean": [-1]}, "-1 for the mean of 'layer'"),
+        ({"mean": [float("nan")]}, "nan for the mean of 'layer'"),
+        ({"mean": [True]}, "True for the mean of 'layer'"),
+        ({"mean": [10**400]}, "000 for the mean of 'layer'"),
+        ({"mean": ["high"]}, "'high' for the mean of 'layer'"),
+        ({"open": [0.3]}, "0.3 for a decision of 'layer', which is true or false"),
+        ({"open": [1]}, "1 for a decision of 'layer'"),
+        ({"rows": -1}, "-1 for the number of rows, which is 0 or more"),
+        ({"rows": 2.5}, "2.5 for the number of rows"),
+        ({"samples": -3}, "-3 for the number of samples"),
+        ({"samples": True}, "True for the number of samples"),
+        ({"threshold": 1.5}, "1.5 for threshold"),
+        ({"threshold": float("nan")}, "nan for threshold"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_values_out_of_range_are_refused(change: dict, message: str, version: int) -> None:
+    data = {**good(), "version": version}
+    for name, value in change.items():
+        (data["gates"]["layer"] if name in data["gates"]["layer"] else data)[name] = value
+    del data["sha256"]
+    if version == 2:
+        data["sha256"] = digest(data)  # whoever wrote it so
+    with pytest.warns(UserWarning) if version == 1 else nullcontext(), pytest.raises(ValueError, match=message) as got:
+        fg.Decisions.from_json(json.dumps(data))
+    assert len(str(got.value).splitlines()) == 1
+
+
+def test_decisions_of_an_earlier_version_are_read_with_a_note() -> None:
+    wanted = fg.decide(Signs(), [images(SIGNS)])
+    data = {**json.loads(wanted.to_json()), "version": 1}
+    del data["sha256"]
+    with pytest.warns(UserWarning, match="a text: decisions of an earlier version, which cannot be checked for damage"):
+        assert_same(fg.Decisions.from_json(json.dumps(data)), wanted)
 
 
 @pytest.mark.parametrize("content", [b"{", b'{"a": 1}', b"[]", b"", b"3", b"\xff\xfe\x00"])
@@ -364,7 +409,7 @@ def test_files_that_are_no_such_document_are_refused(content: bytes, tmp_path: P
 
 @pytest.mark.parametrize("text", ["{", '{"a": 1}', "[]", "", "\n "])
 def test_texts_that_are_no_such_document_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 1, got a te"):
+    with pytest.raises(ValueError, match="decisions: expected JSON of format 'fastgate-decisions' version 2, got a te"):
         fg.Decisions.from_json(text)
 
 
@@ -422,3 +467,40 @@ def test_batches_are_moved_to_the_models_device() -> None:
     decisions = fg.decide(Signs().cuda(), [images(SIGNS)])
     assert decisions["channels"].mean.device.type == "cpu"
     assert decisions["channels"].open.tolist() == [True, True, False]
+
+
+def test_calls_of_another_thread_do_not_count() -> None:
+    model = Signs()
+    wanted = fg.decide(model, [images(SIGNS)])
+    opposite, other_ran, ended = (
+        images([tuple(-sign for sign in signs) for signs in SIGNS]),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def use() -> None:
+        while not ended.is_set():
+            model(opposite)
+            other_ran.set()
+
+    def batches() -> Iterator[Tensor]:
+        yield images(SIGNS)
+        other_ran.clear()
+        assert other_ran.wait(60)  # between the forward and the next one the other has called it
+
+    other = threading.Thread(target=use)
+    other.start()
+    try:
+        assert_same(fg.decide(model, batches()), wanted)
+    finally:
+        ended.set()
+        other.join()
+
+
+def test_training_mode_from_elsewhere_is_noticed() -> None:
+    model = Signs()
+    model.register_forward_hook(lambda *_: model.train() and None)
+    with pytest.raises(
+        RuntimeError, match="model: expected its eval mode while its gates are asked, got training mode"
+    ):
+        fg.decide(model, [images(SIGNS)])

@@ -1,8 +1,10 @@
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastgate as fg
+from fastgate.digests import digest
 from fastgate.pruning.storage import read_metadata
 from tests.helpers import (
     GATINGS,
@@ -218,7 +221,8 @@ def test_strides_that_do_not_fit_are_refused(tmp_path: Path, stride: object) -> 
 
 def test_files_of_before_are_still_read() -> None:
     # written by the library of 26 November 2026, which knew no strides and no attributes but plain ones
-    gated, compacted = (fg.load(FILES / f"version1-{kind}.safetensors") for kind in ("gated", "compact"))
+    with pytest.warns(UserWarning, match=r"safetensors: a network file of an earlier version, which cannot be checked"):
+        gated, compacted = (fg.load(FILES / f"version1-{kind}.safetensors") for kind in ("gated", "compact"))
     assert sum(1 for _ in fg.named_gates(gated)) == 3 and not dict(fg.named_gates(compacted))
     assert compacted.layer2[0].in_index.tolist() == [1]
     # up to the order of sums; the outputs are of unit size
@@ -330,7 +334,7 @@ def test_the_file_is_plain_safetensors_with_the_callers_metadata(tmp_path: Path)
     assert architecture["frozen"] == []
     assert read_metadata(path) == {"dataset": "digits", "accuracy": "0.97"}
     assert isinstance(fg.load(str(path)), fg.models.ResNet)
-    for key in ("format", "version", "architecture"):
+    for key in ("format", "version", "architecture", "sha256"):
         with pytest.raises(ValueError, match=f"metadata: '{key}' is written by fastgate itself"):
             fg.save(model, path, metadata={key: "mine"})
 
@@ -375,9 +379,10 @@ def test_a_missing_file_and_a_folder_are_no_network_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "expected format 'fastgate-network' version 1, got None"),
-        ({"format": "pt"}, "expected format 'fastgate-network' version 1, got 'pt'"),
-        ({"format": "fastgate-network", "version": "2"}, "expected .* version 1, got 'fastgate-network' version '2'"),
+        (None, "expected format 'fastgate-network' version 2, got None"),
+        ({"format": "pt"}, "expected format 'fastgate-network' version 2, got 'pt'"),
+        ({"format": "fastgate-network", "version": "3"}, "expected .* version 2, got 'fastgate-network' version '3'"),
+        ({"format": "fastgate-network", "version": "2"}, "its contents are not what was written"),
         ({"format": "fastgate-network", "version": "1"}, r"its architecture cannot be rebuilt here \('architecture'\)"),
         (
             {"format": "fastgate-network", "version": "1", "architecture": "[]"},
@@ -392,6 +397,7 @@ def test_a_missing_file_and_a_folder_are_no_network_files(tmp_path: Path) -> Non
         "no-metadata",
         "other-format",
         "newer-version",
+        "no-checksum",
         "no-architecture",
         "architecture-is-a-list",
         "architecture-is-no-json",
@@ -401,6 +407,22 @@ def test_foreign_safetensors_are_refused(tmp_path: Path, metadata: dict | None, 
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, path, metadata)
     with pytest.raises(ValueError, match=rf"foreign\.safetensors: {message}"):
+        fg.load(path)
+
+
+def test_every_part_of_the_file_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    fg.save(nn.Linear(3, 2), path, metadata={"dataset": "digits"})
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("weight", "bias")}
+    architecture = metadata["architecture"].replace('"frozen": []', '"frozen": ["bias"]')
+    for other in ({"dataset": "cifar10"}, {"architecture": architecture}, {"more": "of it"}):
+        save_file(tensors, path, {**metadata, **other})
+        for read in (fg.load, read_metadata):
+            with pytest.raises(ValueError, match=r"model\.safetensors: its contents are not what was written"):
+                read(path)
+    save_file({**tensors, "bias": -tensors["bias"]}, path, metadata)
+    with pytest.raises(ValueError, match=r"model\.safetensors: its contents are not what was written"):
         fg.load(path)
 
 
@@ -456,6 +478,145 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path, architectu
     save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, path, metadata)
     with pytest.raises(ValueError, match=message):
         fg.load(path)
+
+
+NOTHING: dict = {"attributes": {}, "parameters": {}, "buffers": {}, "children": {}}
+MODULE = {"class": "torch.nn.modules.container:Sequential", **NOTHING}
+
+
+def nested(depth: int) -> dict:
+    description = MODULE
+    for _ in range(depth):
+        description = {**MODULE, "children": {"0": description}}
+    return description
+
+
+def constructed(name: str, **arguments: object) -> dict:
+    return {"class": name, "arguments": arguments}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        # constructors that open files, ask a hub, or work for as long as they are told to
+        (
+            constructed(
+                "timm.task.distillation:DistillationTeacher", model_name_or_module="local-dir:/tmp", num_classes=2
+            ),
+            "expected no arguments for timm.task.distillation:DistillationTeacher, whose constructor no file may call",
+        ),
+        (
+            constructed("fastgate.models.resnet:ResNet", depth=6_000_002),
+            "expected no arguments for fastgate.models.res",
+        ),
+        (
+            constructed("torchvision.ops.misc:MLP", in_channels=1, hidden_channels=[1]),
+            "expected no arguments for torchv",
+        ),
+        (
+            constructed("torch.nn.modules.rnn:LSTM", input_size=1, hidden_size=1, num_layers=10**7),
+            "expected no arguments for torch.nn.modules.rnn:LSTM",
+        ),
+        (
+            constructed("torch.nn.modules.rnn:RNNBase", mode="LSTM", input_size=1, hidden_size=1, num_layers=10**7),
+            "expected no arguments for torch.nn.modules.rnn:RNNBase",
+        ),
+        (
+            constructed("torch.nn.modules.transformer:Transformer", num_encoder_layers=10**7),
+            "expected no arguments for torch.nn.modules.transformer:Transformer",
+        ),
+        (
+            constructed("torch.nn.modules.activation:MultiheadAttention", embed_dim=4, num_heads=1),
+            "expected no arguments for torch.nn.modules.activation:MultiheadAttention",
+        ),
+        # where memory is taken
+        (
+            constructed("torch.nn.modules.linear:Linear", in_features=10**9, out_features=1, device="cpu"),
+            "got 'device'",
+        ),
+        (constructed("torch.nn.modules.linear:Linear", in_features=3, out_features=2, dtype="x"), "got 'dtype'"),
+        (
+            constructed("torch.nn.modules.linear:Linear", in_features=10**12, out_features=10**6),
+            "rebuilt|size mismatch",
+        ),
+        (constructed("torch.nn.modules.linear:Linear", in_features=10**30, out_features=1), "cannot be rebuilt here"),
+        (
+            {**MODULE, "parameters": {"weight": {"shape": [10**9, 10], "dtype": "float32"}}},
+            "size mismatch for weight|Missing key",
+        ),
+        # errors of every kind
+        (
+            constructed("torch.nn.modules.conv:Conv2d", in_channels=3, out_channels=2, kernel_size=1, groups=0),
+            "groups",
+        ),
+        (constructed("torch.nn.modules.pixelshuffle:PixelShuffle", upscale_factor={"set": [[]]}), "rebuilt here"),
+        (constructed("torch.nn.modules.flatten:Unflatten", dim=1, unflattened_size=3), "rebuilt here"),
+        # classes by another name, and modules that are programs
+        (
+            constructed("torch.nn.modules.module:torch.optim.sgd.SGD", params={}),
+            "its class torch.nn.modules.module:torch.optim.sgd.SGD|expected a class of modules",
+        ),
+        ({**MODULE, "class": "torch.nn:Sequential"}, "expected the name torch.nn.modules.container:Sequential"),
+        (
+            {**MODULE, "class": "fastgate.pruning.architecture:nn.Sequential"},
+            "expected the name torch.nn.modules.container:Sequential of a class, got fastgate",
+        ),
+        ({**MODULE, "class": "fastgate.__main__:Sequential"}, "expected a class of a module, got fastgate.__main__"),
+        # what every module has
+        *(
+            ({**MODULE, "attributes": {name: "x"}}, f"got {name!r}, which every module has")
+            for name in ("__class__", "__dict__", "_parameters", "forward", "eval", "training", "_load_from_state_dict")
+        ),
+        # depth and count
+        (nested(5000), "expected up to 100000 modules in up to 100 levels, got more|recursion"),
+        (nested(100), "expected up to 100000 modules in up to 100 levels, got more"),
+        (
+            {**MODULE, "children": {str(i): MODULE for i in range(100_000)}},
+            "expected up to 100000 modules in up to 100",
+        ),
+        (value_of(json.loads("[" * 900 + "]" * 900)), "rebuilt here|size mismatch|Missing|Unexpected"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:40],
+)
+def test_no_file_makes_load_work_for_it(tmp_path: Path, architecture: dict, message: str) -> None:
+    path = tmp_path / "attack.safetensors"
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(100_000)  # to write it
+    described = json.dumps({"network": architecture, "frozen": []})
+    sys.setrecursionlimit(limit)
+    header = {"format": "fastgate-network", "version": "2", "architecture": described}
+    tensors = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    save_file(tensors, path, {**header, "sha256": digest([header, tensors])})  # who attacks knows the checksum
+    began, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message) as raised:
+        fg.load(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    # the largest description here is one of 14 MB, and importing timm takes seconds
+    assert time.process_time() - began < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1_000_000  # KiB
+
+
+def test_setters_of_a_class_do_not_run(tmp_path: Path) -> None:
+    fg.save(WithSetter(), tmp_path / "model.safetensors")
+    called.clear()
+    fg.load(tmp_path / "model.safetensors", classes=[WithSetter])
+    assert set(called) <= {"training"}  # which eval() sets
+
+
+called: list[str] = []
+
+
+class WithSetter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 2.0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        called.append(name)
+        super().__setattr__(name, value)
+
+    def register_buffer(self, *args: object, **kwargs: object) -> None:
+        called.append("register_buffer")
 
 
 # networks that cannot be saved

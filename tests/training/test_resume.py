@@ -50,6 +50,17 @@ def dying_write(self, trainer):
 MetricsFile.on_train_begin = dying_write
 """
 
+# from the second epoch's checkpoint on no file may be longer than a third of it: as on a full disk
+FULL_DISK = """
+import resource, torch
+save = torch.save
+def limited_save(state, file):
+    if state["epoch"] == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    save(state, file)
+torch.save = limited_save
+"""
+
 # at the last epoch waits to be told to stop: no machine is so fast that the signal finds the run ended
 WAIT = """
 import time
@@ -117,6 +128,42 @@ def test_killed_while_writing(undisturbed: Path, tmp_path: Path, code: str, epoc
     assert result.returncode == -signal.SIGKILL
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == epochs_saved
     assert_resumes_like(undisturbed, folder)
+
+
+def test_a_full_disk_ends_a_run_in_one_line(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert (undisturbed / "checkpoint.pt").stat().st_size > 200_000
+    result = run_cli("train", *TINY_OPTIONS, "--output", folder, code=FULL_DISK)
+    assert result.returncode == 1
+    *_, error = result.stderr.splitlines()
+    said = "checkpoint.pt: it could not be written (File too large); what was there before is kept"
+    assert error == f"error: {folder}/{said}" and "Traceback" not in result.stderr
+    assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 1
+    assert not list(folder.glob(".*"))
+    assert_resumes_like(undisturbed, folder)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "shortened", "doubled", "swapped", "foreign"])
+def test_what_happens_to_the_metrics_changes_nothing(undisturbed: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "run"
+    result = run_cli("train", *TINY_OPTIONS, "--output", folder, code=KILL_AFTER_SETTLING)
+    assert result.returncode == -signal.SIGKILL
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    metrics.write_text(
+        {
+            "deleted": "",
+            "shortened": lines[0],
+            "doubled": "".join(line * 2 for line in lines),
+            "swapped": "".join(lines[::-1]),
+            "foreign": "\x00 no JSON",
+        }[damage]
+    )
+    if damage == "deleted":
+        metrics.unlink()
+    assert_resumes_like(undisturbed, folder)
+    assert metrics.read_text().splitlines(keepends=True)[:3] == lines
 
 
 def test_interrupted_saves_in_the_middle_of_an_epoch(undisturbed: Path, tmp_path: Path) -> None:
