@@ -219,7 +219,7 @@ def gated_residual(
         raise ValueError(
             f"gate: expected [{n}], [{n}, 1, 1, 1], [{n}, {c}] or [{n}, {c}, 1, 1], got {list(gate.shape)}"
         )
-    flat = gate.reshape(n) if gate.dim() == 1 or gate.shape[1] == 1 else gate.reshape(n, c)
+    flat = gate.reshape(n) if gate.dim() == 1 or gate.size(1) == 1 else gate.reshape(n, c)
     arguments = (shortcut, branch, flat, relu, return_pooled)
     fused = resolve_impl(
         _unless_empty(impl, shortcut),

@@ -6,7 +6,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _held: dict[Path, "_Held"] = {}  # by this process
 class _Held:
     file: int  # open, and locked
     times: int
-    made: bool  # whether the folder was made for it
+    made: list[Path]  # the folders that were made for it, the innermost first
 
 
 def _close_in_child() -> None:
@@ -62,7 +62,7 @@ def _take(folder: Path) -> None:
         if folder in _held:
             _held[folder].times += 1
             return
-        made = not folder.exists()
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         file = _open_locked(folder / LOCK)
         if file is not None:
@@ -113,8 +113,9 @@ def _give_back(folder: Path) -> None:
             del _held[folder]
             (folder / LOCK).unlink(missing_ok=True)  # while it is held: see _is_same
             os.close(held.file)
-            if held.made and not any(folder.iterdir()):  # nothing came of it
-                folder.rmdir()
+            with suppress(OSError):  # where something came of it, a folder is not empty
+                for made in held.made:
+                    made.rmdir()
 
 
 def _read_holder(file: int) -> str:
