@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,22 @@ class Session:
         if not processes.is_main():
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        reasons = []
+        path, reasons = Path(folder) / FILE, []
         for network in (self.small, *self._children()):
             try:
-                save(network, Path(folder) / FILE)
-                load(Path(folder) / FILE)
+                save(network, path)
+                load(path)
             except ValueError as error:
                 reasons.append(str(error))
             else:
                 return
+        path.unlink(missing_ok=True)
+        with suppress(ValueError):  # the whole model, for load(path, classes=...)
+            save(self.small, path)
+        left = "read it with fastgate.load(path, classes=[...])" if path.exists() else "it was not written"
         warnings.warn(
-            f"{FILE}: expected a network that a file can describe by itself, got one of which fastgate says: "
-            f"{reasons[0]}. The compact network is the callback's attribute `small`",
+            f"{path}: expected a network that a file can describe by itself, got one of which fastgate says: "
+            f"{reasons[0]}; {left}. The compact network is the callback's attribute `small`",
             stacklevel=2,
         )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 import fastgate as fg
 from fastgate.integrations.transformers import GateSearchCallback
@@ -88,6 +88,21 @@ def test_runs_that_go_on_end_with_the_same_bits(run: tuple[Path, str, Net, GateS
         again, _, _ = train(folder / "again", gating, folder / f"checkpoint-{4 * epoch}")
         ours = again.state_dict()
         assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*expected a network that a file can describe by itself")
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    """Its blocks nest their branch; its loss comes in a ModelOutput."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "num_labels": 4}
+    model = ResNetForImageClassification(ResNetConfig(layer_type="basic", **sizes))
+    _, callback, _ = train(tmp_path, "channel", model=model)
+    search, small = callback.search, callback.small
+    assert search is not None and small is not None and search.phase == "settled"
+    assert search.macs_training == pytest.approx(0.6 * search.macs, rel=0.01)
+    x = torch.randn(2, 3, 16, 16)
+    assert fg.compare(model, small, x, forward=lambda network, images: network(images).logits) == 0.0
+    assert list(fg.named_gates(small)) == []
 
 
 class NoLoss(Net):
