@@ -661,10 +661,11 @@ def test_layer_gates_have_no_channel_options(options: dict) -> None:
 @pytest.mark.parametrize("shape", [(8, 5, 4, 3), (8, 6, 4), (6,)])
 def test_input_of_another_shape_is_refused(kind: str, shape: tuple) -> None:
     gate = KINDS[kind]()
-    with pytest.raises(ValueError, match=r"x: expected \[N, 6, H, W\], got \["):
+    expected = r"tokens \[N, T, 6\]" if kind == "layer" and len(shape) == 3 else r"\[N, 6, H, W\]"
+    with pytest.raises(ValueError, match=rf"x: expected {expected}, got \["):
         gate(torch.zeros(shape))
     gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"x: expected \[N, 6, H, W\], got \["):
+    with pytest.raises(ValueError, match=rf"x: expected {expected}, got \["):
         gate(torch.zeros(shape))
 
 

@@ -127,7 +127,7 @@ def test_unknown_depth(depth: int) -> None:
     ("options", "error", "message"),
     [
         ({"shortcut": "none"}, ValueError, "shortcut: expected one of conv, pad, got 'none'"),
-        ({"gating": "block"}, ValueError, "gating: expected one of layer, channel, got 'block'"),
+        ({"gating": "block"}, ValueError, "gating: expected one of layer, channel, both, got 'block'"),
         ({"gating": "channel", "position": "end"}, ValueError, "position: expected one of middle, before, after, got"),
         ({"gating": "layer", "estimator": "soft"}, ValueError, "estimator: expected one of"),
         ({"window": "clipped"}, ValueError, "gate options without gating: window"),
