@@ -661,11 +661,20 @@ def test_layer_gates_have_no_channel_options(options: dict) -> None:
 @pytest.mark.parametrize("shape", [(8, 5, 4, 3), (8, 6, 4), (6,)])
 def test_input_of_another_shape_is_refused(kind: str, shape: tuple) -> None:
     gate = KINDS[kind]()
-    with pytest.raises(ValueError, match=r"x: expected \[N, 6, H, W\], got \["):
+    with pytest.raises(ValueError, match=r"x: expected (\[N, 6, H, W\]|tokens \[N, T, 6\]), got \["):
         gate(torch.zeros(shape))
     gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"x: expected \[N, 6, H, W\], got \["):
+    with pytest.raises(ValueError, match=r"x: expected (\[N, 6, H, W\]|tokens \[N, T, 6\]), got \["):
         gate(torch.zeros(shape))
+
+
+def test_layer_gates_take_tokens() -> None:
+    gate, x = fg.LayerGate(6).eval(), torch.randn(8, 5, 6)
+    decisions = gate(x)
+    logits = gate.logits
+    assert decisions.shape == (8, 1, 1, 1)
+    # the same means over T as over one column of a map
+    assert torch.equal(gate(x.transpose(1, 2)[..., None]), decisions) and torch.equal(gate.logits, logits)
 
 
 def test_a_flattening_gate_is_tied_to_its_size() -> None:
