@@ -669,6 +669,15 @@ def test_input_of_another_shape_is_refused(kind: str, shape: tuple) -> None:
         gate(torch.zeros(shape))
 
 
+def test_layer_gates_take_tokens() -> None:
+    gate, x = fg.LayerGate(6).eval(), torch.randn(8, 5, 6)
+    decisions = gate(x)
+    logits = gate.logits
+    assert decisions.shape == (8, 1, 1, 1)
+    # the same means over T as over one column of a map
+    assert torch.equal(gate(x.transpose(1, 2)[..., None]), decisions) and torch.equal(gate.logits, logits)
+
+
 def test_a_flattening_gate_is_tied_to_its_size() -> None:
     gate = fg.ChannelGate(6, spatial_size=(4, 3))
     # (3, 4) has as many pixels: the order would be wrong without a word
