@@ -5,7 +5,7 @@ training, by :func:`load_from_checkpoint`.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,7 +18,6 @@ from fastgate.energy.timeline import Timeline
 from fastgate.gates import named_gates
 from fastgate.integrations.session import Session, restore_shape
 from fastgate.pruning.config import SearchConfig
-from fastgate.pruning.search import GateSearch
 from fastgate.values import Forward
 
 
@@ -38,7 +37,7 @@ class _Method:
         return MethodType(getattr(type(self.module), self.name), memo[id(self.module)])
 
 
-class GateSearchCallback(pl.Callback):
+class GateSearchCallback(Session, pl.Callback):
     """Prunes the network of a `LightningModule` while it trains; `trainer.fit(model)` is all else that is needed.
 
     Gates are added before the optimizer is made, unless the module has some; their losses are added to what
@@ -51,12 +50,9 @@ class GateSearchCallback(pl.Callback):
     module itself and give the optimizer :func:`fastgate.parameter_groups`.
 
     Args:
-        config: when gates are open, live and final, and the target.
-        gating: "layer" or "channel".
-        calibration: batches that gates are decided over; None reads the data set of the training loader in order.
-        forward: `(module, batch) -> anything`, for modules that are not called with a batch's first item.
+        config, gating, calibration, forward, gate_options: see :class:`~fastgate.integrations.session.Session`; without
+            `forward` the module, or the child that has its gates, is called with a batch's first item.
         folder: where the compact network is written; None takes the trainer's `default_root_dir`.
-        gate_options: of :func:`fastgate.attach`.
     """
 
     def __init__(
@@ -64,24 +60,12 @@ class GateSearchCallback(pl.Callback):
         config: SearchConfig | None = None,
         gating: str = "layer",
         *,
-        calibration: Iterable[Any] | None = None,
-        forward: Forward | None = None,
         folder: str | Path | None = None,
-        **gate_options: Any,
+        **options: Any,
     ) -> None:
-        self._session = Session(config, gating, calibration, forward, gate_options)
+        super().__init__(config, gating, **options)
         self._folder = folder
         self._wrapped: list[str] = []
-
-    @property
-    def search(self) -> GateSearch | None:
-        """The search; None before training begins."""
-        return self._session.search
-
-    @property
-    def small(self) -> nn.Module | None:
-        """The compact network, once training has ended."""
-        return self._session.small
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Be there when a checkpoint is loaded, and before the optimizer is made."""
@@ -98,7 +82,7 @@ class GateSearchCallback(pl.Callback):
     def _loading(self, module: pl.LightningModule, original: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         if state := checkpoint.get("callbacks", {}).get(self.state_key):
             self._add_gates(module)
-            self._session.restore(module, state)
+            self.restore(module, state)
         original(checkpoint)
 
     def _configuring(self, module: pl.LightningModule, original: Callable[..., Any]) -> Any:
@@ -106,9 +90,9 @@ class GateSearchCallback(pl.Callback):
         return original()
 
     def _add_gates(self, module: pl.LightningModule) -> None:
-        self._session.add_gates(module)
-        if self._session.forward is None and type(module).forward is pl.LightningModule.forward:
-            self._session.forward = _only_child_with_gates(module)
+        self.add_gates(module)
+        if self.forward is None and type(module).forward is pl.LightningModule.forward:
+            self.forward = _only_child_with_gates(module)
 
     def _training(
         self, trainer: pl.Trainer, module: pl.LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -136,18 +120,18 @@ class GateSearchCallback(pl.Callback):
                 f"max_epochs: expected a number of epochs, of which a search's phases are shares, got "
                 f"{trainer.max_epochs}"
             )
-        self._session.begin(pl_module, trainer.optimizers[0], trainer.max_epochs, trainer.train_dataloader)
+        self.begin(pl_module, trainer.optimizers[0], trainer.max_epochs, trainer.train_dataloader)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gates' part of the epoch."""
-        self._session.begin_epoch(trainer.current_epoch)
+        self.begin_epoch(trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After the last one, running statistics are made those of the network as it is, for the validation."""
         if batch_idx + 1 == trainer.num_training_batches:
-            self._session.refresh()
+            self.refresh()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the gates do."""
@@ -159,19 +143,14 @@ class GateSearchCallback(pl.Callback):
             logger.log_metrics(logged, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the compact network and write it, unless training was interrupted."""
-        if trainer.current_epoch >= (trainer.max_epochs or 0):
-            self._session.end(self._folder or trainer.default_root_dir)
+        """Make the compact network and write it."""
+        self.end(self._folder or trainer.default_root_dir)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The module gets its own methods back."""
         for name in self._wrapped:
             pl_module.__dict__.pop(name, None)
         self._wrapped = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """The search, for a checkpoint."""
-        return self._session.state_dict()
 
 
 def _only_child_with_gates(module: nn.Module) -> Forward:

@@ -15,7 +15,7 @@ from fastgate import processes
 from fastgate.gates import named_gates
 from fastgate.models.attachment import attach
 from fastgate.pruning.compaction import cut_frozen
-from fastgate.pruning.config import SearchConfig
+from fastgate.pruning.config import Phase, SearchConfig
 from fastgate.pruning.parallel import renew, wrappers_of
 from fastgate.pruning.search import GateSearch
 from fastgate.pruning.storage import load, save
@@ -27,9 +27,11 @@ FILE = "small.safetensors"
 class Session:
     """Adds gates to a network, searches while somebody else trains it, and leaves the compact network.
 
+    A callback for another package's trainer derives from it.
+
     Args:
-        config: of the search.
-        gating: of the gates that are added; a network that has gates keeps those.
+        config: when gates are open, live and final, and the target.
+        gating: "layer", "channel" or "both", of the gates that are added; a network that has gates keeps those.
         calibration: batches that gates are decided over; None reads the training data set in order.
         forward: `(model, batch) -> anything`, for networks that are called otherwise.
         gate_options: of :func:`fastgate.attach`.
@@ -41,20 +43,25 @@ class Session:
 
     def __init__(
         self,
-        config: SearchConfig | None,
-        gating: str,
-        calibration: Iterable[Any] | None,
-        forward: Forward | None,
-        gate_options: Mapping[str, Any],
+        config: SearchConfig | None = None,
+        gating: str = "layer",
+        *,
+        calibration: Iterable[Any] | None = None,
+        forward: Forward | None = None,
+        **gate_options: Any,
     ) -> None:
         self.config = config or SearchConfig()
         self.gating = gating
         self.forward = forward
-        self.gate_options = dict(gate_options)
+        self.gate_options = gate_options
         self.search: GateSearch | None = None
         self.small: nn.Module | None = None
         self._calibration = calibration
         self._loader: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
+        """Itself: a copy of the network, whose hooks know it, leaves optimizer, loader and data where they are."""
+        return self
 
     def add_gates(self, model: nn.Module) -> None:
         """Add gates to a network that has none: before its optimizer is made."""
@@ -124,9 +131,19 @@ class Session:
             self.search.refresh(in_order(self._loader, shuffled_by=self.search.epoch))
 
     def end(self, folder: str | os.PathLike[str]) -> None:
-        """Training has ended: make the compact network, and write it to the folder where a file can describe it."""
+        """Training has ended: make the compact network, and write it to the folder where a file can describe it.
+
+        Where it ended early (early stopping, a limit of time), gates that are not final are decided now, with a
+        warning; gates that were still held open have learned nothing, and no network is made.
+        """
         if self.search is None:
             return
+        if self.search.epoch + 1 < self.search.epochs and self.search.phase is not Phase.SETTLED:
+            left = f"training ended in epoch {self.search.epoch + 1} of {self.search.epochs}"
+            if self.search.phase is Phase.OPEN:
+                warnings.warn(f"{left}, in which gates were held open: there is no compact network", stacklevel=2)
+                return
+            warnings.warn(f"{left}, before every gate was decided: the rest is decided now", stacklevel=2)
         self.small = self.search.compact(self._calibration)
         if not processes.is_main():
             return
@@ -175,7 +192,7 @@ def first_batch(batches: Iterable[Any]) -> Any:
     Raises:
         ValueError: there is none.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # loaders draw from the CPU's
         for batch in batches:
             return batch
     raise ValueError("calibration: expected at least one batch, got none")

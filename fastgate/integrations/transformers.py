@@ -2,7 +2,7 @@
 
 import inspect
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from fastgate.energy.meter import EnergyMeter
 from fastgate.energy.timeline import Timeline
 from fastgate.integrations.session import Session
 from fastgate.pruning.config import SearchConfig
-from fastgate.pruning.search import GateSearch
-from fastgate.values import Forward
 
 # the module that carries the search in the model's state, so that it is in every checkpoint beside the weights
 _CARRIER = "fastgate_search"
@@ -40,7 +38,7 @@ class _Carrier(nn.Module):
         self.state = state_dict[f"{prefix}state"].to(self.state.device)
 
 
-class GateSearchCallback(TrainerCallback):
+class GateSearchCallback(Session, TrainerCallback):
     """Prunes a network while a Hugging Face `Trainer` trains it; `callbacks=[GateSearchCallback()]` is all it takes.
 
     Gates are added when the trainer is made, unless the model has some; their losses are added to the loss that the
@@ -52,38 +50,16 @@ class GateSearchCallback(TrainerCallback):
 
     The weight decay of `TrainingArguments` counts for the weights of the gates too.
 
-    Args:
-        config: when gates are open, live and final, and the target.
-        gating: "layer" or "channel".
-        calibration: batches that gates are decided over; None reads the training data set in order.
-        forward: `(model, batch) -> anything`, for models that are not called with a batch's keywords.
-        gate_options: of :func:`fastgate.attach`.
+    Args: see :class:`~fastgate.integrations.session.Session`; without `forward` the model is called with a batch's
+    keywords.
     """
 
-    def __init__(
-        self,
-        config: SearchConfig | None = None,
-        gating: str = "layer",
-        *,
-        calibration: Iterable[Any] | None = None,
-        forward: Forward | None = None,
-        **gate_options: Any,
-    ) -> None:
-        self._session = Session(config, gating, calibration, forward, gate_options)
+    def __init__(self, config: SearchConfig | None = None, gating: str = "layer", **options: Any) -> None:
+        super().__init__(config, gating, **options)
         self._handles: list[Any] = []
         self._state: TrainerState | None = None
         self._accumulated = 1  # steps that a loss is divided by
         self._reached = False  # whether a loss of the model has taken those of the gates
-
-    @property
-    def search(self) -> GateSearch | None:
-        """The search; None before training begins."""
-        return self._session.search
-
-    @property
-    def small(self) -> nn.Module | None:
-        """The compact network, once training has ended."""
-        return self._session.small
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gates, before the optimizer is made or a checkpoint loaded."""
@@ -94,12 +70,12 @@ class GateSearchCallback(TrainerCallback):
                 f"{args.label_smoothing_factor}: the Trainer then ignores the model's loss, to which those of the "
                 "gates are added; smooth in the model, for example torch.nn.CrossEntropyLoss(label_smoothing=...)"
             )
-        self._session.add_gates(model)
+        self.add_gates(model)
         carrier = _Carrier()
         model.add_module(_CARRIER, carrier)
         self._handles = [
             model.register_forward_hook(self._add_losses),
-            model.register_state_dict_pre_hook(lambda *_: carrier.put(self._session.state_dict())),
+            model.register_state_dict_pre_hook(lambda *_: carrier.put(self.state_dict())),
             model.register_load_state_dict_pre_hook(self._restore),
         ]
 
@@ -108,7 +84,7 @@ class GateSearchCallback(TrainerCallback):
         if kept is not None and kept.numel():
             state = torch.load(io.BytesIO(kept.cpu().numpy().tobytes()), weights_only=True)
             if state:
-                self._session.restore(model, state)
+                self.restore(model, state)
 
     def _add_losses(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
         """The model's outputs with the gate losses in its loss, in training."""
@@ -129,7 +105,7 @@ class GateSearchCallback(TrainerCallback):
         """Begin the search, or go on with it."""
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         self._state = state
-        self._session.begin(model, kwargs["optimizer"], int(state.num_train_epochs), loader)
+        self.begin(model, kwargs["optimizer"], int(state.num_train_epochs), loader)
         # a loss that counts the items of all accumulated steps is not divided by their number afterwards
         parameters = inspect.signature(model.forward).parameters.values()
         takes_items = getattr(model, "accepts_loss_kwargs", None)
@@ -141,7 +117,7 @@ class GateSearchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The gates' part of the epoch."""
-        self._session.begin_epoch(int((state.epoch or 0.0) + 1e-6))
+        self.begin_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make sure that the gates learn."""
@@ -155,7 +131,7 @@ class GateSearchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make running statistics those of the network as it is, for an evaluation, and log what the gates do."""
-        self._session.refresh()
+        self.refresh()
         if self.search is not None:
             metrics = self.search.metrics()
             logged = {f"gates_{name}": float(metrics[name]) for name in ("open_ratio", "macs", "polarization")}
@@ -168,8 +144,7 @@ class GateSearchCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         delattr(kwargs["model"], _CARRIER)
-        if int((state.epoch or 0.0) + 1e-6) >= int(state.num_train_epochs):
-            self._session.end(str(args.output_dir))
+        self.end(str(args.output_dir))
 
 
 class EnergyCallback(TrainerCallback):

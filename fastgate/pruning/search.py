@@ -31,7 +31,7 @@ from fastgate.pruning.means import EpochMeans
 from fastgate.pruning.parallel import unwrapped, wrappers_of
 from fastgate.pruning.probe import example_of
 from fastgate.pruning.statistics import has_statistics, refresh_statistics
-from fastgate.pruning.targets import lowest_share, meet_target, within_reach
+from fastgate.pruning.targets import check_target, meet_target, within_reach
 from fastgate.values import Forward, device_of, tensors_in, with_tensors
 
 _STATE_VERSION = 1
@@ -136,12 +136,8 @@ class GateSearch:
     def _set_costs(self, costs: Costs) -> None:
         self.costs = costs
         self._on_device = {}
-        target, lowest = self.config.target, lowest_share(costs, costs.total, self.config.round_to)
-        if target is not None and target < lowest:
-            raise ValueError(
-                f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 (below that is what gates cannot "
-                f"remove), got {target}"
-            )
+        if self.config.target is not None:
+            check_target(costs, self.config.target, costs.total, self.config.round_to)
 
     # ---- what is known -----------------------------------------------------------------------------------------------
 
@@ -150,7 +146,12 @@ class GateSearch:
         """Where the run is."""
         if len(self.final) == len(self.gates):
             return Phase.SETTLED
-        return Phase.OPEN if self.epoch < round(self.config.open_until * self.epochs) else Phase.SEARCH
+        return Phase.OPEN if self.epoch < self._released_at else Phase.SEARCH
+
+    @property
+    def _released_at(self) -> int:
+        """The epoch from which gates are live."""
+        return round(self.config.open_until * self.epochs)
 
     @property
     def live(self) -> dict[str, Gate]:
@@ -202,6 +203,7 @@ class GateSearch:
                 f"epoch: expected {max(self.epoch, 0)} or {self.epoch + 1}, got {epoch}; call begin_epoch before every "
                 "epoch, and load_state_dict before the first one of a run that goes on"
             )
+        self._check_learned()
         settles = self._settles_at(epoch)
         if settles and calibration is None:
             raise ValueError(
@@ -213,38 +215,49 @@ class GateSearch:
         if not self._checked_state and self.optimizer.state and self.config.compact_training:
             check_optimizer(self.model, self.optimizer)
             self._checked_state = True
+        with _random_state_kept(device_of(self.model)):
+            return self._begin(epoch, settles, calibration, forward or self._forward)
+
+    def _begin(
+        self, epoch: int, settles: bool, calibration: Iterable[Any] | None, forward: Forward | None
+    ) -> list[str]:
+        held = [] if epoch < self._released_at else [gate for gate in self.live.values() if gate.frozen]
+        for gate in held:
+            gate.unfreeze()
+        decisions, batches = Decisions({}), _FirstKept(calibration or ())
+        try:
+            if settles:
+                decisions = self._decide(batches, forward)
+        except BaseException:  # what was asked told nothing: the epoch has not begun
+            for gate in held:
+                gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
+            raise
         self._end_epoch()
         self.epoch = epoch
-        if self.phase is Phase.SETTLED:
-            return []
         if self.phase is Phase.OPEN:
             hold_open(self.model)
+        if self.phase is not Phase.SEARCH:
             return []
-        for gate in self.live.values():
-            if gate.frozen:
-                gate.unfreeze()
-        forward = forward or self._forward
-        with _random_state_kept(device_of(self.model)):
-            if settles and calibration is not None:
-                batches = _FirstKept(calibration)
-                decisions = self._decide(batches, forward)
-                return self._finalize(decisions, batches.first, forward)
-            found = self._find_unanimous(epoch)
-            inputs = None if calibration is None or not found else next(iter(calibration), None)
-            return self._finalize(found, inputs, forward)
+        if not settles:
+            decisions = self._find_unanimous(epoch)
+            if decisions and calibration is not None:
+                batches.first = next(iter(calibration), None)
+        return self._finalize(decisions, batches.first, forward)
 
     def _settles_at(self, epoch: int) -> bool:
         settle_at = self.config.settle_at
         return self.phase is not Phase.SETTLED and settle_at is not None and epoch >= round(settle_at * self.epochs)
 
+    def _check_learned(self) -> None:
+        if self.phase is Phase.SEARCH and self.epoch >= 0 and self._epoch_means.empty:
+            raise ValueError(
+                f"loss: epoch {self.epoch} had none of this search, so that its gates learned nothing; add "
+                "search.loss(progress) to the loss of every step"
+            )
+
     def _end_epoch(self) -> None:
         """Note the epoch's mean decisions, for :meth:`_find_unanimous`."""
         if self.phase is Phase.SEARCH and self.epoch >= 0:
-            if self._epoch_means.empty:
-                raise ValueError(
-                    f"loss: epoch {self.epoch} had none of this search, so that its gates learned nothing; add "
-                    "search.loss(progress) to the loss of every step"
-                )
             self._recent.append({name: mean.tolist() for name, mean in self._means().items()})
         self._epoch_means.clear()
         self._awaited = None
@@ -254,7 +267,7 @@ class GateSearch:
         config, found = self.config, {}
         if config.commit_after is not None:
             # while the target falls, gates are open because it asks for that: only closed ones are decided then
-            searching = epoch - round(config.open_until * self.epochs)
+            searching = epoch - self._released_at
             fallen = epoch - math.ceil(config.anneal_until * self.epochs)
             steady = searching if config.target is None else fallen
             found = {

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -125,6 +126,8 @@ def test_the_gate_losses_reach_the_backward_pass(tmp_path: Path) -> None:
         "plain": {},
         "accumulated": {"accumulate_grad_batches": 4},
         "bf16": {"precision": "bf16-mixed"},
+        # a loss scaler's usual 65536 times this budget overflows in half precision: it would skip the step
+        "fp16": {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16))},
     }.items():
         torch.manual_seed(0)
         module = Module(lr=1e-9)
@@ -148,7 +151,7 @@ def test_the_gate_losses_reach_the_backward_pass(tmp_path: Path) -> None:
         pulls[name] = grads[0]
     # the budget is all that pulls, and at the start all gates are open in every batch: 4 batches pull as one does
     assert all(bool((pull > 1).all()) for pull in pulls.values())
-    for name in ("accumulated", "bf16"):
+    for name in ("accumulated", "bf16", "fp16"):
         torch.testing.assert_close(pulls[name], pulls["plain"], rtol=0.05, atol=0.0)
 
 
@@ -169,6 +172,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_epochs: expected a number of epochs"):
         pl.Trainer(max_epochs=-1, callbacks=[GateSearchCallback()], default_root_dir=tmp_path, **QUIET).fit(
             Module(), loader()
+        )
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_training_that_ends_early(epochs: int, tmp_path: Path) -> None:
+    """In the first epoch gates are held open; in the third they are live: then they are decided."""
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 == epochs
+
+    callback = GateSearchCallback(CONFIG, "channel")
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS, min_epochs=1, callbacks=[callback, Stop()], default_root_dir=tmp_path, **QUIET
+    )
+    why = "held open: there is no compact network" if epochs == 1 else "the rest is decided now"
+    with pytest.warns(UserWarning, match=rf"training ended in epoch {epochs} of {EPOCHS}, .*{why}"):
+        trainer.fit(Module(), loader())
+    assert (tmp_path / "small.safetensors").exists() == (callback.small is not None) == (epochs == 3)
+    if epochs == 3:
+        assert callback.search is not None
+        assert fg.macs(fg.load(tmp_path / "small.safetensors"), SIZE) == pytest.approx(
+            0.6 * callback.search.macs, rel=0.01
         )
 
 

@@ -1,5 +1,6 @@
 """The search inside Hugging Face's real Trainer: nothing of the user's code changes."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,15 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16)
     assert fg.compare(model, small, x, forward=lambda network, images: network(images).logits) == 0.0
     assert list(fg.named_gates(small)) == []
+
+
+def test_a_copy_of_the_model_leaves_the_run_behind(tmp_path: Path) -> None:
+    """Commits copy the network: not the callback, which knows optimizer, loader and data."""
+    model, callback = Net(), GateSearchCallback(CONFIG)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=[], callbacks=[callback])
+    (hook,) = copy.deepcopy(model)._forward_hooks.values()
+    assert hook.__self__ is callback
 
 
 class NoLoss(Net):

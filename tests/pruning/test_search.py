@@ -175,6 +175,24 @@ def test_what_a_state_belongs_to(data: TensorDataset) -> None:
         Loop().search.load_state_dict({})
 
 
+def test_an_epoch_whose_decisions_fail_has_not_begun(data: TensorDataset) -> None:
+    """In the middle of a run, and where gates that were held open are to be decided at once."""
+    images, labels = data.tensors
+    broken = DataLoader(TensorDataset(images * torch.nan, labels), 16)
+    for open_until, epochs in ((0.0, 2), (0.3, 2)):
+        config = fg.SearchConfig(open_until=open_until, anneal_until=0.3, settle_at=0.3, commit_after=None)
+        loop = Loop(config=config)
+        steps = loop.epochs(data)
+        for _ in range(epochs):
+            next(steps)
+        before = loop.state()
+        with pytest.raises(ValueError, match="expected logits that are numbers, got nan"):
+            loop.search.begin_epoch(epochs, broken)
+        assert_same(loop.state(), before)
+        assert len(loop.search.begin_epoch(epochs, DataLoader(data, 16))) == 3
+        assert loop.search.phase is Phase.SETTLED
+
+
 def test_random_numbers_are_those_of_a_loop_without_a_search(data: TensorDataset) -> None:
     loop = Loop(config=fg.SearchConfig(open_until=0, anneal_until=0, settle_at=0))
     torch.manual_seed(3)
@@ -330,7 +348,8 @@ def test_networks_that_are_refused() -> None:
         GateSearch(plain, SIZE, torch.optim.SGD(plain.parameters()), epochs=3)
     gated = fg.models.resnet(8, 4, gating="layer")
     optimizer = torch.optim.SGD(gated.parameters())
-    with pytest.raises(ValueError, match=r"target: expected 0\.\d{4} to 1 \(below that is what gates cannot remove"):
+    message = r"target: expected 0\.\d{4} to 1 of the network's cost \(less is not gated\), got 0\.01"
+    with pytest.raises(ValueError, match=message):
         GateSearch(gated, SIZE, optimizer, epochs=3, config=fg.SearchConfig(target=0.01))
     with pytest.raises(ValueError, match="epochs: expected a positive number, got 0"):
         GateSearch(gated, SIZE, optimizer, epochs=0)
