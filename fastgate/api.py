@@ -37,6 +37,8 @@ def train(
     resume: bool = False,
     device: str = "auto",
     data_root: str | None = None,
+    download: bool = False,
+    logger: str = "none",
     **options: Any,
 ) -> Trained:
     """Train and prune a network: what `fastgate train` does, with the same options, presets and run folder.
@@ -53,7 +55,7 @@ def train(
         folder: of the run; default: `runs/train-<time>`.
         resume: go on with the run in `folder`, whose network and loaders have to be made as they were.
         device: "auto", "cpu" or "cuda[:index]".
-        data_root: folder of the data set, see `--data-root`.
+        data_root, download, logger: as of the command line.
         **options: of the recipe, such as `target=0.5`, `gating="channel"`, `epochs=90`; those of the command line.
 
     Raises:
@@ -83,13 +85,25 @@ def train(
     else:
         classes = _count_classes(model, train, where)
         data = Loaders(train, test, classes, where)
-        options["batch_size"] = data.batch_size
+        if options.setdefault("batch_size", data.batch_size) != data.batch_size:
+            raise ValueError(
+                f"batch_size: expected {data.batch_size} as of the loader, got {options['batch_size']}; make the "
+                "loader with it"
+            )
     if not isinstance(model, str):
         # said in the run folder; nothing is imported by it
         options |= {"network": f"{type(model).__module__}:{type(model).__qualname__}", "weights": "none"}
     recipe = change(get_preset(preset), **options)
     place = Path(folder or Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}")
-    run = Run(recipe, place, data_root, device=where, model=None if isinstance(model, str) else model)
+    run = Run(
+        recipe,
+        place,
+        data_root,
+        download,
+        where,
+        logger=logger,
+        model=None if isinstance(model, str) else model,
+    )
     outcome = finish(run, data, resume=resume)
     return Trained(outcome.network, outcome.summary, place)
 

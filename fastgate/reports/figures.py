@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fastgate.files import write_atomically
-from fastgate.reports.runs import read_history
+from fastgate.training.run_folder import read_history
 
 
 def draw_energy(runs: dict[str, Path], path: Path) -> bool:

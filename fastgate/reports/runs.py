@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastgate.pruning.decisions import Decisions
 from fastgate.reports.recipes import RecipeFacts, read_recipe
-from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY
+from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY, read_history
 
 
 class Phase(NamedTuple):
@@ -74,15 +74,6 @@ def read_run(folder: Path) -> RunRecord:
         decisions=Decisions.from_json(decisions) if decisions.exists() else None,
         controls={control.name.removeprefix(CONTROL_PREFIX): read_run(control) for control in controls},
     )
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The record of every finished epoch of a run; none before the first is finished."""
-    path = folder / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected a JSON object per line, got {error}; the file is damaged") from error
 
 
 def look_up(record: Mapping[str, Any], *path: str) -> Any:

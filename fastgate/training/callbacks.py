@@ -1,6 +1,7 @@
 """What happens beside a training: a base class with every event, and what the command line hangs on it."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastgate.pruning.config import Phase
 from fastgate.training.checkpoint import save_checkpoint
 from fastgate.training.loggers import TensorBoardLogger
 from fastgate.training.progress import RunProgress
-from fastgate.training.run_folder import CHECKPOINT, CHOICES, DECISIONS, METRICS, read_history
+from fastgate.training.run_folder import CHECKPOINT, CHOICES, DECISIONS, METRICS
 from fastgate.training.spending import Spending, describe_epoch
 from fastgate.tuning import tune
 
@@ -134,12 +135,10 @@ class MetricsFile(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lines = ""
-        self._kept = False  # whether a checkpoint had them
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
-        """Take up what was recorded before; of a checkpoint of an earlier version, what the file has of it."""
-        lines = [json.loads(line) for line in self._lines.splitlines()] if self._kept else read_history(self.folder)
-        trainer.records = [line for line in lines if line["epoch"] <= trainer.epoch]
+        """Take up what was recorded before."""
+        trainer.records = [json.loads(line) for line in self._lines.splitlines()]
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Write the decisions."""
@@ -162,7 +161,7 @@ class MetricsFile(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with them."""
-        self._lines, self._kept = state["lines"], True
+        self._lines = state["lines"]
 
 
 class TensorBoard(Callback):
@@ -205,10 +204,16 @@ class Checkpoints(Callback):
 
 
 class Progress(Callback):
-    """A line for every epoch on the standard error stream, in a terminal a live bar below them."""
+    """A line for every epoch on the standard error stream, in a terminal a live bar below them.
 
-    def __init__(self, title: str) -> None:
+    Args:
+        title: what is being trained.
+        notes: what is said before the first step.
+    """
+
+    def __init__(self, title: str, notes: Sequence[str] = ()) -> None:
         self.title = title
+        self.notes = notes
         self._bar: RunProgress | None = None
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
@@ -216,6 +221,8 @@ class Progress(Callback):
         steps = len(trainer.train_loader)
         self._bar = RunProgress(self.title, trainer.epochs * steps, trainer.epoch * steps + trainer.step)
         self._bar.__enter__()
+        for note in self.notes if trainer.epoch == trainer.step == 0 else ():
+            self._bar.note(note)
 
     def on_step_end(self, trainer: "Trainer") -> None:
         """One step more."""

@@ -37,6 +37,11 @@ def find_plain(recipe: Recipe, in_channels: int, num_classes: int, *, weights: s
     )
 
 
+def is_found(recipe: Recipe) -> bool:
+    """Whether gates are added to a network that was found: a CIFAR network without weights is built with its gates."""
+    return recipe.model.cifar_depth is None or recipe.model.weights != "none"
+
+
 def build_network(
     recipe: Recipe, image_size: Sequence[int], num_classes: int, *, model: nn.Module | None = None
 ) -> nn.Module:
@@ -59,7 +64,8 @@ def build_network(
     }
     if gates.gating == "channel":
         options["depth"] = gates.gate_depth
-    if model is not None or recipe.model.cifar_depth is None or recipe.model.weights != "none":
+    depth = recipe.model.cifar_depth
+    if model is not None or depth is None or is_found(recipe):
         if gates.gating == "channel" and gates.gate_input == "flatten":
             raise ValueError(
                 "gate_input: flatten is for CIFAR networks without weights, whose maps are known; expected pool for "
@@ -69,7 +75,7 @@ def build_network(
         return plain if gates.gating == "none" else attach(plain, gates.gating, gates.position, **options)
     build = partial(
         resnet,
-        recipe.model.cifar_depth,
+        depth,
         num_classes,
         in_channels=channels,
         widths=recipe.model.stage_widths,

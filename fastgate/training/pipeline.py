@@ -39,7 +39,7 @@ from fastgate.training.controls import control_recipe, draw_decisions
 from fastgate.training.data import Data, load_data
 from fastgate.training.lock import locked
 from fastgate.training.loggers import open_logger
-from fastgate.training.networks import build_network, evaluate, find_plain, resolve_precision
+from fastgate.training.networks import build_network, evaluate, find_plain, is_found, resolve_precision
 from fastgate.training.recipe import Recipe, change, recipe_to_dict
 from fastgate.training.run_folder import (
     CONFIG,
@@ -54,6 +54,14 @@ from fastgate.training.spending import sum_joules
 from fastgate.training.trainer import Trainer
 
 _EVALUATION_BATCH, _LATENCY_BATCH = 500, 256
+# of larger images fewer, as many pixels in all: a batch lives in memory with everything that is computed from it
+_SIDE = 64
+
+
+def _bounded(batch_size: int, data: Data) -> int:
+    """A batch size that need not be what it is, or what the data set's images are small enough for."""
+    _, height, width = data.image_size
+    return max(1, min(batch_size, batch_size * _SIDE**2 // (height * width)))
 
 
 @dataclass(frozen=True)
@@ -129,15 +137,14 @@ def make_trainer(run: Run, data: Data) -> Trainer:
     batches: dict[str, Any] = {"shard": shard, "channels_last": True}
     train_loader = data.training(recipe.run.batch_size, seed=recipe.run.seed, **batches)
     torch.manual_seed(recipe.run.seed)
-    model = None if run.model is None else copy_network(run.model)
-    model = build_network(recipe, data.image_size, data.num_classes, model=model).to(device)
-    model.to(memory_format=torch.channels_last)
+    model, notes = _build(run, data)
     optimizer, search = build_optimizer(recipe, model), None
     if recipe.gates.gating != "none":
         config = recipe.search.on(device.type, dtype is not torch.float32)
         search = GateSearch(model, data.image_size, optimizer, epochs=recipe.run.epochs, config=config)
     split = "validation" if "validation" in data.splits else "test"
-    evaluation = data.evaluation(split, _EVALUATION_BATCH, **batches)
+    batch_size = _bounded(_EVALUATION_BATCH, data)
+    evaluation = data.evaluation(split, batch_size, **batches)
 
     def evaluate_split(network: nn.Module) -> dict[str, Any]:
         return {"split": split, **evaluate(network, evaluation, dtype, num_classes=data.num_classes)}
@@ -153,7 +160,7 @@ def make_trainer(run: Run, data: Data) -> Trainer:
         KernelChoices(run.folder, data.image_size, sizes),
         MetricsFile(run.folder),
         Checkpoints(run.folder, kept),
-        Progress(_title(run)),
+        Progress(_title(run), notes),
     ]
     logger = open_logger(run.logger, run.folder) if processes.is_main() else None
     if logger is not None:
@@ -166,7 +173,7 @@ def make_trainer(run: Run, data: Data) -> Trainer:
         nn.CrossEntropyLoss(label_smoothing=smoothing),
         epochs=recipe.run.epochs,
         search=search,
-        calibration=data.evaluation("train", _EVALUATION_BATCH, **batches),
+        calibration=data.evaluation("train", batch_size, **batches),
         evaluate=evaluate_split,
         callbacks=callbacks,
         folder=run.folder,
@@ -245,7 +252,7 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     if gated:
         frozen = freeze(copy_network(trainer.model), {name: decisions[name] for name in gated})
         small = compact(frozen)
-        x, _ = next(iter(data.evaluation("test", _EVALUATION_BATCH, channels_last=True)))
+        x, _ = next(iter(data.evaluation("test", _bounded(_EVALUATION_BATCH, data), channels_last=True)))
         difference = max(difference, check_equal(frozen, small, x))
     _save_network(small, run, data)
 
@@ -256,7 +263,8 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     trainers = {"gated" if gated else "compact": trainer, **controls}
     networks = {kind: control.model for kind, control in controls.items()}
     if "unpruned" not in networks:
-        networks["unpruned"] = _plain_network(run, data)
+        plain = change(run.recipe, gating="none", control="none")
+        networks["unpruned"], _ = _build(replace(run, recipe=plain), data)  # it is timed
     own = {**({"gated": trainer.model} if gated else {}), "compact": small}
     networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
     summary = processes.from_main(
@@ -265,12 +273,17 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     return Outcome(summary, small)
 
 
-def _plain_network(run: Run, data: Data) -> nn.Module:
-    """The unpruned network, untrained: it is timed."""
-    recipe = change(run.recipe, gating="none", control="none")
-    model = None if run.model is None else copy_network(run.model)
-    plain = build_network(recipe, data.image_size, data.num_classes, model=model)
-    return plain.to(run.device).to(memory_format=torch.channels_last)
+def _build(run: Run, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
+    """The run's network, and what is to be said of it."""
+    plain: nn.Module | None = run.model
+    notes: tuple[str, ...] = ()
+    if plain is not None:
+        plain = copy_network(plain)
+    elif is_found(run.recipe):
+        found = find_plain(run.recipe, data.image_size[0], data.num_classes)
+        plain, notes = found.model, found.notes
+    model = build_network(run.recipe, data.image_size, data.num_classes, model=plain)
+    return model.to(run.device).to(memory_format=torch.channels_last), notes
 
 
 def train_control(kind: str, run: Run, data: Data, decisions: Decisions, wanted: int, *, resume: bool) -> Trainer:
@@ -327,8 +340,9 @@ def _write_summary(
     difference: float | None = None,
 ) -> dict[str, Any]:
     trainer = next(iter(trainers.values()))
-    test = data.evaluation("test", _EVALUATION_BATCH, channels_last=True)
-    rows = measure_networks(networks, data, data.evaluation("test", _LATENCY_BATCH, channels_last=True))
+    test = data.evaluation("test", _bounded(_EVALUATION_BATCH, data), channels_last=True)
+    timed = data.evaluation("test", _bounded(_LATENCY_BATCH, data), channels_last=True)
+    rows = measure_networks(networks, data, timed)
     for name, row in rows.items():
         if name in ("gated", "compact") or name in trainers:
             row["accuracy"] = evaluate(networks[name], test, trainer.dtype, num_classes=data.num_classes)["accuracy"]
@@ -350,7 +364,7 @@ def _write_summary(
         "device": run.device,
         "processes": processes.count(),
         "precision": str(trainer.dtype).removeprefix("torch."),
-        "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {_LATENCY_BATCH}",
+        "latency": f"median of interleaved passes, fp32, batch 1; throughput at batch {timed.batch_size}",
         "energy": trainer.records[-1].get("energy"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": describe_environment(),

@@ -72,6 +72,9 @@ class TrainingStep:
         dtype: of the forward pass.
         measures: what else is summed up, by name.
         forward: for networks that are called otherwise.
+        device: of the network.
+        scheduled: whether the learning rate comes with every step; else the optimizer's groups keep their own, which
+            no capture would see change.
         graphs: captures the step; None runs it as it is.
 
     Attributes:
@@ -90,6 +93,7 @@ class TrainingStep:
         measures: Mapping[str, Measure] | None = None,
         forward: Forward | None = None,
         device: torch.device,
+        scheduled: bool = True,
         graphs: Graphs | None = None,
     ) -> None:
         self.network = model
@@ -102,6 +106,7 @@ class TrainingStep:
         self.graphs = graphs
         self._forward = forward
         self._device = device
+        self._scheduled = scheduled
         gate_losses = ("polarization", "activation", "budget", "capacity") if search is not None else ()
         self.sums = {name: torch.zeros((), device=device) for name in ("loss", "task", *gate_losses, *self.measures)}
         self._learning_rate = torch.zeros((), device=device)
@@ -149,7 +154,7 @@ class TrainingStep:
         self._configuration, self._steps, self._replay = configuration, 0, None
         fused = bool(self.optimizer.defaults.get("fused"))
         for group in self.optimizer.param_groups:
-            if fused or isinstance(self.optimizer, torch.optim.SGD):  # others read it on the host
+            if self._scheduled and (fused or isinstance(self.optimizer, torch.optim.SGD)):  # others read it on the host
                 group["lr"] = self._learning_rate
             if not fused:
                 continue
@@ -175,7 +180,8 @@ class TrainingStep:
         self._compute(with_tensors(self._batch, self._inputs[:-1]), self._inputs[-1])
 
     def _compute(self, batch: Any, schedule: Tensor) -> None:
-        self._set_learning_rate(schedule[0])
+        if self._scheduled:
+            self._set_learning_rate(schedule[0])
         inputs, targets = split_batch(batch)
         with torch.autocast(self._device.type, self.dtype, enabled=self.dtype is not torch.float32):
             outputs = call(self.network, inputs, self._forward)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +23,12 @@ from fastgate.training.lock import locked
 from fastgate.training.run_folder import CHECKPOINT
 from fastgate.training.step import CudaGraphs, Measure, TrainingStep, can_be_captured
 from fastgate.values import Forward, device_of, tensors_in, to_device_of
+
+# what a checkpoint has to hold
+_STATE = (
+    *("search", "model", "optimizer", "scaler", "epoch", "step", "images", "totals", "sums", "callbacks"),
+    *("random", "epoch_random"),
+)
 
 # how often processes with GPUs ask each other whether one was interrupted: for that they wait
 _STEPS_BETWEEN_QUESTIONS = 50
@@ -122,7 +129,6 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
         self.callbacks = [*callbacks]
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             have = {type(callback) for callback in callbacks}
             self.callbacks += [kind(self.folder) for kind in (MetricsFile, Checkpoints) if kind not in have]
         self.macs = search.macs if search is not None else None
@@ -135,7 +141,8 @@ class Trainer:
         self._epoch_rng: dict[str, Any] | None = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         # several processes exchange statistics and gradients inside the step
-        captures = self.device.type == "cuda" and processes.count() == 1 and can_be_captured(optimizer)
+        alone = self.device.type == "cuda" and processes.count() == 1
+        captures = alone and learning_rate is not None and can_be_captured(optimizer)
         self.training_step = TrainingStep(
             model,
             optimizer,
@@ -146,6 +153,7 @@ class Trainer:
             measures=measures,
             forward=forward,
             device=self.device,
+            scheduled=learning_rate is not None,
             graphs=CudaGraphs(self.device) if captures else None,
         )
 
@@ -314,6 +322,14 @@ class Trainer:
             }
         return described
 
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """By their classes, those of one class numbered."""
+        seen: Counter[str] = Counter()
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name} {seen[name]}"), callback
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` goes on from: tensors, numbers, strings and containers of these."""
         return {
@@ -326,13 +342,22 @@ class Trainer:
             "images": self._images,
             "totals": dict(self._totals),
             "sums": processes.average(self.sums),
-            "callbacks": {type(callback).__name__: callback.state_dict() for callback in self.callbacks},
+            "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks()},
             "random": _random_state(self.device),
             "epoch_random": self._epoch_rng,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, with a network, an optimizer and a search that are freshly made."""
+        """Go on from :meth:`state_dict`, with a network, an optimizer and a search that are freshly made.
+
+        Raises:
+            ValueError: the state of an earlier version, or of another network or search.
+        """
+        if missing := [name for name in _STATE if name not in state]:
+            raise ValueError(f"checkpoint: expected one of this version, got one without {missing[0]}; start a new run")
+        if (state["search"] is None) != (self.search is None):
+            ours, theirs = ("without" if search is None else "with" for search in (self.search, state["search"]))
+            raise ValueError(f"checkpoint: expected one of a run {ours} a search, got one {theirs}")
         if self.search is not None:
             self.search.load_state_dict(state["search"])
         self.model.load_state_dict(state["model"])
@@ -342,8 +367,8 @@ class Trainer:
         self._images, self._totals = state["images"], dict(state["totals"])
         for name, value in self.sums.items():
             value.copy_(state["sums"][name])
-        for callback in self.callbacks:
-            if kept := state["callbacks"].get(type(callback).__name__):
+        for name, callback in self._named_callbacks():
+            if kept := state["callbacks"].get(name):
                 callback.load_state_dict(kept)
         self._epoch_rng = state["epoch_random"]
         _set_random_state(state["random"], self.device)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import fastgate as fg
+from fastgate.training.callbacks import Callback
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.networks import build_network, evaluate, load_network, resolve_precision
 from fastgate.training.recipe import Recipe, change, make_recipe
-from fastgate.training.trainer import NonFiniteLoss
+from fastgate.training.trainer import Interrupted, NonFiniteLoss, Trainer
+from tests.integrations.loops import make_data
 from tests.training.runs import TINY, trainer_of
 
 
@@ -221,3 +223,106 @@ def test_training_on_a_gpu(precision: str, tmp_path: Path) -> None:
     trainer.fit()
     assert trainer.model.conv1.weight.is_cuda
     assert metrics(tmp_path)[-1]["eval"]["accuracy"] > 0.5
+
+
+class Net(torch.nn.Module):
+    """Called with keywords, with a loss of its own kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = fg.models.resnet(8, 4, gating="channel", widths=(4, 8, 16))
+
+    def forward(self, *, image: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scores": self.body(image)}
+
+
+class Halving(Callback):
+    """A scheduler of torch's, stepped by a callback; its state is kept in the checkpoint."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        self.rates: list[list[float]] = []
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self.rates.append([float(group["lr"]) for group in trainer.optimizer.param_groups])
+
+    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
+
+
+def own_trainer(folder: Path, kind: str) -> tuple[Trainer, Halving]:
+    torch.manual_seed(0)
+    model = Net()
+    head = [p for name, p in model.named_parameters() if name.startswith("body.fc")]
+    rest = [p for name, p in model.named_parameters() if not name.startswith("body.fc")]
+    groups = [{"params": rest}, {"params": head, "lr": 0.004}]
+    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind](groups, lr=0.002)
+    images, labels = make_data().tensors
+    data = [{"image": x, "label": y} for x, y in zip(images, labels, strict=True)]
+    loader = torch.utils.data.DataLoader(data, 16, shuffle=True)
+    config = fg.SearchConfig(open_until=0.25, anneal_until=0.5, settle_at=0.75, commit_after=None)
+    example = {"image": images[:1], "label": labels[:1]}
+    search = fg.GateSearch(model, example, optimizer, epochs=4, config=config)
+    halving = Halving(optimizer)
+    trainer = Trainer(
+        model,
+        optimizer,
+        loader,
+        lambda outputs, batch: torch.nn.functional.cross_entropy(outputs["scores"], batch["label"]),
+        epochs=4,
+        search=search,
+        evaluate=lambda network: {"parameters": sum(p.numel() for p in network.parameters())},
+        callbacks=[halving],
+        folder=folder,
+    )
+    return trainer, halving
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_network_a_loader_and_an_optimizer_of_ones_own(kind: str, tmp_path: Path) -> None:
+    """Mappings of a DataLoader that shuffles by torch's random numbers; two groups with learning rates of their own."""
+    whole, halving = own_trainer(tmp_path / "whole", kind)
+    whole.fit()
+    assert halving.rates == [pytest.approx([0.002 * 0.5**i, 0.004 * 0.5**i]) for i in range(4)]
+    lines = metrics(tmp_path / "whole")
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.002 * 0.5**i for i in range(4)])
+    assert [line["phase"] for line in lines] == ["open", "search", "search", "settled"]
+    assert lines[0]["eval"]["parameters"] > lines[-1]["eval"]["parameters"]
+    assert fg.macs(whole.model.body, (3, 8, 8)) == pytest.approx(0.5 * whole.search.macs, rel=0.01)
+
+    first, _ = own_trainer(tmp_path / "parts", kind)  # stopped in the middle of an epoch of each kind, and resumed
+    for epoch in (1, 3):
+        trainer, _ = own_trainer(tmp_path / "parts", kind)
+        trainer.restore()
+        train_epoch = trainer._train_epoch
+
+        def stop(interrupted: list[bool], trainer: Trainer = trainer, at: int = epoch, go: Any = train_epoch) -> None:
+            class Asked(list[bool]):
+                def __bool__(self) -> bool:
+                    return (trainer.epoch, trainer.step) == (at, 2)
+
+            go(Asked())
+
+        trainer._train_epoch = stop  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            trainer.fit()
+    first.restore()
+    first.fit()
+    ours, theirs = first.model.state_dict(), whole.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert metrics(tmp_path / "parts") == lines
+
+
+def test_checkpoints_that_are_not_of_this_run(tmp_path: Path) -> None:
+    trainer, _ = own_trainer(tmp_path, "sgd")
+    state = trainer.state_dict()
+    with pytest.raises(ValueError, match="expected one of this version, got one without epoch_random; start a new"):
+        trainer.load_state_dict({name: value for name, value in state.items() if name != "epoch_random"})
+    with pytest.raises(ValueError, match="expected one of a run with a search, got one without"):
+        trainer.load_state_dict({**state, "search": None})
