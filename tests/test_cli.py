@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import fastgate as fg
 from fastgate.training.data import Batches, load_dataset
 from fastgate.training.networks import evaluate
+from fastgate.training.recipe import OPTIONS
 from tests.training.runs import TINY_OPTIONS, run_cli
 
 
@@ -162,6 +163,20 @@ def test_bad_files_are_one_line_too(run: Path, live: Path, tmp_path: Path) -> No
         result = run_cli(*arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
         assert message in result.stderr
+
+
+def test_what_the_command_line_says_of_itself() -> None:
+    version = run_cli("--version")
+    assert (version.returncode, version.stdout) == (0, f"fastgate {fg.__version__}\n")
+    shown = run_cli("train", "--preset", "demo", "--target-macs", "0.4", "--show-recipe")
+    assert shown.returncode == 0
+    values = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines() if line.startswith("  --"))
+    options = {f"--{name.replace('_', '-')}" for name in OPTIONS}
+    assert values.keys() == options and values["--target"] == "0.4" and values["--settle-at"] == "0.4"
+    mistyped = run_cli("train", "--preset", "cifar-layer")
+    assert mistyped.returncode == 2 and mistyped.stderr.endswith("did you mean cifar10-layer?\n")
+    help_text = run_cli("train", "--help").stdout
+    assert all(name in help_text for name in options) and "default 0.5" in help_text
 
 
 def test_a_non_finite_loss_is_one_line_and_exit_code_1(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Command:
 
 def _run_command(arguments: list[str], code: str, streams: list[str], folder: str, environment: dict[str, str]) -> None:
     os.setsid()
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have workers
     for number, stream in enumerate(streams, 1):
         file = os.open(stream, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)

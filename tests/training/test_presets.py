@@ -104,6 +104,15 @@ def test_run_folders_of_all_versions_are_read(folder: Path) -> None:
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
 
 
+def test_channels_are_rounded_where_tensor_cores_multiply() -> None:
+    search = make_recipe().search
+    assert [search.on("cuda", True).round_to, search.on("cuda", False).round_to, search.on("cpu", True).round_to] == [
+        8, None, None
+    ]  # fmt: skip
+    assert make_recipe(round_to=16).search.on("cpu", False).round_to == 16
+    assert make_recipe(round_to=None).search.on("cuda", True).round_to is None
+
+
 def test_every_option_can_be_set_from_text() -> None:
     for recipe in (PRESETS["demo"], PRESETS["paper-cifar100-channel"], PRESETS["finetune-layer"]):
         for name, value in list_values(recipe).items():
