@@ -57,18 +57,24 @@ def decide_at_random(model: nn.Module) -> None:
 
 
 def without_gradient(model: nn.Module, inputs: Any) -> list[str]:
-    """Names of the gates that one training step gives no gradient."""
+    """Names of the gates that a training step gives no gradient; several steps, as stochastic depth drops branches."""
     model.train()
-    first = tensors_of(call(model, inputs))[0]
-    logits = first.flatten(2).mean(2) if first.dim() > 2 else first
-    loss = nn.functional.cross_entropy(logits, torch.arange(len(logits)))
-    (loss + fg.polarization(model) + fg.budget(model, 0.5)).backward()
+    torch.manual_seed(0)
+    without = dict(fg.named_gates(model))
+    for _ in range(5):
+        first = tensors_of(call(model, inputs))[0]
+        logits = first.flatten(2).mean(2) if first.dim() > 2 else first
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+        (loss + fg.polarization(model) + fg.budget(model, 0.5)).backward()
+        without = {
+            name: gate
+            for name, gate in without.items()
+            if not any(p.grad is not None and bool(p.grad.any()) for p in gate.parameters())
+        }
+        if not without:
+            break
     model.eval()
-    return [
-        name
-        for name, gate in fg.named_gates(model)
-        if not any(p.grad is not None and bool(p.grad.any()) for p in gate.parameters())
-    ]
+    return list(without)
 
 
 def try_network(name: str, gating: str) -> dict[str, Any]:
@@ -97,13 +103,18 @@ def try_network(name: str, gating: str) -> dict[str, Any]:
     row["without_gradient"] = without_gradient(model, inputs) if ZOO[name].kind != "detection" else []
     decide_at_random(model)
     frozen = outputs(model, inputs)
-    costs, total = fg.gate_costs(model, inputs), fg.macs(model, inputs)
-    predicted = total - sum(int(cost[~gates[gate].open].sum()) for gate, cost in costs.items())
+    # a detection network works on as many regions as it finds: what it computes depends on its decisions beyond them
+    part = "backbone" if ZOO[name].kind == "detection" else ""
+    of_part = torch.stack(inputs[0]) if part else inputs
+    costs = fg.gate_costs(model.get_submodule(part), of_part)
+    opened = {gate: gates[f"{part}.{gate}".lstrip(".")].open for gate in costs}
+    total = fg.macs(model.get_submodule(part), of_part)
+    predicted = total - sum(int(cost[~opened[gate]].sum()) for gate, cost in costs.items())
     small = fg.compact(model)
     compacted = outputs(small, inputs)
     row["compact"] = relative_difference(frozen, compacted)
     row["effect"] = relative_difference(wanted, frozen)
-    row["macs"] = {"plain": total, "predicted": predicted, "compact": fg.macs(small, inputs)}
+    row["macs"] = {"plain": total, "predicted": predicted, "compact": fg.macs(small.get_submodule(part), of_part)}
     try:
         with tempfile.TemporaryDirectory() as folder:
             fg.save(small, Path(folder) / "small.safetensors")

@@ -112,7 +112,7 @@ _OF_TIMM = (
     *("efficientnet_b0", "efficientnet_lite0", "tf_efficientnet_b0", "rexnet_100", "repvgg_a0", "repvit_m1"),
     *("nfnet_l0", "convnext_atto", "convnextv2_atto", "hrnet_w18_small", "resnet50_gn", "resnest14d", "resnetblur50"),
     *("resnet50_mlp", "dla34", "ghostnet_050", "mobileone_s0", "tresnet_m", "resnetaa34d", "seresnext26d_32x4d"),
-    *("gcresnet50t", "bat_resnext26ts", "resnetrs50", "resnet51q", "legacy_seresnet18", "fasternet_t0"),
+    *("gcresnet50t", "resnetrs50", "resnet51q", "legacy_seresnet18", "fasternet_t0"),
     *("edgenext_xx_small", "starnet_s1", "poolformer_s12", "poolformerv2_s12", "caformer_s18", "convformer_s18"),
     *("densenet121", "vgg11_bn"),
 )
@@ -128,6 +128,7 @@ ZOO: dict[str, Network] = {
     },
     "torchvision/fasterrcnn_resnet50_fpn": Network(_detection("fasterrcnn_resnet50_fpn"), 64, "detection"),
     **{f"timm/{name}": Network(_timm(name)) for name in _OF_TIMM},
+    "timm/bat_resnext26ts": Network(_timm("bat_resnext26ts"), 256),  # its attention asks for sides divisible by 8
     "timm/inception_resnet_v2": Network(_timm("inception_resnet_v2"), 96),
     "timm/resnet18+drop": Network(_timm("resnet18", drop_path_rate=0.2, drop_block_rate=0.2)),
     **{

@@ -1,6 +1,7 @@
 """Gates on the residual blocks of any network."""
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -140,10 +141,11 @@ def attach(
       :class:`~fastgate.models.block.ResidualBlock`, which computes less where a gate is closed.
     * Any other block keeps its own forward. Where its layer gate is closed it hands on its shortcut instead. A block of
       several sums (attention and MLP) has a gate for each, on a module of that sum's branch.
-    * What was found is tried out before anything changes: results in eval and in training mode, and gradients.
+    * What was found is tried out before anything changes: open and closed, in eval and in training mode; of chains also
+      their gradients.
 
-    Shortcuts always run. Blocks without a shortcut have no layer gate. A block that only has a gate where something
-    else would change keeps none, and a warning names it.
+    Shortcuts always run. Blocks without a shortcut have no layer gate. Blocks that cannot be gated have none, and a
+    warning names them.
 
     Args:
         model: any network. Blocks declared with :func:`register_block` are taken as declared.
@@ -182,6 +184,13 @@ def attach(
         places += _place_channel_gates(model, {}, {**_as_found(known), **found}, position, None, gate_options)
     if gating == "channel":
         places += _place_channel_gates(model, blocks, found, position, spatial_size, gate_options)
+    _refuse_repeated(model, {model.get_submodule(place.name) for place in places})
+    counts = Counter(place.name for place in places if place.how is not None)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"module {twice[0]!r}: expected one gate, got a layer gate and a channel gate; use gating='layer' or "
+            "'channel'"
+        )
     # nothing raises from here on: a model that was refused above is as it was
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for place in sorted(places, key=lambda place: order[place.name]):
@@ -193,16 +202,15 @@ def attach(
             for name, module in (found[place.name].new if place.name in found else {}).items():
                 original.add_module(name, module)
             continue
-        if not isinstance(place.target, ResidualBlock):
-            continue
-        if place.target is not original:
-            move_hooks(original, place.target)
-        place.target.gate = gate
-        place.target.gate_at = place.gate_at
+        block = cast(ResidualBlock, place.target)
+        if block is not original:
+            move_hooks(original, block)
+        block.gate = gate
+        block.gate_at = place.gate_at
         if place.name == "":
-            return cast(Network, place.target)
-        if place.target is not original:
-            model.set_submodule(place.name, place.target)
+            return cast(Network, block)
+        if block is not original:
+            model.set_submodule(place.name, block)
     return model
 
 
@@ -320,11 +328,15 @@ def _place_layer_gates(
     if refused and not places:
         name, reason = next(iter(refused.items()))
         raise ValueError(f"block {name!r}: cannot be gated: {reason}; declare it with fastgate.register_block()")
+    _warn_refused(refused)
+    return places
+
+
+def _warn_refused(refused: dict[str, str]) -> None:
     if refused:
         named = "; ".join(f"{name!r}: {reason}" for name, reason in list(refused.items())[:3])
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-        warnings.warn(f"{len(refused)} residual blocks get no gate: {named}{more}", UserWarning, stacklevel=3)
-    return places
+        warnings.warn(f"{len(refused)} residual blocks get no gate: {named}{more}", UserWarning, stacklevel=4)
 
 
 def _place_channel_gates(
@@ -355,6 +367,8 @@ def _place_channel_gates(
             if not inner[name]:
                 refused[name] = reason or str(error).partition(": ")[2]
     cut = [each for cuts in inner.values() for each in cuts]
+    if convs or cut:
+        _warn_refused(refused)
     if not convs and not cut:
         name, reason = next(iter(refused.items()))
         raise ValueError(f"block {name!r}: its channels cannot be gated: {reason}; use gating='layer'")

@@ -14,20 +14,19 @@ _IN_SIZES = ("in_channels", "in_features")
 _EACH_SIZES = ("num_features", "num_channels")
 
 
-def cut_parts(block: nn.Module, parts: Iterable[tuple[str, str]], kept: Tensor, group: int = 1) -> None:
+def cut_parts(block: nn.Module, parts: Iterable[tuple[str, str]], kept: Tensor) -> None:
     """Keep these channels of every part of a block.
 
     Args:
         block: what the names are of.
         parts: (name, role) pairs, see :class:`fastgate.models.gated.Cut`.
         kept: numbers of the channels that stay, in order.
-        group: channels that are always kept together.
     """
     for name, role in parts:
-        cut_module(block.get_submodule(name), role, kept, group)
+        cut_module(block.get_submodule(name), role, kept)
 
 
-def cut_module(module: nn.Module, role: str, kept: Tensor, group: int = 1) -> None:
+def cut_module(module: nn.Module, role: str, kept: Tensor) -> None:
     """Keep these channels of one module: of its results ("out"), of its input ("in") or of both ("each")."""
     if role == "in":
         _take(module, "weight", kept, 1)

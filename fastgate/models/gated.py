@@ -4,6 +4,7 @@ The module stays the same object with its tensors, children and hooks under thei
 from its own, and it gets a child `gate`. When the gate leaves it is of its own class again.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,17 +25,22 @@ class Closed:
         skip: names of its children that run one after the other instead, none for its input itself; None for zeros.
         within: its name in the block whose residual sum it feeds, "" where it is the block.
         gone: names in that block of the modules that a closed gate leaves without use, its own among them.
+        zeroed: whether these leave zeros, not their input: other operations of the branch stay, and may work in place
+            on what they are given.
         others: how many results it has beside the first one; None for a module that returns a tensor.
         channels: the dimension of its input that holds the channels, 1 or -1.
         child: name under which it holds its gate.
+        alone: whether it is called with its features and nothing else.
     """
 
     skip: tuple[str, ...] | None
     within: str = ""
     gone: tuple[str, ...] = ("",)
+    zeroed: bool = False
     others: int | None = None
     channels: int = 1
     child: str = "gate"
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,14 @@ class GatedModule(nn.Module):
         gate = self.own_gate
         if gate is None:
             return super().forward(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        name = features_name(self.ungated)
+        x = args[0] if args else kwargs[name]
         features = as_features(x, self.gated.channels)
         if isinstance(self.gated, Cut):
             decisions = gate(features)
             if not gate.known_all_open:
                 gated = x * _channel_mask(decisions, x, self.gated)
-                args, kwargs = ((gated, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): gated})
+                args, kwargs = ((gated, *args[1:]), kwargs) if args else ((), {**kwargs, name: gated})
             return super().forward(*args, **kwargs)
         decisions = gate(features)
         if gate.known_all_open:
@@ -189,6 +196,11 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return module.ungated if isinstance(module, GatedModule) else type(module)
 
 
+def features_name(cls: type[nn.Module]) -> str:
+    """What the forward of a module's class calls its first argument, the features."""
+    return list(inspect.signature(cls.forward).parameters)[1]
+
+
 def zero_first(result: Any) -> Any:
     """A module's result with zeros in place of its first tensor."""
     if isinstance(result, tuple):
@@ -200,17 +212,36 @@ class Zeros(nn.Module):
     """What is left of a module in a residual branch when its gate is closed: zeros like its input.
 
     Args:
+        features: the name of its input, which it may be given among others, in any order.
         others: how many further results it has, which become None; None for a module that returns a tensor.
     """
 
-    def __init__(self, others: int | None = None) -> None:
+    def __init__(self, features: str, others: int | None = None) -> None:
         super().__init__()
+        self.features = features
         self.others = others
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        """Zeros of x's sizes."""
-        zeros = torch.zeros_like(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros of the sizes of the features."""
+        zeros = torch.zeros_like(args[0] if args else kwargs[self.features])
         return zeros if self.others is None else (zeros, *[None] * self.others)
+
+
+class Skip(nn.Sequential):
+    """What is left of a block that is called with more than its features: its shortcut.
+
+    Args:
+        shortcut: its modules.
+        features: the name of its input, which it may be given among others, in any order.
+    """
+
+    def __init__(self, *shortcut: nn.Module, features: str) -> None:
+        super().__init__(*shortcut)
+        self.features = features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Its modules, one after the other, on the features."""
+        return super().forward(args[0] if args else kwargs[self.features])
 
 
 def as_features(x: Tensor, channels: int) -> Tensor:

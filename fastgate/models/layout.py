@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastgate.gates import LayerGate
 from fastgate.models.block import ResidualBlock
-from fastgate.models.gated import Closed, put_gate, zero_first
+from fastgate.models.closing import channels_of, close_sums, close_whole, is_shaping, name_of, runs_gated
+from fastgate.models.gated import Closed
 from fastgate.models.hooks import copy_network
 from fastgate.models.probing import (
     Probe,
@@ -22,21 +22,14 @@ from fastgate.models.probing import (
     mixes_samples,
     probe_copy,
     run_probe,
-    same_random_numbers,
 )
-from fastgate.models.recording import Recording, Step, Value
 from fastgate.models.residual import (
-    ACTIVATIONS,
-    SHAPING,
     Residual,
-    Sum,
     find_residual,
     is_nothing,
     may_add,
-    record_probe,
     way_back,
 )
-from fastgate.values import tensors_in
 
 # attributes that every module has
 _EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -272,69 +265,26 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
     new: dict[str, nn.Module] = {}
     whole, reason = None, ""
     if layout is None:
-        whole, reason = _close_whole(copied, probe, runs, new, channels)
+        whole, reason = close_whole(copied, probe, runs, new, channels)
     closed = {} if whole is None else {"": whole}
     widths = {"": shape[channels]}
-    if layout is None and (whole is None or len(trained.sums) > 1):
-        by_sums, why_not = _close_sums(copied, probe, runs, channels)
-        if by_sums:
-            closed, new = {name: each for name, (each, _) in by_sums.items()}, {}
-            widths |= {name: width for name, (_, width) in by_sums.items()}
+    if closed and not runs_gated(copied, probe, runs, closed, widths, new):
+        closed, reason = {}, "closed as a whole it computes something else than its shortcut"
+    if layout is None and (not closed or len(trained.sums) > 1):
+        by_sums, why_not = close_sums(copied, probe, runs, channels)
         reason = f"{reason}; {why_not}"
-    if closed and not _runs_gated(copied, probe, closed, widths, new):
-        closed, reason = {}, "it computes something else with a gate among its children"
+        some = {name: each for name, (each, _) in by_sums.items()}
+        of_sums = {name: width for name, (_, width) in by_sums.items()}
+        if some and runs_gated(copied, probe, runs, some, of_sums, {}):
+            closed, new = some, {}
+            widths |= of_sums
     return FoundBlock(block, probe, layout, closed, widths, new, reason, shape[channels], mixes, len(trained.sums))
-
-
-def _runs_gated(
-    block: nn.Module,
-    probe: Probe,
-    closed: Mapping[str, Closed],
-    widths: Mapping[str, int],
-    new: Mapping[str, nn.Module],
-) -> bool:
-    """Whether a copy of the block computes the same with open gates."""
-    gated = copy_network(block)
-    for name, module in new.items():
-        gated.add_module(name, module)
-    like = next(block.parameters(), torch.zeros(0))
-    for name, how in closed.items():
-        with same_random_numbers(like.device):  # no number is taken from the user's
-            gate = LayerGate(widths[name]).to(like)
-        gate.freeze(torch.tensor([True]))
-        put_gate(gated.get_submodule(name), gate, how)
-    with torch.no_grad():
-        return first_difference(run_probe(block, probe, False), run_probe(gated, probe, False)) is None
 
 
 def _signature(residual: Residual) -> list[Any]:
     """What two runs of one block must have in common."""
     steps = [*residual.tail, *(step for each in residual.sums for step in each.way)]
-    return [[s.name or s.function.__name__ for s in steps if not _is_shaping(s)], len(residual.sums)]  # type: ignore[union-attr]
-
-
-def _is_shaping(step: Step) -> bool:
-    return step.name is None and step.function.__name__ in SHAPING  # type: ignore[union-attr]
-
-
-def channels_of(module: nn.Module, shape: Sequence[int], default: int | None = None) -> int:
-    """The dimension that holds the channels of a module's input of this shape, 1 or -1, by the sizes of its parts."""
-    usual = default if default is not None else -1 if len(shape) == 3 else 1
-    for part in module.modules():
-        if isinstance(part, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
-            return 1
-        size = getattr(part, "in_features", None) if isinstance(part, nn.Linear) else None
-        if isinstance(part, nn.LayerNorm):
-            size = part.normalized_shape[-1]
-        if isinstance(part, nn.MultiheadAttention):
-            size = part.embed_dim
-        if isinstance(part, nn.GroupNorm):
-            size = part.num_channels
-        if size is not None and len(shape) > 2:
-            if usual == -1:
-                return -1 if shape[-1] == size else 1 if shape[1] == size else usual
-            return 1 if shape[1] == size else -1 if shape[-1] == size else usual
-    return usual
+    return [[s.name or s.function.__name__ for s in steps if not is_shaping(s)], len(residual.sums)]  # type: ignore[union-attr]
 
 
 def _as_chain(block: nn.Module, residual: Residual) -> BlockLayout | None:
@@ -348,8 +298,8 @@ def _as_chain(block: nn.Module, residual: Residual) -> BlockLayout | None:
     if len(residual.recording.steps) != 1 + len(branch) + len(only.way) + len(residual.tail):
         return None
     new: dict[str, nn.Module] = {}
-    names = [_name_of(block, step, new) for step in branch]
-    shortcut, tail = ([_name_of(block, s, new) for s in steps] for steps in (only.way, residual.tail))
+    names = [name_of(block, step, new) for step in branch]
+    shortcut, tail = ([name_of(block, s, new) for s in steps] for steps in (only.way, residual.tail))
     shortcut, tail = ([n for n in some if not _is_left_out(block, n)] for some in (shortcut, tail))
     if None in names or None in shortcut or None in tail or len(shortcut) > 1 or len(tail) > 1:
         return None
@@ -360,149 +310,6 @@ def _as_chain(block: nn.Module, residual: Residual) -> BlockLayout | None:
 
 def _is_left_out(block: nn.Module, name: str | None) -> bool:
     return name is not None and is_nothing(getattr(block, name, block))
-
-
-def _name_of(block: nn.Module, step: Step, new: dict[str, nn.Module]) -> str | None:
-    """The child that a step calls, or a new one that computes as its function does; None where there is none."""
-    if step.name is not None:
-        single = len(step.inputs) == len(step.outputs) == 1
-        return step.name if "." not in step.name and single and len(step.args) == 1 and not step.kwargs else None
-    function = step.function.__name__  # type: ignore[union-attr]
-    settings = [value for value in (*step.args[1:], *step.kwargs.values()) if value not in (True, False, "none")]
-    if function not in ACTIVATIONS or settings or len(step.args) > 2:
-        return None
-    name = function.rstrip("_")
-    while hasattr(block, name) and name not in new:
-        name += "_"
-    new.setdefault(name, ACTIVATIONS[function]())
-    return name
-
-
-def _close_whole(
-    block: nn.Module, probe: Probe, runs: Sequence[Residual], new: dict[str, nn.Module], channels: int
-) -> tuple[Closed | None, str]:
-    """What the block computes without the branch of any sum, or why that is not known."""
-    residual = runs[1]
-    names = []
-    for step in [*(step for each in residual.sums for step in each.way), *residual.tail]:
-        if _is_shaping(step):
-            continue
-        name = _name_of(block, step, new)
-        if name is None:
-            return None, f"{step} on its shortcut is no child of it"
-        if name in new or not is_nothing(getattr(block, name)):
-            names.append(name)
-    modules = [new[name] if name in new else getattr(block, name) for name in names]
-    if any(part._parameters or part._buffers for module in modules for part in module.modules()):
-        return None, f"its shortcut ({', '.join(names)}) has parameters, which would run twice"
-    for run in runs:
-        training = run is runs[1]
-        expected = _first(record_probe(block, probe, training, override=_closing(run.sums)).result)
-        args, kwargs = probe.make(block)
-        x = tensors_in((args, kwargs))[0]
-        with torch.no_grad():
-            for module in modules:
-                x = module.train(training)(x)
-        if expected is None or x.shape != expected.shape or not torch.equal(x, expected):
-            return None, "without its branch it computes something else than its shortcut"
-    return Closed(tuple(names), channels=channels), ""
-
-
-def _first(result: Any) -> Tensor | None:
-    return next(iter(tensors_in(result)), None)
-
-
-def _closing(sums: Sequence[Sum]) -> Callable[[Step, Callable[[], Any]], Any]:
-    """For :func:`record_probe`: these sums pass their skips on alone."""
-    operands = {each.step.number: each.operand for each in sums}
-
-    def override(step: Step, run: Callable[[], Any]) -> Any:
-        closed = step.adds and step.number in operands
-        return step.inputs[operands[step.number]].tensor if closed else run()
-
-    return override
-
-
-def _close_sums(
-    block: nn.Module, probe: Probe, runs: Sequence[Residual], channels: int
-) -> tuple[dict[str, tuple[Closed, int]], str]:
-    """A module in each sum's branch whose zeros make it zero, with the width of its input; or why there is none."""
-    closed: dict[str, tuple[Closed, int]] = {}
-    for i in range(len(runs[1].sums)):
-        found = _zero_of(block, probe, runs, i, channels)
-        if found is None or found[0] in closed:
-            return {}, f"no module of the branch of its sum number {i + 1} can be left out by itself"
-        name, each, width = found
-        closed[name] = each, width
-    return closed, ""
-
-
-def _zero_of(
-    block: nn.Module, probe: Probe, runs: Sequence[Residual], i: int, channels: int
-) -> tuple[str, Closed, int] | None:
-    """The module of most parameters whose zeros make the branch of sum i zero, and what is left without use then."""
-    run = runs[1]
-    each = run.sums[i]
-    start = each.way[0].inputs[0] if each.way else each.skip
-    modules = dict(block.named_modules())
-    found: list[tuple[int, str, Closed, int]] = []
-    value = each.branch
-    while value is not start and value.maker is not None:
-        step = value.maker
-        derived = [v for v in step.inputs if start in run.recording.ancestors(v)]
-        if step.name is not None:
-            gone = _gone_without(run.recording, step, start, modules)
-            size = sum(parameter.numel() for parameter in modules[step.name].parameters())
-            if gone is not None and step.inputs[0].shape[:1] == run.origin.shape[:1]:
-                dim = channels_of(modules[step.name], step.inputs[0].shape, default=channels)
-                found.append(
-                    (size, step.name, Closed(None, step.name, gone, _others(step), dim), step.inputs[0].shape[dim])
-                )
-        if len(derived) != 1:
-            break
-        value = derived[0]
-    for _, name, closed, width in sorted(found, key=lambda f: -f[0]):
-        if all(_is_zero_without(block, probe, run, run.sums[i], name) for run in runs):
-            return name, closed, width
-    return None
-
-
-def _others(step: Step) -> int | None:
-    return len(step.result) - 1 if isinstance(step.result, tuple) else None
-
-
-def _gone_without(
-    recording: Recording, step: Step, start: Value, modules: Mapping[str, nn.Module]
-) -> tuple[str, ...] | None:
-    """The modules that nothing needs where a step's result is zeros; None where one of them cannot be left out."""
-    before = recording.ancestors(start)
-    values = {v for given in step.inputs for v in recording.ancestors(given)} - before
-    makers = {v.maker for v in values if v.maker is not None} | {step}
-    gone = []
-    for maker in sorted(makers, key=lambda s: s.number):
-        if any(reader not in makers for v in maker.outputs for reader in v.readers) and maker is not step:
-            return None
-        # its input, or zeros like it, can stand for its result
-        if maker.name is not None:
-            if maker.outputs[0].shape != maker.inputs[0].shape:
-                return None
-            if not is_nothing(modules[maker.name]) or maker is step:
-                gone.append(maker.name)
-    same_batch = step.outputs[0].shape[:1] == start.shape[:1]
-    return tuple(gone) if same_batch and len(set(gone)) == len(gone) else None
-
-
-def _is_zero_without(block: nn.Module, probe: Probe, run: Residual, each: Sum, name: str) -> bool:
-    """Whether the block with zeros from a module computes what it does where a sum passes its skip on alone."""
-
-    def zero(step: Step, compute: Callable[[], Any]) -> Any:
-        result = compute()
-        return zero_first(result) if step.name == name else result
-
-    training = run.training
-    without = _first(record_probe(block, probe, training, override=zero).result)
-    expected = _first(record_probe(block, probe, training, override=_closing([each])).result)
-    return without is not None and expected is not None and torch.equal(without, expected)
 
 
 def check_layout(name: str, block: nn.Module, layout: BlockLayout, probe: Probe | None = None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgate.models.hooks import copy_network, drop_own_hooks
 from fastgate.models.recording import record, replace
 from fastgate.modes import eval_mode
-from fastgate.values import call, tensors_in
+from fastgate.values import call, device_of, tensors_in
 
 # maps that a block is tried on: small, and not square where its own forward takes such; a window or a patch may ask for
 # a size that it divides
@@ -55,11 +55,6 @@ class Probe:
     def sizes(self) -> Any:
         """The arguments with sizes in the places of tensors."""
         return replace((self.args, self.kwargs), lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf)
-
-    @property
-    def x(self) -> Tensor:
-        """The first tensor among the arguments, without values if it is one of random numbers."""
-        return tensors_in((self.args, self.kwargs))[0]
 
 
 def guess_probe(block: nn.Module, *, strict: bool = True, channels: int | None = None) -> Probe | None:
@@ -111,20 +106,23 @@ def capture_probes(model: nn.Module, names: Container[str], inputs: Any = None) 
     copied = probe_copy(model, randomize=False)
     found: dict[str, Probe] = {}
 
-    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in found and tensors_in((args, kwargs)):
+            # in the order of the signature: the first one is what the module works on
+            order = [key for key in inspect.signature(module.forward).parameters if key in kwargs]
+            kwargs = {key: kwargs[key] for key in dict.fromkeys([*order, *kwargs])}
             found[name] = Probe(replace(args, _describe), replace(kwargs, _describe))
 
     for name, module in copied.named_modules():
         if name in names:
             module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True
+                lambda module, args, kwargs, name=name: note(name, module, args, kwargs), with_kwargs=True
             )
     failure: Exception | None = None
     for candidate in [inputs] if inputs is not None else _images_for(copied):
         found.clear()
         try:
-            with torch.no_grad(), eval_mode(copied):
+            with torch.no_grad(), eval_mode(copied), same_random_numbers(device_of(copied) or torch.device("cpu")):
                 call(copied, candidate)
         except Exception as error:
             failure = failure or error

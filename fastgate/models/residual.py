@@ -65,7 +65,8 @@ def may_add(cls: type[nn.Module]) -> bool:
 
     A look at the code alone, which spares running what cannot be a residual block.
     """
-    pending: list[Any] = [getattr(cls, "forward", None)]
+    classes = [base for base in cls.__mro__ if base not in nn.Module.__mro__]  # one may call that of another
+    pending: list[Any] = [vars(base).get("forward") for base in classes]
     seen: set[Any] = set()
     while pending:
         function = inspect.unwrap(pending.pop()) if pending[-1] is not None else pending.pop()
@@ -81,7 +82,8 @@ def may_add(cls: type[nn.Module]) -> bool:
             if any(i.opname == "BINARY_OP" and i.argrepr in ("+", "+=") for i in dis.get_instructions(part)):
                 return True
             for name in part.co_names:
-                for value in (None if hasattr(nn.Module, name) else getattr(cls, name, None), _global(function, name)):
+                own = () if hasattr(nn.Module, name) else (vars(base).get(name) for base in classes)
+                for value in (*own, _global(function, name)):
                     if isinstance(value, FunctionType | MethodType):
                         pending.append(value)
     return False

@@ -10,7 +10,7 @@ from fastgate.gates import Gate, LayerGate, named_gates
 from fastgate.models.block import EmptyConv2d, Gated, ResidualBlock, gated_blocks
 from fastgate.models.cuts import is_norm, shared_modules
 from fastgate.models.cutting import check_parts, cut_module, cut_parts, empty_parts
-from fastgate.models.gated import Closed, Cut, GatedModule, Zeros, owner_of, take_gate
+from fastgate.models.gated import Closed, Cut, GatedModule, Skip, Zeros, features_name, owner_of, plain_class, take_gate
 from fastgate.models.hooks import copy_network, hooked, warn_of_lost_hooks
 from fastgate.pruning.signs import given_nonnegative
 
@@ -127,14 +127,17 @@ def _cut_parts(model: nn.Module, name: str, place: GatedModule) -> None:
 
 def _without_module(model: nn.Module, name: str, place: GatedModule) -> nn.Module | None:
     """What a module with a closed layer gate leaves: its shortcut, or zeros, for which what feeds it is not needed."""
-    closed = cast(Closed, place.gated)
+    closed, features = cast(Closed, place.gated), features_name(place.ungated)
     if closed.skip is not None:
-        return _as_one([(child, getattr(place, child)) for child in closed.skip], place)
+        rest = _as_one([(child, getattr(place, child)) for child in closed.skip], place)
+        return rest if closed.alone else Skip(rest, features=features).train(place.training)
     owner = owner_of(model, name, place)
     for part in closed.gone:
         if part != closed.within:
-            _put(owner, part, nn.Identity())
-    zeros = Zeros(closed.others)
+            with suppress(AttributeError):  # what held it may have left with another gate
+                kind = plain_class(owner.get_submodule(part))
+                _put(owner, part, Zeros(features_name(kind)) if closed.zeroed else nn.Identity())
+    zeros = Zeros(features, closed.others)
     zeros.training = place.training
     return zeros
 

@@ -33,12 +33,12 @@ DYING = """
 import os, signal
 from fastgate.cli import main
 from fastgate.training.trainer import Trainer
-enter = Trainer._enter_phase
-def dying_enter(self):
+begin = Trainer._begin_epoch
+def dying_begin(self):
     if self.epoch == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    enter(self)
-Trainer._enter_phase = dying_enter
+    begin(self)
+Trainer._begin_epoch = dying_begin
 main()
 """
 
