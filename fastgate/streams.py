@@ -31,7 +31,7 @@ def outlive_readers() -> None:
         try:
             os.fstat(number)
         except OSError:  # closed from the start: the next file that is opened would take its place
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:

@@ -93,18 +93,20 @@ class _NoSecondDerivative(torch.autograd.Function):
     """The identity on gradients, whose own gradient is an error."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, anchor: Tensor, what: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.what = what
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(
-            "fastgate's kernels have no second derivative; use impl='torch' where gradients of gradients count"
-        )
+        raise RuntimeError(f"{ctx.what} where gradients of gradients count")
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of a kernel: whoever differentiates its result gets an error.
+def once_differentiable(
+    backward: Callable[..., Any],
+    what: str = "fastgate's kernels have no second derivative; use impl='torch'",
+) -> Callable[..., Any]:
+    """For a backward without a gradient of its own: whoever differentiates its result gets an error that says `what`.
 
     PyTorch's own of that name says nothing where the arriving gradient is a constant: what depends on saved tensors is
     then taken for constant too.
@@ -116,7 +118,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        return _NoSecondDerivative.apply(torch.zeros((), requires_grad=True), *found)
+        return _NoSecondDerivative.apply(torch.zeros((), requires_grad=True), what, *found)
 
     return wrapper
 

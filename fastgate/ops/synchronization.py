@@ -8,14 +8,16 @@ every process; for the losses every process has as many as the others.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from fastgate.ops.dispatch import once_differentiable
 
 _processes: ContextVar[int] = ContextVar("processes", default=1)
 _batch_norms: ContextVar[bool] = ContextVar("batch_norms", default=True)
@@ -93,7 +95,7 @@ class _AllMean(torch.autograd.Function):
         return _mean_over(ctx.group, x)
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable  # it saves nothing, so a constant gradient is a constant result
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _mean_over(ctx.group, grads[0])
 
@@ -168,7 +170,10 @@ class _BatchNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
+    @partial(
+        once_differentiable,
+        what="batch norms over several processes have no second derivative; train on one process",
+    )
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, var, weight, total = ctx.saved_tensors
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastgate.reports.runs import RunRecord
+from fastgate.training.data.interface import RESIZED
 from fastgate.training.pipeline import NETWORK
 
 _CODE = """import fastgate as fg
@@ -11,13 +12,12 @@ from torchvision.transforms import v2
 
 model = fg.load({network!r})  # a plain network, in eval mode on the CPU
 preprocess = v2.Compose([
-    v2.ToImage(),{gray}
-    v2.Resize(({height}, {width})),
+{sized}
     v2.ToDtype(torch.float32, scale=True),  # 0 to 1
     v2.Normalize(mean={mean}, std={std}),
 ])
 with torch.inference_mode():
-    scores = model(preprocess(image)[None])  # image: a PIL image; scores: [1, classes]
+    scores = model(preprocess(image)[None])  # image: a PIL image, {mode}; scores: [1, classes]
 {answer}"""
 
 
@@ -31,13 +31,18 @@ def explain_loading(run: RunRecord) -> dict[str, Any] | None:
         return None
     channels, height, width = run.summary["image_size"]
     known = run.summary.get("preprocessing") or {}
+    if str(known.get("dataset", "")).startswith("folder:"):  # as the images of folders are read
+        sized = [f"v2.Resize({round(height * RESIZED)})", f"v2.CenterCrop({height})", "v2.ToImage()"]
+    else:
+        sized = ["v2.ToImage()", f"v2.Resize(({height}, {width}))"]
+    if channels == 1:
+        sized.append("v2.Grayscale()")
     names = known.get("class_names")
     missing = [] if known.get("mean") else ["mean and std of the training images"]
     code = _CODE.format(
         network=str(run.folder / NETWORK),
-        gray="\n    v2.Grayscale()," if channels == 1 else "",
-        height=height,
-        width=width,
+        sized="\n".join(f"    {line}," for line in sized),
+        mode="upright" if channels == 1 else "upright, RGB",
         mean=_numbers(known.get("mean")),
         std=_numbers(known.get("std")),
         answer="print(class_names[scores.argmax()])" if names else "print(scores.argmax().item())  # the label",
@@ -48,4 +53,4 @@ def explain_loading(run: RunRecord) -> dict[str, Any] | None:
 
 
 def _numbers(values: list[float] | None) -> str:
-    return "[...]" if values is None else f"[{', '.join(f'{value:.6g}' for value in values)}]"
+    return "[...]" if not values else f"[{', '.join(f'{value:.6g}' for value in values)}]"

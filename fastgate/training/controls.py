@@ -50,16 +50,16 @@ def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, want
         name = match_network(recipe.model.network, num_classes, image_size, wanted, tolerance=_TOLERANCE)
         return change(recipe, network=name, weights="none")
     full = recipe.model.stage_widths
-    counts = {
-        depth: _count(depth, full, image_size, num_classes) for depth in range(8, recipe.model.cifar_depth + 1, 6)
-    }
+
+    def count(depth: int, widths: Sequence[int]) -> int:
+        return _count(depth, widths, recipe.model.shortcut, image_size, num_classes)
+
+    counts = {depth: count(depth, full) for depth in range(8, recipe.model.cifar_depth + 1, 6)}
     for depth in sorted(counts, key=lambda each: abs(math.log(counts[each] / wanted))):
         scale = math.sqrt(wanted / counts[depth])
         ranges = [range(max(1, math.floor(scale * width * 0.8)), math.ceil(scale * width * 1.2) + 2) for width in full]
         near = [
-            widths
-            for widths in itertools.product(*ranges)
-            if abs(_count(depth, widths, image_size, num_classes) - wanted) <= _TOLERANCE * wanted
+            widths for widths in itertools.product(*ranges) if abs(count(depth, widths) - wanted) <= _TOLERANCE * wanted
         ]
         if near:
             widths = min(near, key=lambda each: _unevenness(each, full, scale))
@@ -74,15 +74,15 @@ def _unevenness(widths: Sequence[int], full: Sequence[int], scale: float) -> flo
     return sum(math.log(width / (scale * each)) ** 2 for width, each in zip(widths, full, strict=True))
 
 
-def _count(depth: int, widths: Sequence[int], image_size: Sequence[int], num_classes: int) -> int:
+def _count(depth: int, widths: Sequence[int], shortcut: str, image_size: Sequence[int], num_classes: int) -> int:
     """MACs of a plain ResNet of `fastgate.models.resnet`, as :func:`fastgate.macs` counts them, without building it."""
     channels, height, width = image_size
     total, before = height * width * 9 * channels * widths[0], widths[0]
     for stage, here in enumerate(widths):
         stride = 2 if stage else 1
         height, width = math.ceil(height / stride), math.ceil(width / stride)
-        shortcut = before * here if stage else 0
-        total += height * width * (9 * here * (before + ((depth - 2) // 3 - 1) * here) + shortcut)
+        beside = before * here if stage and shortcut == "conv" else 0
+        total += height * width * (9 * here * (before + ((depth - 2) // 3 - 1) * here) + beside)
         before = here
     return total + before * num_classes
 

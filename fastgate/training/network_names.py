@@ -51,13 +51,13 @@ def parse_name(name: str, options: Mapping[str, Any] | None) -> NetworkName:
     kind, colon, base = text.partition(":")
     if not colon:
         kind, base = "cifar", text
-        if not (re.fullmatch(r"resnet\d+", base) and cifar_depth(base) >= 8 and cifar_depth(base) % 6 == 2):
+        if not _is_cifar(base):
             raise unknown_network(name, None, base)
     elif kind not in _OPTIONS or kind == "own":
         kind, base = "own", text
         if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", text):
             raise unknown_network(name, None, text.rpartition(":")[2])
-    elif kind == "cifar" and not re.fullmatch(r"resnet\d+", base):
+    elif kind == "cifar" and not _is_cifar(base):
         raise unknown_network(name, kind, base)
     given += list((options or {}).items())
     if twice := [key for i, (key, _) in enumerate(given) if key in dict(given[:i])]:
@@ -93,6 +93,10 @@ def _option(key: str, value: Any) -> Any:
 
 def _split(value: Any) -> Sequence[Any]:
     return value.split(",") if isinstance(value, str) else tuple(value)
+
+
+def _is_cifar(base: str) -> bool:
+    return bool(re.fullmatch(r"resnet\d+", base)) and cifar_depth(base) >= 8 and cifar_depth(base) % 6 == 2
 
 
 def cifar_depth(base: str) -> int:

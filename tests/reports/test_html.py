@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,11 +17,14 @@ from PIL import Image
 
 import fastgate as fg
 from fastgate.reports.html import write_report
-from fastgate.training.data import load_dataset
+from fastgate.reports.loading import explain_loading
+from fastgate.reports.runs import RunRecord
+from fastgate.training.data import load_data, load_dataset
 from fastgate.training.networks import build_network
-from fastgate.training.pipeline import Run, train
+from fastgate.training.pipeline import Run, describe_data, train
 from fastgate.training.recipe import change
 from tests.reports.browser import CHROMIUM, inspect_page
+from tests.training.data.pictures import draw
 from tests.training.runs import TINY
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -249,6 +252,30 @@ def test_how_to_load_the_network(layer: Path, tmp_path: Path) -> None:
     expected = fg.load(run / "model.safetensors")(x)
     torch.testing.assert_close(scope["scores"], expected, rtol=1e-4, atol=1e-4)  # the code has six digits of the mean
     assert out.getvalue() == f"digit {int(expected.argmax())}\n"
+
+
+def test_how_to_load_a_network_of_own_images(tmp_path: Path) -> None:
+    """Pictures that are not square come out as they did in training."""
+    for label, (width, height) in enumerate([(40, 20), (21, 50)]):
+        (tmp_path / f"train/{label}").mkdir(parents=True)
+        picture = Image.fromarray(draw(label, width, height))
+        for i in range(2):
+            picture.save(tmp_path / f"train/{label}/{i}.png")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    data = load_data(f"folder:{tmp_path}", image_size=16, workers=0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 2)).eval()
+    fg.save(network, tmp_path / "model.safetensors")
+    summary = {"image_size": list(data.image_size), "preprocessing": describe_data(data)}
+    told = explain_loading(RunRecord(tmp_path, cast(Any, None), {}, [], summary, None, {}))
+    assert told is not None and told["missing"] == []
+    expected = torch.cat([network(x) for x, _ in data.evaluation("test", 1)])
+    got = []
+    for path in sorted((tmp_path / "test").rglob("*.png")):
+        scope: dict[str, Any] = {"image": Image.open(path)}
+        with redirect_stdout(StringIO()):
+            exec(told["code"], scope)
+        got.append(scope["scores"])
+    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)  # the code has six digits of the mean
 
 
 def test_every_gate_has_its_row(layer: Path, channel: Path) -> None:

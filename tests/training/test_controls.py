@@ -42,9 +42,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("network", ["resnet20", "resnet56"])
-def test_a_plain_network_of_equal_macs(network: str, share: float) -> None:
-    recipe = change(get_preset("cifar10-layer"), gating="none", network=network)
+@pytest.mark.parametrize(("network", "shortcut"), [("resnet20", "conv"), ("resnet20", "pad"), ("resnet56", "conv")])
+def test_a_plain_network_of_equal_macs(network: str, shortcut: str, share: float) -> None:
+    recipe = change(get_preset("cifar10-layer"), gating="none", network=network, shortcut=shortcut)
     wanted = round(share * fg.macs(build_network(recipe, CIFAR, 10), CIFAR))
     found = match_macs(recipe, CIFAR, 10, wanted)
     assert fg.macs(build_network(found, CIFAR, 10), CIFAR) == pytest.approx(wanted, rel=0.01)

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+# of images of folders in evaluation: shorter side / side of the centre crop, as for torchvision's weights
+RESIZED = 256 / 224
+
 
 class Loader(Protocol):
     """Batches `(x float32 [B, C, H, W], y int64 [B])` on the training device, x normalised."""
@@ -107,7 +110,8 @@ class Batching:
             processes take in turns.
 
     Raises:
-        ValueError: full batches of more images than there are, or that the processes cannot share equally.
+        ValueError: no images per batch, a shard that there is not, or full batches of more images than there are or
+            that the processes cannot share equally.
     """
 
     images: int
@@ -116,6 +120,12 @@ class Batching:
     full: bool = False
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise ValueError(
+                f"shard: expected (number of a process, number of processes), such as (0, 2), got {self.shard}"
+            )
         if self.full and self.batch_size % self.shard[1]:
             raise ValueError(
                 f"batch_size: expected a multiple of the {self.shard[1]} processes, among which a batch is shared, "

@@ -10,6 +10,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from fastgate.training.data.interface import images_held_out
 
 _TRAIN, _TEST, _VALIDATION = "train", "test", ("val", "valid", "validation")
+# in any case, never classes: else a folder of splits that are called otherwise would be one of two classes
+_SPLITS = {_TRAIN, _TEST, *_VALIDATION, "training", "testing"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ def find_splits(folder: Path, validation: float = 0) -> tuple[tuple[str, ...], d
         paths = {_TRAIN: folder / _TRAIN, **_evaluated_folders(folder)}
     else:
         paths = {_TRAIN: folder}
-        if set(_class_folders(folder)) <= {_TRAIN, _TEST, *_VALIDATION}:
+        found = _class_folders(folder)
+        if {name.lower() for name in found} <= _SPLITS:
             raise ValueError(
-                f"{folder}: expected train/ with a folder of images per class, or such folders alone, found neither; "
-                f"put each image under {folder / _TRAIN}/CLASS"
+                f"{folder}: expected train/ with a folder of images per class, or such folders alone, found "
+                f"{', '.join(found) or 'neither'}; put each image under {folder / _TRAIN}/CLASS"
             )
     names = {split: _class_folders(path) for split, path in paths.items()}
     for split, path in paths.items():

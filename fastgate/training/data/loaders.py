@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgate.training.data.interface import check_split
 
-class Batches:
+
+class DeviceBatches:
     """A loader of `(x, y)` whose batches come on a device; each process has a loader of its own part."""
 
     shard = (0, 1)
@@ -89,12 +91,11 @@ class Loaders:
         self, batch_size: int, *, seed: int = 0, shard: tuple[int, int] = (0, 1), channels_last: bool = False
     ) -> Any:
         """The training loader as it is."""
-        return Batches(self._loaders["train"], self._device, self.batch_size, channels_last)
+        return DeviceBatches(self._loaders["train"], self._device, self.batch_size, channels_last)
 
     def evaluation(
         self, split: str, batch_size: int, *, shard: tuple[int, int] = (0, 1), channels_last: bool = False
     ) -> Any:
         """The loader of a split as it is."""
-        if split not in self._loaders:
-            raise ValueError(f"split: expected train or test, got {split!r}")
-        return Batches(self._loaders[split], self._device, self._sizes[split], channels_last)
+        check_split(self, split)
+        return DeviceBatches(self._loaders[split], self._device, self._sizes[split], channels_last)

@@ -15,12 +15,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from fastgate.training.data.augmentation import Augmentation
+from fastgate.training.data.interface import RESIZED
 
 # what Pillow turns into 8 bits per channel without losing more than transparency
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-
-# shorter side / side of the centre crop in evaluation, as in the recipes of torchvision's weights
-_RESIZED = 256 / 224
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Reader(Dataset[Tensor | str]):
         if seed is not None:
             box = random_crop(image.width, image.height, self.augmentation, random.Random(seed))
             return transforms.pil_to_tensor(transforms.resized_crop(image, *box, size))
-        image = transforms.resize(image, [round(self.size * _RESIZED)])
+        image = transforms.resize(image, [round(self.size * RESIZED)])
         return transforms.pil_to_tensor(transforms.center_crop(image, size))
 
 

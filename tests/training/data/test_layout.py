@@ -86,6 +86,10 @@ def no_class_folders(folder: Path) -> None:
     write_classes(folder, {"train": 3, "val": 2})
 
 
+def other_names(folder: Path) -> None:
+    write_splits(folder, Training=PETS, Testing=PETS)
+
+
 def nothing(folder: Path) -> None:
     pass
 
@@ -101,6 +105,7 @@ def nothing(folder: Path) -> None:
         pytest.param(empty_class, r"val/dog: expected images \(.jpg, .*found none; add some", id="empty-class"),
         pytest.param(two_validations, r"expected one folder of validation images, found val and valid", id="two"),
         pytest.param(no_class_folders, r"expected train/ with a folder of images per class.*train/CLASS", id="flat"),
+        pytest.param(other_names, r"found Testing, Training; put each image under .*train/CLASS", id="other-names"),
         pytest.param(nothing, r"expected train/ with a folder of images per class", id="nothing"),
     ],
 )
