@@ -80,7 +80,7 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
         if len(found) < max(sums, 1) and 4 * size >= max(sizes) and not any(parts & _names(other) for other in found):
             found.append(cut)
     # why not at the last place, which is the one that was asked for
-    reasons.append("it has no two convolutions or linear layers one after the other")
+    reasons.append("it has no two nn.Conv2d or nn.Linear, one after the other")
     return found[::-1], "" if found else reasons[0]
 
 
@@ -168,17 +168,16 @@ def _group_size(module: nn.Module) -> int:
 def _carried(step: Step, value: Value, dim: int, width: int, modules: dict[str, nn.Module]) -> list[Value]:
     """The other values of a step that hold the same channels one by one, where it treats each channel by itself."""
     held = [v for v in (*step.inputs, *step.outputs) if len(v.shape) == len(value.shape) and v.shape[dim] == width]
-    what = step.name or getattr(step.function, "__name__", "an operation")
     if set(step.outputs) - set(held) or not set(step.inputs) & set(held):
-        raise _CannotCutError(f"{what!r} between the layers changes the channels")
+        raise _CannotCutError(f"{step.label!r} between the layers changes the channels")
     module = modules[step.name] if step.name is not None else None
     if module is not None and (module._parameters or module._buffers):
         grouped = isinstance(module, nn.Conv2d) and is_conv(module) and module.in_channels == module.out_channels
         normed = (is_norm(module) or is_group_norm(module)) and dim == 1
         if not (grouped or normed):
-            raise _CannotCutError(f"{type(module).__name__} {what!r} between the layers cannot be cut")
+            raise _CannotCutError(f"{type(module).__name__} {step.label!r} between the layers cannot be cut")
     elif not _acts_on_each(step, set(held), dim, width, module):
-        raise _CannotCutError(f"{what!r} between the layers mixes the channels")
+        raise _CannotCutError(f"{step.label!r} between the layers mixes the channels")
     return held
 
 

@@ -37,7 +37,7 @@ def channels_of(module: nn.Module, shape: Sequence[int], default: int | None = N
 
 def is_shaping(step: Step) -> bool:
     """Whether a step only changes how features lie."""
-    return step.name is None and step.function.__name__ in SHAPING  # type: ignore[union-attr]
+    return step.name is None and step.label in SHAPING
 
 
 def name_of(block: nn.Module, step: Step, new: dict[str, nn.Module]) -> str | None:
@@ -45,7 +45,7 @@ def name_of(block: nn.Module, step: Step, new: dict[str, nn.Module]) -> str | No
     if step.name is not None:
         single = len(step.inputs) == len(step.outputs) == 1
         return step.name if "." not in step.name and single and len(step.args) == 1 and not step.kwargs else None
-    function = step.function.__name__  # type: ignore[union-attr]
+    function = step.label
     settings = [value for value in (*step.args[1:], *step.kwargs.values()) if value not in (True, False, "none")]
     if function not in ACTIVATIONS or settings or len(step.args) > 2:
         return None
@@ -108,7 +108,7 @@ def close_whole(
             continue
         name = name_of(block, step, new)
         if name is None:
-            return None, f"{step} on its shortcut is no child of it"
+            return None, f"{step.label!r} on its shortcut is no child of it"
         if name in new or not is_nothing(getattr(block, name)):
             names.append(name)
     modules = [new[name] if name in new else getattr(block, name) for name in names]

@@ -284,7 +284,7 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
 def _signature(residual: Residual) -> list[Any]:
     """What two runs of one block must have in common."""
     steps = [*residual.tail, *(step for each in residual.sums for step in each.way)]
-    return [[s.name or s.function.__name__ for s in steps if not is_shaping(s)], len(residual.sums)]  # type: ignore[union-attr]
+    return [[s.label for s in steps if not is_shaping(s)], len(residual.sums)]
 
 
 def _as_chain(block: nn.Module, residual: Residual) -> BlockLayout | None:

@@ -61,6 +61,11 @@ class Step:
     scope: str = ""
 
     @property
+    def label(self) -> str:
+        """What it is called in messages: the module's name, or the function's."""
+        return self.name or str(getattr(self.function, "__name__", "an operation"))
+
+    @property
     def adds(self) -> bool:
         """Whether it is an addition."""
         return self.function is not None and self.function.__name__ in _SUMS
@@ -223,7 +228,7 @@ class _Recorder(TorchFunctionMode):
         for value in step.inputs:
             value.readers.append(step)
         memory = {value.tensor.untyped_storage().data_ptr() for value in changed}
-        for value in self._all:
+        for value in self._all if memory else ():
             if value.tensor.untyped_storage().data_ptr() in memory and self._current.get(id(value.tensor)) is value:
                 value.stale = True
         step.result = result

@@ -113,7 +113,7 @@ def find_residual(block: nn.Module, probe: Probe, training: bool) -> Residual | 
     def weight(step: Step) -> int:
         """How much a step does: the modules in it that have parameters, at least 1; 0 for a change of shape."""
         if step.name is None:
-            return int(step.function.__name__ not in SHAPING)  # type: ignore[union-attr]
+            return int(step.label not in SHAPING)
         parts = modules[step.name].modules()
         return 0 if is_nothing(modules[step.name]) else max(1, sum(bool(part._parameters) for part in parts))
 
