@@ -155,9 +155,10 @@ def budget(
 ) -> Tensor:
     """(share - target)^2 * (total / switchable)^2: how far the network's cost is from a share of the whole network's.
 
-    share = 1 - sum(costs * (1 - g)) / total, g the mean decisions: what the network costs, ungated layers included,
-    of what it costs with every gate open. The factor, with switchable = sum(costs), measures the distance in what gates
-    can switch: from everything open to everything closed it is 1, however much is not gated.
+    share = 1 - sum(costs * (1 - g)) / total, g the mean decisions (of channels in a gated layer times that layer's):
+    what the network costs, ungated layers included, of what it costs with every gate open. The factor, with switchable
+    = sum(costs), measures the distance in what gates can switch: from everything open to everything closed it is 1,
+    however much is not gated.
 
     Args:
         gates: a model, an iterable of gates, or their means.
@@ -231,6 +232,18 @@ def capacity(
     return 1 - (means.joined * weights).sum() / (switchable if total is None else total)
 
 
+def under_layers(means: Mapping[str, Tensor], within: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Decisions of channels times that of the layer they are in, for a closed layer closes its channels.
+
+    Args:
+        means: (mean) decisions by gate, `[gates]`, float or bool.
+        within: of channel gates, the layer gate around them; see :class:`fastgate.pruning.costs.Costs`.
+    """
+    if not within:
+        return means
+    return {name: mean * means[within[name]] if name in within else mean for name, mean in means.items()}
+
+
 def _weigh(means: GateMeans, costs: Mapping[str, Tensor], reorder: bool) -> tuple[GateMeans, Tensor, float | Tensor]:
     """The means, in the costs' order if asked for; the costs beside them, `[all gates]`; and the sum of these."""
     if {name: len(cost) for name, cost in costs.items()} != {name: len(mean) for name, mean in means.items()}:
@@ -240,6 +253,8 @@ def _weigh(means: GateMeans, costs: Mapping[str, Tensor], reorder: bool) -> tupl
         )
     if reorder:
         means = _ordered(means, list(costs), "costs")
+    if within := getattr(costs, "within", None):
+        means = GateMeans(under_layers(means, within))
     weights = torch.cat([costs[name] for name in means])
     switchable = getattr(costs, "switchable", None)
     return means, weights.to(means.joined), weights.sum() if switchable is None else switchable

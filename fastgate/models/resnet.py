@@ -118,7 +118,7 @@ def resnet(
         num_classes: outputs.
         in_channels: channels of the image.
         widths: channels of the three stages.
-        gating: None, `"layer"` or `"channel"`.
+        gating: None, `"layer"`, `"channel"` or `"both"`.
         position: of channel gates, see :func:`fastgate.attach`.
         shortcut: `"conv"` or `"pad"`.
         gate_options: passed to the gates, see :func:`fastgate.attach`.

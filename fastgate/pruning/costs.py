@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgate.gates import LayerGate, named_gates
+from fastgate.losses import under_layers
 from fastgate.models.block import Gated, ResidualBlock, gated_blocks
 from fastgate.models.cutting import share_of_channel
 from fastgate.models.gated import Closed, GatedModule, owner_of
@@ -34,14 +35,18 @@ class Costs(dict[str, Tensor]):
     Attributes:
         total: the network with every gate open, in the same units.
         switchable: the sum of the costs, exact wherever they are.
+        within: of channel gates, the layer gate around them, which closes them with it (`gating="both"`): what they
+            cost is the product of both decisions.
     """
 
     total: int
     switchable: int
+    within: Mapping[str, str]
 
-    def __init__(self, costs: Mapping[str, Tensor], total: int) -> None:
+    def __init__(self, costs: Mapping[str, Tensor], total: int, within: Mapping[str, str] | None = None) -> None:
         super().__init__(costs)
         self.total = total
+        self.within = dict(within or {})
         self.switchable = sum(int(cost.sum()) for cost in costs.values())
 
     def copy(self) -> "Costs":
@@ -53,6 +58,11 @@ class Costs(dict[str, Tensor]):
         moved = self.copy()
         moved.update({name: cost.to(device, dtype) for name, cost in self.items()})
         return moved
+
+    def of(self, decisions: Mapping[str, Tensor]) -> float:
+        """What the network costs with these decisions, or mean decisions, `[gates]` by name."""
+        opened = under_layers(decisions, self.within)
+        return self.total - sum(float((cost * (1 - opened[name].double())).sum()) for name, cost in self.items())
 
 
 def macs(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> int:
@@ -112,12 +122,13 @@ def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Fo
     The attribute `total` is what the whole network costs with every gate open.
 
     A closed layer gate removes its block's branch (or a sum's). What channel gates in that branch switch counts for
-    these alone (`gating="both"`), so that costs add up where the channels of a closed layer are closed as well. A
-    closed channel removes, at "middle", a row of the convolution before the gate and a column of the one behind it; at
-    "before" a column of the first convolution; at "after" a row of the last one. The compact network has `macs(model)`
-    minus the costs of everything closed, with one exception: where *all* channels of a gate are closed, convolutions
-    that now feed nothing go as well, which is more than the channels switch one by one (at "after" the whole branch; at
-    "middle" of a bottleneck its first convolution); inside a block's own modules one channel is left, which is less.
+    these alone (`gating="both"`), so that costs add up where the channels of a closed layer are closed as well: see
+    :meth:`Costs.of`. A closed channel removes, at "middle", a row of the convolution before the gate and a column of
+    the one behind it; at "before" a column of the first convolution; at "after" a row of the last one. The compact
+    network has `macs(model)` minus the costs of everything closed, with one exception: where *all* channels of a gate
+    are closed, convolutions that now feed nothing go as well, which is more than the channels switch one by one (at
+    "after" the whole branch; at "middle" of a bottleneck its first convolution); inside a block's own modules one
+    channel is left, which is less.
 
     Args:
         model: a gated network, on the device where its latency counts.
@@ -134,13 +145,15 @@ def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Fo
     _check_cost(cost)
     blocks = gated_blocks(model)
     costs = _costs_alone(model, blocks, inputs, cost, forward)
+    around: dict[str, str] = {}
     for name, block in blocks.items():
         if isinstance(block.own_gate, LayerGate):
             within = set(_closed_modules(model, name, block))
             for other, inner in blocks.items():
                 if inner is not block and inner in within:
                     costs[name] = (costs[name] - costs[other].sum()).clamp(min=1 if cost == "latency" else 0)
-    return Costs(costs, total_cost(model, inputs, cost, forward=forward))
+                    around[other] = name
+    return Costs(costs, total_cost(model, inputs, cost, forward=forward), around)
 
 
 def _closed_modules(model: nn.Module, gate: str, block: Gated) -> Iterator[nn.Module]:

@@ -314,6 +314,10 @@ class GateSearch:
 
     def _finalize(self, decisions: Mapping[str, GateDecision], batch: Any, forward: Forward | None) -> list[str]:
         new = {name: decision for name, decision in decisions.items() if name not in self.final}
+        for name, around in self.costs.within.items():  # a closed layer closes its channels
+            if name not in self.final and around in new and not bool(new[around].open):
+                closed = torch.zeros(self.gates[name].gates, dtype=torch.bool)
+                new[name] = GateDecision(new[name].mean if name in new else closed.double(), closed)
         for name, decision in new.items():
             self.gates[name].freeze(decision.open)
         if new and self.config.compact_training:
@@ -505,13 +509,12 @@ class GateSearch:
             ValueError: gates are live and no step has been made in this epoch.
         """
         means = self._means()
-        closed = sum(float((self.gate_macs[name] * (1 - mean)).sum()) for name, mean in means.items())
         return {
             "phase": str(self.phase),
             "target": self.config.target_at((max(self.epoch, 0) + 1) / self.epochs),
             "open_ratio": float(torch.cat(list(means.values())).mean()),
             "polarization": float(torch.stack([(mean * (1 - mean)).mean() for mean in means.values()]).mean()),
-            "macs": round(self.macs - closed),
+            "macs": round(self.gate_macs.of(means)),
             "macs_training": self.macs_training,
             "frozen": all(gate.frozen for gate in self.gates.values()),
             "max_abs_difference": self.difference,
@@ -567,7 +570,8 @@ class GateSearch:
         if sizes != {name: len(cost) for name, cost in state["costs"].items()}:
             raise ValueError("state: expected that of a search of the same gates, got one of another network")
         # measured costs differ from time to time: a run that goes on keeps those it began with
-        self._set_costs(Costs({name: cost.cpu() for name, cost in state["costs"].items()}, state["total"]))
+        kept = {name: cost.cpu() for name, cost in state["costs"].items()}
+        self._set_costs(Costs(kept, state["total"], self.costs.within))
         self.epoch, self.difference, self._samples = state["epoch"], state["difference"], state["samples"]
         self.final = {name: opened.cpu() for name, opened in state["final"].items()}
         self._settled_means = {name: mean.cpu() for name, mean in state["means"].items()}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgate.losses import under_layers
 from fastgate.pruning.decisions import Decisions, GateDecision
 
 # layer gates: what fewer samples than this disagree on is not given up for the target's sake while it is near enough
@@ -26,7 +27,8 @@ _ALWAYS_OPEN = -1
 def lowest_share(costs: Mapping[str, Tensor], total: int, round_to: int | None = None) -> float:
     """The smallest share of the cost that :func:`meet_target` can reach.
 
-    Layer gates are closed then, and of channel gates one channel is open: with `round_to` that many, or all there are.
+    Layer gates are closed then, and of channel gates one channel is open (with `round_to` that many, or all there are),
+    unless a closed layer closes them.
 
     Args:
         costs: what each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
@@ -34,7 +36,10 @@ def lowest_share(costs: Mapping[str, Tensor], total: int, round_to: int | None =
         round_to: see :func:`meet_target`.
     """
     step = _step(round_to)
-    kept = [int(cost.sort().values[:step].sum()) if len(cost) > 1 else 0 for cost in costs.values()]
+    within = _within(costs)
+    kept = [
+        int(cost.sort().values[:step].sum()) for name, cost in costs.items() if len(cost) > 1 and name not in within
+    ]
     return (total - sum(int(cost.sum()) for cost in costs.values()) + sum(kept)) / total
 
 
@@ -73,6 +78,9 @@ def meet_target(
     * Channel gates: near enough is 0.5 % of the target. Each gate keeps its channel of the highest mean, since without
       any channel more would go than the costs say. Up to 32 channels of equal cost on either side of the ranking's
       border may leave the ranking for the target's sake, which is far more than networks need.
+    * Layer gates around channel gates (`within` of the costs): as most samples say. Only where no choice of channels
+      comes to the target, the open ones of the lowest mean are closed, or the closed ones of the highest mean opened.
+      Channels of closed layers are closed.
     * Channel gates with `round_to`: each gate keeps a multiple of it, at least one, or all of its channels: of 20 and
       `round_to=8` 8, 16 or 20, of 6 all. Which ones is a matter of their means, how many of votes: the channels of a
       gate come and go by rank, `round_to` at a time, and each such group has the votes of its channels. So a gate whose
@@ -99,10 +107,14 @@ def meet_target(
             "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
         )
     check_target(costs, target, total, round_to)
+    decided = dict(decisions)
+    if within := _within(costs):
+        decided = _decide_layers(decisions, costs, within, target * total - total, held, _step(round_to))
+        held = {name for name, g in decided.items() if name in held or g is not decisions[name]}
     arrays = {name: costs[name].numpy().astype(np.int64) for name in decisions}
-    free = {name: g for name, g in decisions.items() if name not in held}
+    free = {name: g for name, g in decided.items() if name not in held}
     entries, entry_of = _entries([(g.mean.numpy(), arrays[name]) for name, g in free.items()], _step(round_to))
-    spent = sum(int(arrays[name][g.open.numpy()].sum()) for name, g in decisions.items() if name not in free)
+    spent = sum(int(arrays[name][g.open.numpy()].sum()) for name, g in decided.items() if name not in free)
     spent += sum(int(arrays[name][of == _ALWAYS_OPEN].sum()) for name, of in zip(free, entry_of, strict=True))
     wanted = target * total - (total - sum(int(cost.sum()) for cost in arrays.values())) - spent
     near_enough = _near_enough(costs, target, total, round_to)
@@ -112,8 +124,71 @@ def meet_target(
         opened = _choose(entries, wanted, near_enough, _WINDOW)
     flags = np.append(opened, True)  # the last one is what _ALWAYS_OPEN, -1, points to
     chosen = {name: torch.from_numpy(flags[of]) for name, of in zip(free, entry_of, strict=True)}
-    gates = {name: GateDecision(g.mean, chosen.get(name, g.open), g.rows) for name, g in decisions.items()}
+    gates = {name: GateDecision(g.mean, chosen.get(name, g.open), g.rows) for name, g in decided.items()}
     return Decisions(gates, decisions.threshold, decisions.samples)
+
+
+def _within(costs: Mapping[str, Tensor]) -> Mapping[str, str]:
+    within: Mapping[str, str] = getattr(costs, "within", {})
+    return within
+
+
+def _decide_layers(
+    decisions: Decisions,
+    costs: Mapping[str, Tensor],
+    within: Mapping[str, str],
+    wanted: float,
+    held: Container[str],
+    step: int,
+) -> dict[str, GateDecision]:
+    """The decisions, those of layers around channel gates made, and the channels in closed ones closed.
+
+    Args:
+        decisions, costs, within, held: as for :func:`meet_target`.
+        wanted: what the compact network shall cost more than with everything open.
+        step: channels that come and go together.
+    """
+    layers = {
+        name: bool(g.open) if name in held else bool(g.mean > 0.5)
+        for name, g in decisions.items()
+        if name in within.values()
+    }
+
+    def reach() -> tuple[int, int]:
+        """The lowest and the highest cost with these layers, less that of everything open."""
+        lowest = highest = 0
+        for name, cost in costs.items():
+            around = within.get(name)
+            if not layers.get(name if around is None else around, True):
+                most = least = int(cost.sum())
+            elif name in layers:
+                most = least = 0
+            elif name in held:
+                most = least = int(cost[~decisions[name].open].sum())
+            else:
+                kept = cost.sort().values[:step] if len(cost) > 1 else cost[:0]
+                most, least = int(cost.sum() - kept.sum()), 0
+            lowest, highest = lowest - most, highest - least
+        return lowest, highest
+
+    free = sorted((name for name in layers if name not in held), key=lambda name: float(decisions[name].mean))
+    for name in free:
+        if layers[name] and reach()[0] > wanted:
+            layers[name] = False
+    for name in reversed(free):
+        if not layers[name] and reach()[1] < wanted:
+            layers[name] = True
+    decided = dict(decisions)
+    for name, g in decisions.items():
+        around = within.get(name)
+        if name in layers:
+            opened = torch.tensor([layers[name]])
+        elif around is not None and not layers[around]:
+            opened = torch.zeros_like(g.open)
+        else:
+            continue
+        decided[name] = GateDecision(g.mean, opened, g.rows)
+    return decided
 
 
 def within_reach(
@@ -170,7 +245,8 @@ def _miss(
         for name, cost in costs.items()
     }
     met = meet_target(Decisions(undecided), costs, target, total, held=held, round_to=round_to)
-    closed = sum(int(cost[~met[name].open].sum()) for name, cost in costs.items())
+    opened = under_layers({name: gate.open for name, gate in met.items()}, _within(costs))
+    closed = sum(int(cost[~opened[name]].sum()) for name, cost in costs.items())
     return max(abs(total - closed - target * total) - _near_enough(costs, target, total, round_to), 0.0)
 
 

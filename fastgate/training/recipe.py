@@ -99,7 +99,7 @@ class ModelOptions:
 class GateOptions:
     """What gates there are."""
 
-    gating: str = _option("layer", "layer, channel, or none for the plain network")
+    gating: str = _option("layer", "layer, channel, both, or none for the plain network")
     position: str = _option("middle", "channel gates: before, middle or after")
     gate_depth: int = _option(2, "channel gates: dense layers, 1 or 2")
     gate_input: str = _option("pool", "channel gates: pool or flatten (the paper's)")

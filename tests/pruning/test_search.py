@@ -127,7 +127,7 @@ def test_the_life_of_a_run(gating: str, data: TensorDataset) -> None:
 
 
 @pytest.mark.usefixtures("votes")
-@pytest.mark.parametrize(("gating", "kind"), [("layer", "adamw"), ("channel", "sgd")])
+@pytest.mark.parametrize(("gating", "kind"), [("layer", "adamw"), ("channel", "sgd"), ("both", "adamw")])
 def test_a_run_that_goes_on_ends_with_the_same_bits(gating: str, kind: str, data: TensorDataset) -> None:
     """From the end of every epoch, before and after commits: a network made anew takes the shape it had."""
     loop = Loop(gating, kind)
@@ -138,6 +138,25 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(gating: str, kind: str, data
         for _ in later.epochs(data, epoch):
             pass
         assert_same(later.state(), saved[-1])
+
+
+@pytest.mark.usefixtures("votes")
+def test_channels_leave_with_their_layer(data: TensorDataset) -> None:
+    loop = Loop("both")
+    search, whole = loop.search, fg.macs(loop.model, SIZE)
+    inside = {around: name for name, around in search.costs.within.items()}
+    assert len(inside) == 3 and len(search.gates) == 6
+    closed: list[str] = []
+    for names in loop.epochs(data):
+        closed += [name for name in names if name in inside and not bool(search.final[name])]
+        # the channels of a closed layer are final with it, and closed
+        assert all(not search.final[inside[name]].any() for name in closed)
+        line = search.metrics()
+        assert line["macs"] == pytest.approx(search.gate_macs.of(search._means()))
+    assert closed[:1] == ["layer1.0.gate"] and list(fg.named_gates(loop.model)) == []
+    assert fg.macs(loop.model, SIZE) == line["macs"] == pytest.approx(0.5 * whole, rel=0.01)
+    assert search.metrics()["phase"] == "settled"
+    assert fg.compare(loop.model, search.compact(), torch.randn(2, *SIZE)) == 0.0
 
 
 @pytest.mark.usefixtures("votes")

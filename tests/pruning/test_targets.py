@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgate as fg
+from fastgate.pruning.costs import Costs
 from fastgate.pruning.decisions import GateDecision
 from fastgate.pruning.targets import lowest_share, meet_target, within_reach
 from tests.helpers import GATINGS, freeze_with, gated_resnet, gating_ids
@@ -187,6 +188,44 @@ def test_the_compact_network_has_the_macs(gating: tuple[str, str], target: float
         each = [int(cost) for cost in costs.values()]
         closed = itertools.chain.from_iterable(itertools.combinations(each, k) for k in range(len(each) + 1))
         assert abs(got - target * total) == min(abs(total - sum(choice) - target * total) for choice in closed)
+
+
+# layers around channels
+
+
+def test_layers_around_channels_are_as_the_samples_say_where_channels_can_make_up_for_it() -> None:
+    costs = Costs({"a": torch.tensor([10]), "a.inner": torch.tensor([10] * 4), "b": torch.tensor([10]),
+                   "b.inner": torch.tensor([10] * 4)}, 100, {"a.inner": "a", "b.inner": "b"})  # fmt: skip
+    votes = voted({"a": [0.3], "a.inner": [0.9] * 4, "b": [0.8], "b.inner": [0.1, 0.6, 0.4, 0.2]})
+    met = meet_target(votes, costs, 0.3, 100)
+    assert opened(met) == [0, 0, 0, 0, 0, 1, 0, 1, 1, 0]  # b with the channels of the highest means
+    assert costs.of({name: gate.open for name, gate in met.items()}) == 30
+    # with b alone there are 50 at most, and a is asked for next; with both layers there are 40 at least
+    assert opened(meet_target(votes, costs, 0.6, 100))[0] == 1
+    assert opened(meet_target(votes, costs, 0.5, 100))[:5] == [0] * 5
+    # without either there are none: what most samples ask for is closed for the target's sake
+    assert opened(meet_target(votes, costs, 0.0, 100)) == [0] * 10
+    assert lowest_share(costs, 100) == 0.0
+    held = meet_target(votes, costs, 0.5, 100, held={"b"})
+    assert bool(held["b"].open) and costs.of({name: gate.open for name, gate in held.items()}) == 50
+
+
+@pytest.mark.parametrize(("target", "round_to"), [(0.1, None), (0.3, None), (0.6, None), (0.3, 8), (0.6, 8)])
+def test_the_compact_network_of_both_gates_has_the_macs(target: float, round_to: int | None) -> None:
+    model = gated_resnet(20, ("both", "middle"))
+    costs = fg.gate_costs(model, (3, 32, 32))
+    votes = voted({name: (0.01 + 0.98 * torch.rand(len(cost))).tolist() for name, cost in costs.items()})
+    met = meet_target(votes, costs, target, costs.total, round_to=round_to)
+    freeze_with(model, {name: gate.open for name, gate in met.items()})
+    small = fg.compact(model)
+    got = fg.macs(small, (3, 32, 32))
+    assert got == costs.of({name: gate.open for name, gate in met.items()})
+    assert got == pytest.approx(target * costs.total, rel=0.01)
+    layers = {costs.within[name]: int(gate.open.sum()) for name, gate in met.items() if name in costs.within}
+    assert all(bool(met[name].open) == (channels > 0) for name, channels in layers.items())
+    assert 0 < sum(bool(met[name].open) for name in layers) < len(layers)
+    if round_to is not None:
+        assert all(channels % round_to == 0 for channels in layers.values())
 
 
 # round_to
