@@ -317,7 +317,8 @@ class GateSearch:
         for name, around in self.costs.within.items():  # a closed layer closes its channels
             if name not in self.final and around in new and not bool(new[around].open):
                 closed = torch.zeros(self.gates[name].gates, dtype=torch.bool)
-                new[name] = GateDecision(new[name].mean if name in new else closed.double(), closed)
+                if name not in new or bool(new[name].open.any()):
+                    new[name] = GateDecision(closed + new[around].mean, closed)
         for name, decision in new.items():
             self.gates[name].freeze(decision.open)
         if new and self.config.compact_training:

@@ -182,12 +182,10 @@ def _decide_layers(
     for name, g in decisions.items():
         around = within.get(name)
         if name in layers:
-            opened = torch.tensor([layers[name]])
+            decided[name] = GateDecision(g.mean, torch.tensor([layers[name]]), g.rows)
         elif around is not None and not layers[around]:
-            opened = torch.zeros_like(g.open)
-        else:
-            continue
-        decided[name] = GateDecision(g.mean, opened, g.rows)
+            # as open as the layer is
+            decided[name] = GateDecision(g.mean * decisions[around].mean, torch.zeros_like(g.open), g.rows)
     return decided
 
 
