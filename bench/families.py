@@ -62,7 +62,8 @@ def without_gradient(model: nn.Module, inputs: Any) -> list[str]:
     torch.manual_seed(0)
     without = dict(fg.named_gates(model))
     for _ in range(5):
-        first = tensors_of(call(model, inputs))[0]
+        result = call(model, inputs)
+        first = tensors_of(result)[-1 if isinstance(result, list) else 0]  # of the features of all stages the last
         logits = first.flatten(2).mean(2) if first.dim() > 2 else first
         loss = nn.functional.cross_entropy(logits, torch.arange(len(logits)))
         (loss + fg.polarization(model) + fg.budget(model, 0.5)).backward()

@@ -64,19 +64,31 @@ def _detection(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import torchvision
 
+        found = {"box_detections_per_img" if "rcnn" in name else "detections_per_img": 3}
         return getattr(torchvision.models.detection, name)(
             weights=None, weights_backbone=None, num_classes=5, trainable_backbone_layers=5, min_size=64, max_size=64,
-            box_detections_per_img=3,
+            **found,
         )  # fmt: skip
 
     return make
+
+
+def _frozen_detection() -> nn.Module:
+    """With the norms that torchvision's detection networks have where their weights come from a file."""
+    from torchvision.models import resnet50
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops import FrozenBatchNorm2d
+
+    backbone = _resnet_fpn_extractor(resnet50(weights=None, norm_layer=FrozenBatchNorm2d), 5)
+    return FasterRCNN(backbone, num_classes=5, min_size=64, max_size=64, box_detections_per_img=3)
 
 
 def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import timm
 
-        return timm.create_model(name, num_classes=10, **options)
+        return timm.create_model(name, **({} if options.get("features_only") else {"num_classes": 10}), **options)
 
     return make
 
@@ -101,9 +113,11 @@ def _transformers(kind: str) -> Callable[[], nn.Module]:
 
 
 _OF_TORCHVISION = (
-    *("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "mobilenet_v2", "mobilenet_v3_small"),
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"),
+    *("mobilenet_v2", "mobilenet_v3_small"),
     *("mobilenet_v3_large", "mnasnet1_0", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf"),
     *("convnext_tiny", "swin_t", "swin_v2_t", "densenet121", "vgg16_bn", "shufflenet_v2_x1_0", "squeezenet1_0"),
+    "alexnet",
 )
 _OF_TIMM = (
     *("resnet18", "resnet26t", "resnet50", "resnet50d", "resnetv2_50", "resnetv2_50d_gn", "seresnet50", "ecaresnet50d"),
@@ -111,10 +125,16 @@ _OF_TIMM = (
     *("cspresnet50", "cspdarknet53", "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small"),
     *("efficientnet_b0", "efficientnet_lite0", "tf_efficientnet_b0", "rexnet_100", "repvgg_a0", "repvit_m1"),
     *("nfnet_l0", "convnext_atto", "convnextv2_atto", "hrnet_w18_small", "resnet50_gn", "resnest14d", "resnetblur50"),
-    *("resnet50_mlp", "dla34", "ghostnet_050", "mobileone_s0", "tresnet_m", "resnetaa34d", "seresnext26d_32x4d"),
+    *("resnet34d", "wide_resnet50_2", "resnet50_mlp", "dla34", "ghostnet_050", "mobileone_s0", "tresnet_m"),
+    *("resnetaa34d", "seresnext26d_32x4d"),
     *("gcresnet50t", "resnetrs50", "resnet51q", "legacy_seresnet18", "fasternet_t0"),
     *("edgenext_xx_small", "starnet_s1", "poolformer_s12", "poolformerv2_s12", "caformer_s18", "convformer_s18"),
     *("densenet121", "vgg11_bn"),
+)
+
+_OF_DETECTION = (
+    *("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"),
+    *("retinanet_resnet50_fpn", "fcos_resnet50_fpn"),
 )
 
 ZOO: dict[str, Network] = {
@@ -126,10 +146,14 @@ ZOO: dict[str, Network] = {
         f"torchvision/{name}": Network(_segmentation(name))
         for name in ("fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large")
     },
-    "torchvision/fasterrcnn_resnet50_fpn": Network(_detection("fasterrcnn_resnet50_fpn"), 64, "detection"),
+    "torchvision/googlenet": Network(_torchvision("googlenet", aux_logits=False, init_weights=False)),
+    "torchvision/inception_v3": Network(_torchvision("inception_v3", aux_logits=False, init_weights=False), 80),
+    **{f"torchvision/{name}": Network(_detection(name), 64, "detection") for name in _OF_DETECTION},
+    "torchvision/fasterrcnn+frozen": Network(_frozen_detection, 64, "detection"),
     **{f"timm/{name}": Network(_timm(name)) for name in _OF_TIMM},
     "timm/bat_resnext26ts": Network(_timm("bat_resnext26ts"), 256),  # its attention asks for sides divisible by 8
     "timm/inception_resnet_v2": Network(_timm("inception_resnet_v2"), 96),
+    "timm/resnet18+features": Network(_timm("resnet18", features_only=True)),
     "timm/resnet18+drop": Network(_timm("resnet18", drop_path_rate=0.2, drop_block_rate=0.2)),
     **{
         f"timm/{name}": Network(_timm(name, img_size=64))

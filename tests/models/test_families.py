@@ -37,14 +37,25 @@ FAST = {
 # they concatenate, or add to a part of their channels alone
 WITHOUT_SUMS = (
     *("torchvision/densenet121", "torchvision/vgg16_bn", "torchvision/squeezenet1_0"),
-    *("torchvision/shufflenet_v2_x1_0", "timm/rexnet_100", "timm/densenet121", "timm/vgg11_bn"),
+    *("torchvision/shufflenet_v2_x1_0", "torchvision/alexnet", "torchvision/googlenet", "torchvision/inception_v3"),
+    *("timm/rexnet_100", "timm/densenet121", "timm/vgg11_bn"),
+)
+# of the same blocks as others; `bench/families.py` tries them too
+ALIKE = (
+    *("torchvision/resnet34", "torchvision/resnet101", "timm/resnet34d", "timm/wide_resnet50_2"),
+    *(
+        "torchvision/fasterrcnn_resnet50_fpn_v2",
+        "torchvision/keypointrcnn_resnet50_fpn",
+        "torchvision/fcos_resnet50_fpn",
+    ),
+    *("torchvision/maskrcnn_resnet50_fpn", "torchvision/retinanet_resnet50_fpn"),
 )
 # of their channels; the reasons that their errors give
 REFUSED = {
     "torchvision/swin_v2_t": "reads a tensor after another one, which shares its memory, was changed in place",
     "torchvision/r3d_18": "it has no two nn.Conv2d or nn.Linear, one after the other",
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ZOO if name not in {*FAST, *WITHOUT_SUMS}]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ZOO if name not in {*FAST, *WITHOUT_SUMS, *ALIKE}]
 
 
 @pytest.mark.parametrize("gating", ["layer", "channel"])
