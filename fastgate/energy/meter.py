@@ -73,13 +73,10 @@ class EnergyMeter:
         except BaseException:
             self.close()
             raise
-        integrals = [source for source in self.sources if isinstance(source, PowerIntegral)]
-        packages = [source for source in self.sources if isinstance(source, rapl.RaplPackage)]
-        if integrals:
-            self._samplers.append(Sampler(integrals, PowerIntegral.sample_seconds))
-        if packages:
-            self._samplers.append(Sampler(packages, rapl.KEEP_SECONDS))
-        observe_ticks([source for source in self.sources if source not in integrals], self.clock)
+        for seconds in sorted({source.sample_seconds for source in self.sources}):
+            alike: list[Source] = [source for source in self.sources if source.sample_seconds == seconds]
+            self._samplers.append(Sampler(alike, seconds))
+        observe_ticks([s for s in self.sources if not isinstance(s, PowerIntegral)], self.clock)
         self._life = self.begin("since the meter was made")
 
     def _find_sources(self, asked: list[str] | None, cpu: str, *, require: bool, allow_shared: bool) -> None:

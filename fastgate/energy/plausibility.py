@@ -72,8 +72,12 @@ def spent_between(source: Source, begin: Reading | EnergyError, end: Reading | E
     warnings = [*_doubts(source, begin, end, mean, seconds), *_slowness(begin, end, span)]
     if bound is not None:
         if source.reads_power and len(seen) == 2:
-            beyond = _beyond(joules, seconds, seen)
-            warnings += _contradictions(mean, beyond, bound, seconds, seen)
+            lowest, highest_joules = (
+                end.lowest_joules - begin.lowest_joules,
+                end.highest_joules - begin.highest_joules,
+            )
+            beyond = min(joules - lowest, 0.0) + max(joules - highest_joules, 0.0)
+            warnings += _contradictions(mean, beyond, bound, seconds, (lowest, highest_joules))
             bound = max(bound, abs(beyond))
         # what was used while the meter was reading is in the difference, though not in the window
         bound += highest * (max(span.begun - begin.before, 0.0) + max(end.after - span.end, 0.0))
@@ -121,16 +125,15 @@ def _slowness(begin: Reading, end: Reading, span: Span) -> list[str]:
     return [f"{reading:.3g} s of readings are counted with the {span.seconds:.3g} s of the window"]
 
 
-def _beyond(joules: float, seconds: float, seen: list[float]) -> float:
-    """By how many joules a counter is below (negative) or above what the power at both edges would make."""
-    return min(joules - min(seen) * seconds, 0.0) + max(joules - max(seen) * seconds, 0.0)
-
-
-def _contradictions(mean: float, beyond: float, bound: float, seconds: float, seen: list[float]) -> list[str]:
-    if abs(beyond) - bound <= _CONTRADICTION * (min(seen) if beyond < 0 else max(seen)) * seconds:
+def _contradictions(
+    mean: float, beyond: float, bound: float, seconds: float, between: tuple[float, float]
+) -> list[str]:
+    """`beyond`: by how many joules the counter is below (negative) or above what the power that was read would make."""
+    if abs(beyond) - bound <= _CONTRADICTION * between[beyond > 0]:
         return []
     side, why = ("below", "was reset, or stood still") if beyond < 0 else ("above", "jumped, or caught up")
+    lowest, highest = (joules / seconds for joules in between)
     return [
-        f"a mean of {mean:.4g} W is {side} the power at both edges of the window ({seen[0]:.4g} W, {seen[1]:.4g} W): "
-        f"the power changed in between, or the counter {why}"
+        f"a mean of {mean:.4g} W is {side} the power that was read meanwhile ({lowest:.4g} to {highest:.4g} W): it "
+        f"changed unseen, or the counter {why}"
     ]

@@ -15,7 +15,7 @@ ROOT = Path("/sys/class/powercap")
 _NO_PACKAGE_WATTS = 1000.0
 # Counters start over after 65 or 262 kJ, at 1 kW in 65 s at the soonest. They are read far more often than that, since
 # nothing but the power that a step implies tells a wrap from a reset: in a second, one as high is a rare chance.
-KEEP_SECONDS = 1.0
+_KEEP_SECONDS = 1.0
 # a window says so where they were not read for longer
 _BLIND_SECONDS = 3.0
 # two views of one counter may be a renewal apart (1 ms at 500 W); two counters are so close in 1 of 10^5 cases at most
@@ -79,6 +79,7 @@ class RaplPackage:
     kind = "rapl"
     limit_watts: float | None = None  # what powercap says of limits is what firmware set, up to "unlimited"
     possible_watts: float = _NO_PACKAGE_WATTS
+    sample_seconds = _KEEP_SECONDS
     reads_power = False
 
     def __init__(self, name: str, folders: Sequence[Path], clock: Clock) -> None:

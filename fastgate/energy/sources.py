@@ -14,10 +14,14 @@ from fastgate.energy.locks import ForkLock
 from fastgate.energy.nvml import Board
 from fastgate.energy.trail import Trail
 
-# a device is asked for its power this often; boards renew the reading every 20 to 100 ms
+# a board without a counter is asked for its power this often; boards renew the reading every 20 to 100 ms
 _SAMPLE_SECONDS = 0.05
+# a counter is looked at this often, and the power that it is checked by: the slowest boards renew both every 100 ms
+_WATCH_SECONDS = 0.1
 # a power reading may be this old: the slowest renewal in published measurements of data-center boards
 _SENSOR_LAG_SECONDS = 0.1
+# a sampler rests so many times as long as its readings took
+_RESTS = 9
 # between samples further apart than this the power is anybody's guess, and a window says so
 _BLIND_SECONDS = 5 * _SAMPLE_SECONDS
 # no board draws more (an NVIDIA GB300: 1.4 kW); what says so is no reading
@@ -51,6 +55,8 @@ class Reading:
         still_seconds: for how long the source has said the same.
         doubt_joules: growing, as the energy does: by how much it may be off.
         blind_seconds: growing: time in which a source that is to be looked at all the time was not.
+        lowest_joules, highest_joules: growing: what the least and the greatest power at either end of each step between
+            two readings would have made, where another sensor tells it.
     """
 
     microjoules: int
@@ -62,6 +68,8 @@ class Reading:
     still_seconds: float = 0.0
     doubt_joules: float = 0.0
     blind_seconds: float = 0.0
+    lowest_joules: float = 0.0
+    highest_joules: float = 0.0
 
 
 class Source(Protocol):
@@ -73,6 +81,7 @@ class Source(Protocol):
     limit_watts: float | None  # the device keeps below on average, None where unknown
     possible_watts: float  # it never draws more
     reads_power: bool  # whether its power is known by another sensor than the one its energy comes from
+    sample_seconds: float  # it is to be read this often also between the boundaries of windows
 
     def read(self) -> Reading:
         """The energy so far; raises EnergyError where it cannot be read."""
@@ -98,10 +107,15 @@ def stale_edges_bound(tick: float | None, begin: Reading, end: Reading, watts: f
 
 
 class NvmlCounter:
-    """The energy counter of a board; its power readings say what it can have counted."""
+    """The energy counter of a board; its power readings say what it can have counted.
+
+    Readings come from every boundary of a window and from a :class:`Sampler`: of two readings alone nobody could tell
+    whether the power changed in between or the counter was at fault.
+    """
 
     kind = "nvml-counter"
     reads_power = True
+    sample_seconds = _WATCH_SECONDS
 
     def __init__(self, board: Board, clock: Clock) -> None:
         self.board = board
@@ -111,6 +125,8 @@ class NvmlCounter:
         self._clock = clock
         self._lock = ForkLock()
         self._trail = Trail(self.possible_watts)
+        self._lowest = self._highest = self._doubt = 0.0
+        self._last: tuple[float | None, float, float] | None = None  # watts, when asked for, and when told
 
     def read(self) -> Reading:
         """One call for the energy, one for the power."""
@@ -126,9 +142,34 @@ class NvmlCounter:
                 watts = None  # a glitch, from which nothing is to be concluded
             trail = self._trail
             trail.follow(microjoules, before, after, self.tick, watts)
+            self._watch(watts, before, after)
             return Reading(
-                trail.microjoules, before, after, watts, trail.breaks, trail.reason, still_seconds=trail.still_seconds
+                trail.microjoules,
+                before,
+                after,
+                watts,
+                trail.breaks,
+                trail.reason,
+                still_seconds=trail.still_seconds,
+                doubt_joules=self._doubt,
+                lowest_joules=self._lowest,
+                highest_joules=self._highest,
             )
+
+    def _watch(self, watts: float | None, before: float, after: float) -> None:
+        """Add what the power can have made since the last reading."""
+        if self._last is not None:
+            then, asked, told = self._last
+            # between the middles of both readings, like the energy of a window
+            seconds = (before + after - asked - told) / 2
+            if watts is None or then is None:
+                self._highest += self.possible_watts * seconds
+            else:
+                self._lowest += min(watts, then) * seconds
+                self._highest += max(watts, then) * seconds
+                if seconds > 2 * _WATCH_SECONDS:  # so long that a fault of the counter can hide in it
+                    self._doubt += abs(watts - then) * seconds
+        self._last = watts, before, after
 
     def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
         """See :func:`stale_edges_bound`."""
@@ -229,10 +270,14 @@ class Sampler:
         threading.Thread(target=self._run, args=(self._stopped,), name="fastgate-energy", daemon=True).start()
 
     def _run(self, stopped: threading.Event) -> None:
-        while not stopped.wait(self._seconds):
+        pause = self._seconds
+        while not stopped.wait(pause):
+            began = time.perf_counter()
             for source in self._sources:
                 with suppress(EnergyError):  # a lost device: the reading at the end of the window says so
                     source.read()
+            # boundaries of windows wait for a reading that is under way: where that takes long they find none mostly
+            pause = max(self._seconds, _RESTS * (time.perf_counter() - began))
 
     def stop(self) -> None:
         """End the thread."""

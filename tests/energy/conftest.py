@@ -5,7 +5,8 @@ import pynvml
 import pytest
 
 from fastgate.energy import rapl
-from tests.energy.fake import Fake, build
+from fastgate.energy.sources import Sampler
+from tests.energy.fake import ENSURE_RUNNING, Fake, build
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,18 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(rapl, "ROOT", tmp_path / "powercap")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_watching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads run in real time: where time is the test's, they would take the readings that it wants to see."""
+
+    def only_others(sampler: Sampler) -> None:
+        if all(source.kind != "nvml-counter" for source in sampler._sources):
+            ENSURE_RUNNING(sampler)
+
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(Sampler, "ensure_running", only_others)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pynvml
 
 from fastgate.energy import EnergyMeter
 from fastgate.energy.nvml import Board, Session
-from fastgate.energy.sources import Clock
+from fastgate.energy.sources import Clock, Sampler
 
+ENSURE_RUNNING = Sampler.ensure_running  # which tests/energy/conftest.py replaces
 SOURCE = Path(__file__).with_name("fake_nvml.c")
 TICK = 0.1  # seconds, of a board's counter unless said otherwise
 

@@ -3,6 +3,7 @@
 import pytest
 
 from fastgate.energy import Energy, EnergyError, EnergyMeter
+from fastgate.energy.sources import NvmlCounter
 from tests.energy.fake import T4, T4_TOO, Fake
 from tests.energy.test_fallbacks import hold_samplers
 
@@ -36,7 +37,7 @@ def test_a_reset_that_grows_past_its_start_contradicts_the_power(fake: Fake) -> 
         fake.run(20)
     # 595 J of 1400
     assert w.result.joules == pytest.approx(1400 - 805, abs=10) and holds(w.result, 1400)
-    assert "is below the power at both edges of the window (70 W, 70 W)" in w.result.warnings[0]
+    assert "is below the power that was read meanwhile (70 to 70 W)" in w.result.warnings[0]
     assert "was reset, or stood still" in w.result.warnings[0]
 
 
@@ -104,13 +105,39 @@ def test_a_counter_that_jumps(fake: Fake, counter: float, reason: str) -> None:
     assert (w.result.joules, w.result.warnings) == (500.0, ())
 
 
+@pytest.mark.parametrize("fault", [0, 120e3, -120e3])
+def test_what_hides_behind_a_change_of_power_is_seen_where_the_counter_is_watched(fake: Fake, fault: float) -> None:
+    """The mean lies between the power at both edges all the same."""
+    fake.board(watts=20)
+    meter = fake.meter()
+
+    def watched(seconds: float) -> None:
+        for _ in range(round(seconds / NvmlCounter.sample_seconds)):
+            fake.run(NvmlCounter.sample_seconds)
+            meter.sources[0].read()
+
+    watched(20)
+    with meter.window("w") as w:
+        watched(10)
+        fake.set_watts(0, 60)
+        watched(10)
+        fake.set_counter_mj(0, fake.exact_mj(0) + fault)
+        watched(1)
+    result = w.result
+    if fault == 0:
+        assert result.joules == pytest.approx(860, abs=10) and result.warnings == ()
+        assert holds(result, 860) and result.error_bound_joules is not None and result.error_bound_joules < 20
+    else:
+        assert result.joules is None or (holds(result, 860) and "counter" in result.warnings[0])
+
+
 def test_a_jump_that_is_possible_warns(fake: Fake) -> None:
     meter = running(fake)
     with meter.window("w") as w:
         fake.run(10)
         fake.set_counter_mj(0, fake.exact_mj(0) + 150e3)
     assert w.result.joules == 650.0 and holds(w.result, 500)
-    assert "is above the power at both edges of the window (50 W, 50 W)" in w.result.warnings[0]
+    assert "is above the power that was read meanwhile (50 to 50 W)" in w.result.warnings[0]
     with meter.window("w") as w:
         fake.run(10)
         fake.set_counter_mj(0, fake.exact_mj(0) + 400e3)

@@ -230,7 +230,7 @@ def test_many_wraps_in_a_long_window_are_kept_by_the_thread(
     tmp_path: Path, no_gpu: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
-    monkeypatch.setattr(rapl, "KEEP_SECONDS", 0.01)
+    monkeypatch.setattr(rapl.RaplPackage, "sample_seconds", 0.01)
     meter = no_gpu.meter()
     source: Any = meter.sources[0]
     with meter.window("w") as w:

@@ -1,9 +1,6 @@
 """A random walk of windows over all faults of boards and packages: `python -m tests.energy.walk WINDOWS [SEED]`.
 
 Every window, and every lap in it, is compared with what was really used between its boundaries.
-
-The counter of a board is read twice per window. Where the power changes in between, a fault that leaves the mean
-between the power at both edges cannot be seen by anybody; with steady power nothing may stay unseen.
 """
 
 import random
@@ -17,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastgate.energy import Energy, EnergyError, EnergyMeter, rapl
-from fastgate.energy.sources import Sampler, Source
+from fastgate.energy.sources import NvmlCounter, Sampler, Source
 from tests.energy.fake import T4, T4_TOO, Fake, build
 
 # chance of a fault, or of the end of one, in each of the one to twelve stretches of a window
@@ -57,13 +54,16 @@ class Machine:
         self.back = 0
 
     def run(self, seconds: float) -> None:
-        """Let time pass; boards without a counter are sampled meanwhile, most of the time."""
+        """Let time pass; boards and packages are read meanwhile, most of the time."""
         while seconds > 0:
             step = seconds
             if self.kind == "no counter":
                 step = min(seconds, self.chance.uniform(0.2, 3) if self.chance.random() < self.rate / 5 else 0.05)
             elif self.kind == "package":
-                step = min(seconds, 0.001 if seconds < 0.02 else rapl.KEEP_SECONDS)
+                step = min(seconds, 0.001 if seconds < 0.02 else rapl.RaplPackage.sample_seconds)
+            else:
+                late = self.chance.random() < self.rate / 20
+                step = min(seconds, self.chance.uniform(0.2, 3) if late else NvmlCounter.sample_seconds)
             self.fake.run(step)
             self.used += step * self.watts * (self.kind == "package")
             self.counted += step * self.watts * 1e6
@@ -156,7 +156,7 @@ def walk(
         machine = Machine(kind, fake, chance, Path(folder), faults, steady)
         with ticking(machine):
             meter = fake.meter("cpu" if kind == "package" else None)
-        machine.sampled = [source for source in meter.sources if source.kind != "nvml-counter"]
+        machine.sampled = meter.sources
         machine.run(100)
         while sum(verdicts.values()) < windows:
             for energy, true_joules in one_window(meter, machine):
