@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from fastgate.pruning.config import SearchConfig
     from fastgate.pruning.costs import flops, gate_costs, macs
     from fastgate.pruning.decisions import Decisions, decide, freeze
+    from fastgate.pruning.export import export_onnx, export_pt2, fuse
     from fastgate.pruning.search import GateSearch
     from fastgate.pruning.storage import load, save
     from fastgate.tuning import tune
@@ -40,6 +41,7 @@ _HOMES = {
     "fastgate.pruning.config": ("SearchConfig",),
     "fastgate.pruning.costs": ("flops", "gate_costs", "macs"),
     "fastgate.pruning.decisions": ("Decisions", "decide", "freeze"),
+    "fastgate.pruning.export": ("export_onnx", "export_pt2", "fuse"),
     "fastgate.pruning.search": ("GateSearch",),
     "fastgate.pruning.storage": ("load", "save"),
     "fastgate.tuning": ("tune",),

@@ -1,13 +1,14 @@
-"""The command line: `fastgate train | evaluate | compact | compare | report | reproduce | tune | energy | env`."""
+"""The command line: `fastgate train | evaluate | compact | export | compare | report | reproduce | tune | ...`."""
 
 import inspect
 import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -39,6 +40,9 @@ from fastgate.training.recipe import (
     recipe_to_dict,
 )
 
+if TYPE_CHECKING:
+    from fastgate.training.data import Data
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
 app.add_typer(energy, name="energy")
@@ -46,6 +50,10 @@ app.add_typer(energy, name="energy")
 DataRoot = Annotated[str | None, typer.Option(help="folder with the CIFAR files; default: FASTGATE_DATA")]
 Download = Annotated[bool, typer.Option("--download", help="let torchvision download CIFAR into the data root")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto is the GPU if there is one")]
+
+
+# what a bad request raises, and what an extra that is not installed does
+_ASKED_WRONG = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 def _say_version(asked: bool) -> None:
@@ -187,32 +195,31 @@ app.command()(train)
 
 @app.command()
 def evaluate(
-    network: Annotated[Path, typer.Argument(help="a .safetensors file, or a run folder that holds model.safetensors")],
+    network: Annotated[
+        Path, typer.Argument(help="a .safetensors or .onnx file, or a run folder that holds model.safetensors")
+    ],
     dataset: Annotated[str | None, typer.Option(help="default: the data set it was trained on")] = None,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
 ) -> None:
     """Measure a saved network: test accuracy, MACs, parameters, latency, images per second, joules per image."""
+    from fastgate.pruning.export import OnnxNetwork
     from fastgate.reports.tables import print_evaluation
-    from fastgate.training.data import load_data
     from fastgate.training.networks import evaluate as evaluate_network
     from fastgate.training.pipeline import measure_networks
     from fastgate.training.run_folder import NETWORK
 
     path = network / NETWORK if network.is_dir() else network
-    model = load(path)
-    metadata = read_metadata(path)
-    known = json.loads(metadata["data"]) if "data" in metadata else {}
-    if dataset is None and "recipe" in metadata:
-        dataset = recipe_from_dict(json.loads(metadata["recipe"])).data.dataset
-    if dataset is None:
-        raise ValueError(f"{path}: it does not say what it was trained on; pass --dataset")
-    where = resolve_device(device)
-    wanted: dict[str, Any] = {}
-    if dataset.startswith("folder:") and known:
-        wanted = {"image_size": known["image_size"][1], "mean": known["mean"], "std": known["std"]}
-    data = load_data(dataset, data_root, download=download, device=where, **wanted)
+    model: torch.nn.Module
+    if path.suffix == ".onnx":
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"--device: expected cpu, where onnxruntime runs ONNX files, got {device}")
+        model, where = OnnxNetwork(path), torch.device("cpu")
+        metadata = model.metadata
+    else:
+        model, metadata, where = load(path), read_metadata(path), torch.device(resolve_device(device))
+    dataset, data = _data_of(path, metadata, dataset, data_root, download, where)
     model.to(where).to(memory_format=torch.channels_last)
     batches = data.evaluation("test", 256, channels_last=True)
     result = {
@@ -221,7 +228,31 @@ def evaluate(
         **measure_networks({"network": model}, data, batches)["network"],
         **evaluate_network(model, batches, num_classes=data.num_classes),
     }
+    if isinstance(model, OnnxNetwork):
+        result["macs"] = result["parameters"] = None
     print_evaluation(result)
+
+
+def _data_of(
+    path: Path,
+    metadata: Mapping[str, str],
+    dataset: str | None,
+    data_root: str | None,
+    download: bool,
+    device: torch.device,
+) -> tuple[str, "Data"]:
+    """The data set that a network file was trained on, or another one prepared for it; and its name."""
+    from fastgate.training.data import load_data
+
+    known = json.loads(metadata["data"]) if "data" in metadata else {}
+    if dataset is None and "recipe" in metadata:
+        dataset = recipe_from_dict(json.loads(metadata["recipe"])).data.dataset
+    if dataset is None:
+        raise ValueError(f"{path}: it does not say what it was trained on; pass --dataset")
+    wanted: dict[str, Any] = {}
+    if dataset.startswith("folder:") and known:
+        wanted = {"image_size": known["image_size"][1], "mean": known["mean"], "std": known["std"]}
+    return dataset, load_data(dataset, data_root, download=download, device=device, **wanted)
 
 
 @app.command()
@@ -238,6 +269,68 @@ def compact(
     small = compact_network(model) if any(named_gates(model)) else model
     save(small, output, metadata={"recipe": json.dumps(recipe_to_dict(recipe))})
     typer.echo(f"wrote {output}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a .safetensors file, or a run folder that holds model.safetensors")],
+    onnx: Annotated[Path | None, typer.Option(help="the .onnx file to write")] = None,
+    pt2: Annotated[Path | None, typer.Option(help="the file for torch.export.load to write")] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="for any number of images; else one")] = False,
+    opset: Annotated[int | None, typer.Option(help="of ONNX; default: the exporter's own")] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="the ONNX file in half precision")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms into the layers before them")] = False,
+    check: Annotated[bool, typer.Option("--check", help="compare on test images too, and time one image")] = False,
+    input_size: Annotated[
+        str | None, typer.Option(help="C,H,W of an image, where the file does not say it, such as 3,224,224")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="for --check; default: what it was trained on")] = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+) -> None:
+    """Write a saved network as ONNX, or as an exported program of PyTorch, once the file computes the same."""
+    from fastgate.pruning.export import ExportedNetwork, OnnxNetwork, compare_runtimes, export_onnx, export_pt2
+    from fastgate.pruning.export import fuse as fuse_network
+    from fastgate.reports.tables import print_exported
+    from fastgate.training.run_folder import NETWORK
+
+    if onnx is None and pt2 is None:
+        raise ValueError("--onnx, --pt2: expected a file to write, got neither")
+    if onnx is None and (opset is not None or fp16):
+        raise ValueError("--opset, --fp16: expected --onnx beside them, as they are about that file")
+    path = source / NETWORK if source.is_dir() else source
+    model, metadata = load(path), read_metadata(path)
+    known = json.loads(metadata["data"]) if "data" in metadata else {}
+    size = known.get("image_size") if input_size is None else _parse_size(input_size)
+    if check:
+        _, data = _data_of(path, metadata, dataset, data_root, download, torch.device("cpu"))
+        images = next(iter(data.evaluation("test", 256)))[0]
+    elif size is None:
+        raise ValueError(f"{path}: it does not say the size of its images; pass --input-size C,H,W, or --check")
+    else:
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    example = images[: 2 if dynamic_batch else 1]
+    if fuse:
+        model = fuse_network(model, example)
+    differences: dict[str, float] = {}
+    networks: dict[str, torch.nn.Module] = {"PyTorch": model}
+    if onnx is not None:
+        options: dict[str, Any] = {"opset": opset, "half": fp16, "metadata": metadata}
+        differences[str(onnx)] = export_onnx(model, example, onnx, dynamic_batch=dynamic_batch, **options)
+        networks["onnxruntime"] = OnnxNetwork(onnx)
+    if pt2 is not None:
+        differences[str(pt2)] = export_pt2(model, example, pt2, dynamic_batch=dynamic_batch)
+        networks["torch.export"] = ExportedNetwork(pt2)
+    # one by one, as files of a fixed size take them: 64 are enough
+    checked = compare_runtimes(networks, images[:64], one_by_one=not dynamic_batch) if check else {}
+    print_exported(differences, checked, len(images[:64]))
+
+
+def _parse_size(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--input-size: expected C,H,W such as 3,224,224, got {text!r}")
+    return [int(part) for part in parts]
 
 
 @app.command()
@@ -372,9 +465,9 @@ def main() -> Any:
     try:
         with distributed.joined():
             return app()
-    except (NonFiniteLoss, NotEqual, distributed.ProcessLost, ValueError, TypeError, OSError) as error:
+    except (NonFiniteLoss, NotEqual, distributed.ProcessLost, *_ASKED_WRONG) as error:
         if os.environ.get("FASTGATE_TRACEBACK") == "1":
             raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        asked_wrong = isinstance(error, ValueError | TypeError | OSError) and not isinstance(error, NotWritten)
+        asked_wrong = isinstance(error, _ASKED_WRONG) and not isinstance(error, NotWritten)
         sys.exit(2 if asked_wrong else 1)

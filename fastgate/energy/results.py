@@ -19,9 +19,9 @@ class Energy:
         microjoules: by how much the counters moved, an integer, so that laps add up exactly: 0 where the window was
             too short for them to move, None if one is unknown.
         error_bound_joules: by how much the sum may be off for reasons of time: readings are renewed once per tick.
-            The sensors themselves are off by up to 10 %: compare on one machine. A board's counter that jumps, stands
-            still or is reset inside the window is noticed where it then contradicts the power limit or the power at
-            both edges of the window; two readings cannot tell it from a power that has changed in between.
+            The sensors themselves are off by up to 10 %: compare on one machine. Counters are also read between the
+            edges of a window, ten times a second: one that jumps, stands still or is reset contradicts the power limit
+            or the power that was read meanwhile.
         warnings: what one should know before trusting the numbers.
     """
 

@@ -20,6 +20,8 @@ _SAMPLE_SECONDS = 0.05
 _WATCH_SECONDS = 0.1
 # a power reading may be this old: the slowest renewal in published measurements of data-center boards
 _SENSOR_LAG_SECONDS = 0.1
+# of the power from one look to the next; what is less is the unrest of any load
+_GREAT_CHANGE = 0.25
 # a sampler rests so many times as long as its readings took
 _RESTS = 9
 # between samples further apart than this the power is anybody's guess, and a window says so
@@ -167,8 +169,10 @@ class NvmlCounter:
             else:
                 self._lowest += min(watts, then) * seconds
                 self._highest += max(watts, then) * seconds
-                if seconds > 2 * _WATCH_SECONDS:  # so long that a fault of the counter can hide in it
-                    self._doubt += abs(watts - then) * seconds
+                change = abs(watts - then)
+                # so long a time, or so great a change, that a fault of the counter can hide in it
+                if seconds > 2 * _WATCH_SECONDS or change > _GREAT_CHANGE * max(watts, then):
+                    self._doubt += change * seconds
         self._last = watts, before, after
 
     def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:

@@ -33,7 +33,8 @@ class Trail:
         microjoules: the sum of the believed steps.
         breaks: how often the trail broke.
         reason, broken_at: why and when it last did.
-        doubt_microjoules: by how much the sum may be off: a reset close to where a counter wraps looks like a wrap.
+        doubt_microjoules: by how much the sum may be off: a reset close to where a counter wraps looks like a wrap, and
+            then as much may have been used as at twice the pace before.
         still_seconds: for how long, up to the latest reading, all readings have shown the same value.
     """
 
@@ -43,6 +44,7 @@ class Trail:
         self._value: int | None = None
         self._read_at = self._changed_at = 0.0
         self._watts = 0.0
+        self._pace = 0.0  # microjoules a second, of the latest step
         self._left: tuple[int, float] | None = None  # value and moment before the latest step backwards
         self.microjoules = self.breaks = self.doubt_microjoules = 0
         self.reason, self.broken_at = "", -math.inf
@@ -83,7 +85,8 @@ class Trail:
             return 0
         if step < 0 and self._wraps_at is not None:
             step += self._wraps_at
-            self.doubt_microjoules += step
+            self.doubt_microjoules += max(step, round(2 * self._pace * since))
+        self._pace = step / since if since > 0 else 0.0
         self._restart(value, before)
         self.microjoules += step
         return step

@@ -215,8 +215,8 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
             (
                 f"{100 * result['accuracy']:.2f}",
                 f"{result['loss']:.4f}",
-                format_si(result["macs"]),
-                format_si(result["parameters"]),
+                _write(result["macs"], format_si),
+                _write(result["parameters"], format_si),
                 _milliseconds(result["latency_ms"]),
                 f"{result['images_per_second']:,.0f}",
                 format_joules(joules),
@@ -232,6 +232,31 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     doubt = doubt_times({"network": result}, {"cpu_cores": os.cpu_count()})  # measured here and now
     print_lines([doubt] if doubt else [], console)
     print_lines([f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]], console)
+
+
+def print_exported(
+    differences: Mapping[str, float],
+    checked: Mapping[str, Mapping[str, float]],
+    images: int,
+    console: Console | None = None,
+) -> None:
+    """Print what `fastgate export` wrote, and how it computes.
+
+    Args:
+        differences: by file, the largest one from the network, on example inputs.
+        checked: by runtime, `difference` and `latency_ms` on test images; empty where that was not asked for.
+        images: how many.
+    """
+    console = console or Console()
+    if checked:
+        print_table(
+            f"on {images} test images",
+            ("runtime", "largest difference", "ms/image"),
+            [(name, f"{row['difference']:.2g}", _milliseconds(row["latency_ms"])) for name, row in checked.items()],
+            console,
+        )
+    written = [f"wrote {file}: largest difference {found:.2g}" for file, found in differences.items()]
+    print_lines([*written, *["time: median of interleaved passes over one image"] * bool(checked)], console)
 
 
 def print_choices(tuned: Sequence[Tuned], console: Console | None = None) -> None:

@@ -1,0 +1,320 @@
+"""Plain networks as files for other runtimes: ONNX, checked by onnxruntime, and PyTorch's exported programs."""
+
+import importlib
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from fastgate.files import write_atomically
+from fastgate.gates import named_gates
+from fastgate.models.cuts import runs_as
+from fastgate.models.hooks import copy_network
+from fastgate.models.recording import Recording, record
+from fastgate.modes import eval_mode
+from fastgate.pruning.latency import latency_quartiles
+from fastgate.values import call, difference, tensors_in, with_tensors
+
+# what may differ, as a share of the largest output: other kernels add up in another order; half precision has 11 bits
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def export_onnx(
+    model: nn.Module,
+    inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = False,
+    opset: int | None = None,
+    half: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> float:
+    """Write a plain network as an ONNX file, once onnxruntime has computed the same with it; needs the extra `export`.
+
+    Args:
+        model: without live or frozen gates, as :func:`fastgate.compact` returns it; it stays as it is.
+        inputs: example inputs: a tensor, a mapping of keyword arguments, or a tuple of positional ones. The file takes
+            tensors of these sizes.
+        path: of the file.
+        dynamic_batch: the file takes any number of samples, the first dimension of every input.
+        opset: of ONNX; None: the exporter's own.
+        half: the network in fp16, inputs and outputs too.
+        metadata: strings to keep in the file, see :class:`OnnxNetwork`.
+
+    Returns:
+        The largest absolute difference between the outputs of the file and those of the network, on `inputs`.
+
+    Raises:
+        ValueError: a network with gates, one that PyTorch cannot export, or whose file computes something else (off by
+            more than 1e-3 of the largest output, 5e-2 in fp16).
+        ModuleNotFoundError: onnx, onnxscript or onnxruntime are not installed.
+    """
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        _import(needed)
+    plain, example = _prepare(model, inputs, dynamic_batch)
+    expected = _outputs(plain, example)
+    if half:
+        plain, example = plain.half(), with_tensors(example, [_halved(tensor) for tensor in tensors_in(example)])
+    args, kwargs, shapes = _arguments(example, dynamic_batch)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own making
+            program = torch.onnx.export(
+                plain, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+            )
+    except Exception as error:
+        raise _refused("ONNX", error) from error
+    if program is None:
+        raise ValueError("model: PyTorch made no ONNX program of it")
+    for key, value in (metadata or {}).items():
+        program.model.metadata_props[key] = value
+    data = program.model_proto.SerializeToString()
+    exported = OnnxNetwork(data)
+    tensors = tensors_in(example)
+    found = _check(expected, exported(*tensors), _HALF_TOLERANCE if half else _TOLERANCE)
+    if dynamic_batch:
+        one = [tensor[:1] for tensor in tensors]
+        _check([tensor[:1] for tensor in expected], exported(*one), _HALF_TOLERANCE if half else _TOLERANCE)
+    write_atomically(path, lambda file: file.write(data))
+    return found
+
+
+def export_pt2(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> float:
+    """Write a plain network as an exported program of PyTorch (.pt2), which `torch.export.load` reads without its code.
+
+    Arguments, result and errors are those of :func:`export_onnx`.
+    """
+    plain, example = _prepare(model, inputs, dynamic_batch)
+    args, kwargs, shapes = _arguments(example, dynamic_batch)
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(torch.export.export(plain, args, kwargs, dynamic_shapes=shapes), buffer)
+            buffer.seek(0)
+            loaded = torch.export.load(buffer).module()
+    except Exception as error:
+        raise _refused("an exported program", error) from error
+    with torch.no_grad():
+        found = _check(_outputs(plain, example), tensors_in(loaded(*args, **kwargs)), _TOLERANCE)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    return found
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file as a network on the CPU, run by onnxruntime with as many threads as PyTorch has.
+
+    `forward(*tensors) -> Tensor`, or a tuple of them. Where the file takes a fixed number of samples, more or fewer
+    than that are given to it in parts. Half-precision outputs come back as float32.
+
+    Args:
+        source: the file, or its bytes.
+
+    Attributes:
+        metadata: the strings that :func:`export_onnx` put into the file.
+
+    Raises:
+        ValueError: no ONNX file.
+        ModuleNotFoundError: onnxruntime is not installed.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | bytes) -> None:
+        super().__init__()
+        runtime = _import("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        name = "source" if isinstance(source, bytes) else str(source)
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise FileNotFoundError(f"{name}: expected an ONNX file, found none")
+        try:
+            self._session = runtime.InferenceSession(
+                source if isinstance(source, bytes) else os.fspath(source), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise ValueError(f"{name}: expected an ONNX file, got one that onnxruntime refuses: {error}") from error
+        self._inputs = self._session.get_inputs()
+        first = self._inputs[0].shape[0] if self._inputs[0].shape else None
+        self._samples = first if isinstance(first, int) else None
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Its outputs."""
+        if len(tensors) != len(self._inputs):
+            raise ValueError(f"tensors: expected {len(self._inputs)}, got {len(tensors)}")
+        given = [
+            _halved(tensor) if info.type == "tensor(float16)" else tensor.detach().cpu()
+            for tensor, info in zip(tensors, self._inputs, strict=True)
+        ]
+        size = self._samples or len(given[0])
+        parts = [self._run([tensor[start : start + size] for tensor in given], size)
+                 for start in range(0, len(given[0]), size)]  # fmt: skip
+        joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return joined[0] if len(joined) == 1 else joined
+
+    def _run(self, given: list[Tensor], size: int) -> list[Tensor]:
+        """The outputs for `size` samples or fewer, which are filled up."""
+        samples = len(given[0])
+        filled = [torch.cat([tensor, *[tensor[:1]] * (size - samples)]) for tensor in given]
+        feeds = {info.name: tensor.numpy() for info, tensor in zip(self._inputs, filled, strict=True)}
+        found = [torch.from_numpy(array)[:samples] for array in self._session.run(None, feeds)]
+        return [tensor.float() if tensor.dtype == torch.float16 else tensor for tensor in found]
+
+
+class ExportedNetwork(nn.Module):
+    """A .pt2 file as a network: `forward` takes what the network took. Its mode is eval, and stays so."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._program = (torch.export.load(path).module(),)  # in a tuple: as a child it would refuse eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Its outputs."""
+        return self._program[0](*args, **kwargs)
+
+
+def compare_runtimes(
+    networks: Mapping[str, nn.Module], images: Tensor, *, one_by_one: bool
+) -> dict[str, dict[str, float]]:
+    """What the same network does in several runtimes: largest difference from the first one, milliseconds of an image.
+
+    Args:
+        networks: by name; all on the CPU.
+        images: `[N, C, H, W]`.
+        one_by_one: each takes a single image; else also all of them.
+    """
+    batches = images.split(1) if one_by_one else (images,)
+    with torch.no_grad():
+        outputs = {
+            name: torch.cat([tensors_in(network(batch))[0] for batch in batches]) for name, network in networks.items()
+        }
+    expected = next(iter(outputs.values()))
+    seconds = latency_quartiles(networks, images[:1])
+    return {
+        name: {"difference": difference(expected, found), "latency_ms": seconds[name][1] * 1e3}
+        for name, found in outputs.items()
+    }
+
+
+def fuse(model: nn.Module, inputs: Any) -> nn.Module:
+    """A copy for inference whose batch norms are folded into the convolutions or linear layers before them.
+
+    By PyTorch's own :func:`torch.nn.utils.fuse_conv_bn_eval`. Folded are `nn.BatchNorm`s that alone read what a
+    convolution or linear layer computes; they become `nn.Identity`. Others, and those of timm that are
+    activations too, stay. The copy is in eval mode and does not train on as the network would.
+
+    Args:
+        model: a network without gates, as :func:`fastgate.compact` returns it.
+        inputs: example inputs; see :func:`export_onnx`.
+
+    Raises:
+        ValueError: a network with gates.
+    """
+    copied, example = _prepare(model, inputs, dynamic_batch=False)
+    args, kwargs, _ = _arguments(example, dynamic_batch=False)
+    with torch.no_grad(), eval_mode(copied):
+        recording = record(copied, args, kwargs, is_leaf=lambda module: not module._modules)
+    for layer, norm in _pairs(copied, recording):
+        folded: Any = copied.get_submodule(layer)
+        by: Any = fuse_conv_bn_eval if isinstance(folded, _CONVOLUTIONS) else fuse_linear_bn_eval
+        copied.set_submodule(layer, by(folded, copied.get_submodule(norm)))
+        copied.set_submodule(norm, nn.Identity())
+    return copied
+
+
+def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
+    """(layer, batch norm) names of what can be folded."""
+    modules = dict(model.named_modules())
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    once = {name for name in names if sum(step.name == name for step in recording.steps) == 1}
+    once = {name for name in once if sum(modules.get(other) is modules.get(name) for other in names) == 1}
+    found = []
+    for step in recording.steps:
+        maker = step.inputs[0].maker if step.name in once and step.inputs else None
+        if maker is None or maker.name not in once:
+            continue
+        layer, norm = modules[maker.name], modules[str(step.name)]
+        if (
+            runs_as(norm, *_BATCH_NORMS)
+            and norm.running_mean is not None
+            and runs_as(layer, *_CONVOLUTIONS, nn.Linear)
+            and step.inputs[0].readers == [step]
+            and maker.outputs == [step.inputs[0]]
+            and maker.outputs[0] not in recording.outputs
+        ):
+            found.append((str(maker.name), str(step.name)))
+    return found
+
+
+def _prepare(model: nn.Module, inputs: Any, dynamic_batch: bool) -> tuple[nn.Module, Any]:
+    """A copy on the CPU in eval mode, and its inputs there: two samples at least for a batch of any size."""
+    if gates := [name for name, _ in named_gates(model)]:
+        raise ValueError(
+            f"model: expected a network without gates, got one with {len(gates)}, {gates[0]!r} the first; compact it "
+            "first with fastgate.compact"
+        )
+    tensors = [tensor.detach().cpu() for tensor in tensors_in(inputs)]
+    if not tensors:
+        raise ValueError("inputs: expected example inputs with a tensor, got none")
+    if dynamic_batch and len(tensors[0]) < 2:  # a single sample would be taken for a fixed size
+        tensors = [torch.cat([tensor, tensor]) for tensor in tensors]
+    copied = copy_network(model).cpu().eval().requires_grad_(False)
+    return copied, with_tensors(inputs, tensors)
+
+
+def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional and keyword arguments, and which of their sizes are free."""
+    batch = torch.export.Dim("batch")
+
+    def shapes(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {0: batch}
+        if isinstance(value, Mapping):
+            return {key: shapes(item) for key, item in value.items()}
+        return type(value)(map(shapes, value)) if isinstance(value, tuple | list) else None
+
+    if isinstance(example, Mapping):
+        return (), dict(example), {key: shapes(value) for key, value in example.items()} if dynamic_batch else None
+    args = example if type(example) is tuple else (example,)
+    return args, {}, tuple(map(shapes, args)) if dynamic_batch else None
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors_in(call(model, example))
+
+
+def _check(expected: list[Tensor], got: Any, tolerance: float) -> float:
+    """How far the outputs of a file are from the network's."""
+    found = difference(expected, tensors_in(got))
+    largest = max((float(tensor.abs().max()) for tensor in expected if tensor.is_floating_point()), default=0.0)
+    if not found <= tolerance * max(largest, 1e-6):
+        raise ValueError(
+            f"model: the exported network computes something else: off by {found:.3g} where outputs are up to "
+            f"{largest:.3g}; nothing was written"
+        )
+    return found
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().half() if tensor.is_floating_point() else tensor.detach().cpu()
+
+
+def _refused(what: str, error: Exception) -> ValueError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ValueError(f"model: PyTorch cannot make {what} of it: {lines[0] if lines else type(error).__name__}")
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{name} is not installed; run `pip install 'fastgate[export]'`") from error

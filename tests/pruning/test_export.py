@@ -1,0 +1,192 @@
+"""Compact networks as files of other runtimes: they compute the same there, or nothing is written."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastgate as fg
+from bench.families import decide_at_random
+from bench.zoo import ZOO, build
+from fastgate.pruning.export import ExportedNetwork, OnnxNetwork, compare_runtimes
+from fastgate.training.pipeline import Run, train
+from tests.helpers import freeze_at_random, randomize_batch_norm
+from tests.training.runs import TINY, run_cli
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*residual blocks get no gate:UserWarning")
+
+# one of each family (tests/models/test_families.py); an export takes some seconds
+ONE_OF_EACH = [
+    ("torchvision/mobilenet_v3_small", "channel"),
+    pytest.param("torchvision/regnet_x_400mf", "channel", marks=pytest.mark.slow),
+    pytest.param("timm/resnetv2_50", "layer", marks=pytest.mark.slow),
+    pytest.param("timm/convnext_atto", "channel", marks=pytest.mark.slow),
+    pytest.param("timm/vit_tiny_patch16_224", "layer", marks=pytest.mark.slow),
+    pytest.param("torchvision/swin_t", "layer", marks=pytest.mark.slow),
+    pytest.param("torchvision/lraspp_mobilenet_v3_large", "channel", marks=pytest.mark.slow),
+    ("transformers/resnet-basic", "layer"),
+    pytest.param("transformers/vit", "channel", marks=pytest.mark.slow),
+]
+
+
+def small_resnet() -> nn.Module:
+    model = randomize_batch_norm(fg.models.resnet(8, 10, gating="channel")).eval()
+    freeze_at_random(model, "random")
+    return fg.compact(model)
+
+
+@pytest.mark.parametrize(("name", "gating"), ONE_OF_EACH)
+def test_a_compact_network_of_each_family_computes_the_same_in_onnxruntime(
+    name: str, gating: str, tmp_path: Path
+) -> None:
+    model = fg.attach(build(name), gating)
+    decide_at_random(model)
+    small, x = fg.compact(model), ZOO[name].inputs()
+    difference = fg.export_onnx(small, x, tmp_path / "small.onnx")
+    expected = fg_tensors(small, x)
+    got = OnnxNetwork(tmp_path / "small.onnx")(x)
+    first = got[0] if isinstance(got, tuple) else got
+    # sums of fp32 in another order; the exporter itself refuses what is 1e-3 off
+    assert difference <= 1e-4 * float(expected.abs().max())
+    assert float((first - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def fg_tensors(model: nn.Module, x: Tensor) -> Tensor:
+    from bench.zoo import tensors_of
+
+    with torch.no_grad():
+        return tensors_of(model(x))[0]
+
+
+def test_any_number_of_images_and_a_fixed_one(tmp_path: Path) -> None:
+    small, x = small_resnet(), torch.randn(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = small(x)
+    fg.export_onnx(small, x[:1], tmp_path / "any.onnx", dynamic_batch=True)
+    fg.export_onnx(small, x[:2], tmp_path / "two.onnx", metadata={"made of": "a test"})
+    fg.export_pt2(small, x[:1], tmp_path / "any.pt2", dynamic_batch=True)
+    two = OnnxNetwork(tmp_path / "two.onnx")
+    assert two.metadata["made of"] == "a test"
+    for network in (OnnxNetwork(tmp_path / "any.onnx"), two, ExportedNetwork(tmp_path / "any.pt2")):
+        torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4)
+    rows = compare_runtimes({"a": small, "b": two}, x, one_by_one=True)
+    assert rows["a"]["difference"] == 0 <= rows["b"]["difference"] <= 1e-4 and rows["b"]["latency_ms"] > 0
+    assert list(tmp_path.glob(".*")) == []  # no temporary file
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    small, x = small_resnet(), torch.randn(2, 3, 16, 16)
+    difference = fg.export_onnx(small, x, tmp_path / "half.onnx", half=True)
+    with torch.no_grad():
+        largest = float(small(x).abs().max())
+    assert 0 < difference < 0.05 * largest
+    assert OnnxNetwork(tmp_path / "half.onnx")(x).dtype == torch.float32
+    assert next(small.parameters()).dtype == torch.float32
+
+
+def test_batch_norms_are_folded(tmp_path: Path) -> None:
+    small, x = small_resnet(), torch.randn(2, 3, 16, 16)
+    fused = fg.fuse(small, x)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    with torch.no_grad():
+        # products of weights rounded once more
+        assert fg.compare(small, fused, x) <= 1e-5 * float(small(x).abs().max())
+    fg.save(fused, tmp_path / "fused.safetensors")
+    assert fg.compare(fused, fg.load(tmp_path / "fused.safetensors"), x) == 0.0
+
+
+class Twice(nn.Module):
+    """Nothing here may be folded: a norm alone, a convolution whose result is read twice, a norm that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.conv, self.norm = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.other, self.again = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.alone(x))
+        return self.again(self.again(self.other(self.norm(y) + y)))
+
+
+def test_what_cannot_be_folded_stays() -> None:
+    model, x = randomize_batch_norm(Twice()).eval(), torch.randn(2, 3, 4, 4)
+    fused = fg.fuse(model, x)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == 3
+    assert fg.compare(model, fused, x) == 0.0
+
+
+class Moody(nn.Module):
+    """Computes otherwise while it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if torch.compiler.is_exporting() else x
+
+
+class Lists(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+@pytest.mark.parametrize("write", [fg.export_onnx, fg.export_pt2])
+def test_what_is_refused_leaves_no_file(write: Any, tmp_path: Path) -> None:
+    x, path = torch.randn(2, 3, 8, 8), tmp_path / "file"
+    with pytest.raises(
+        ValueError, match=r"model: expected a network without gates, got one with 3, .*fastgate.compact"
+    ):
+        write(fg.models.resnet(8, 10, gating="layer"), x, path)
+    with pytest.raises(ValueError, match="model: the exported network computes something else: off by 1"):
+        write(Moody(), x, path)
+    with pytest.raises(ValueError, match="model: PyTorch cannot make"):
+        write(Lists(), x, path)
+    with pytest.raises(ValueError, match="inputs: expected example inputs with a tensor, got none"):
+        write(nn.Identity(), {}, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_onnx(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_text("no")
+    with pytest.raises(ValueError, match=r"a.onnx: expected an ONNX file"):
+        OnnxNetwork(tmp_path / "a.onnx")
+    with pytest.raises(FileNotFoundError, match=r"b.onnx: expected an ONNX file, found none"):
+        OnnxNetwork(tmp_path / "b.onnx")
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not there
+    with pytest.raises(
+        ModuleNotFoundError, match=r"onnxruntime is not installed; run `pip install 'fastgate\[export\]'`"
+    ):
+        fg.export_onnx(nn.Identity(), torch.zeros(1), tmp_path / "file")
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    run, onnx, pt2 = tmp_path / "run", tmp_path / "small.onnx", tmp_path / "small.pt2"
+    train(Run(TINY, run))
+    options = ("--onnx", onnx, "--pt2", pt2, "--dynamic-batch", "--fuse", "--check")
+    done = run_cli("export", run, *options)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime" in done.stdout and "torch.export" in done.stdout
+    assert done.stdout.count("largest difference") == 3
+    found = run_cli("evaluate", onnx)
+    assert found.returncode == 0, found.stderr
+    accuracy = json.loads((run / "summary.json").read_text())["rows"]["compact"]["accuracy"]
+    assert f"{100 * accuracy:.2f}" in found.stdout
+
+    fg.save(small_resnet(), tmp_path / "other.safetensors")
+    for arguments, said in (
+        ((run,), "--onnx, --pt2: expected a file to write, got neither"),
+        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16: expected --onnx beside them"),
+        (
+            (tmp_path / "other.safetensors", "--onnx", onnx),
+            "does not say the size of its images; pass --input-size C,H,W",
+        ),
+        ((tmp_path / "other.safetensors", "--onnx", onnx, "--input-size", "3,x"), "--input-size: expected C,H,W"),
+    ):
+        wrong = run_cli("export", *arguments)
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and said in wrong.stderr
+    assert run_cli("export", tmp_path / "other.safetensors", "--onnx", onnx, "--input-size", "3,8,8").returncode == 0
