@@ -1,6 +1,21 @@
-"""`python -m fastgate`: the same as the `fastgate` command."""
+"""The `fastgate` command, and `python -m fastgate`."""
 
-from fastgate.cli import main
+import sys
+from typing import Any
+
+
+def main() -> Any:
+    """Run the command line; where what it needs is not installed, say so in one line."""
+    try:
+        from fastgate.cli import main as run
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed; the command line needs `pip install 'fastgate[train]'`",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    return run()
+
 
 if __name__ == "__main__":
     main()

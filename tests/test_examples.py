@@ -23,7 +23,11 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    if name == "metering":
+        assert re.search(r"^[\d.]+ s, ([\d.]+|None) J", done.stdout, re.M), done.stdout
+        return
     share = re.search(r"small.safetensors: ([\d.]+) of the MACs", done.stdout)
     assert share is not None and float(share[1]) == pytest.approx(0.5, abs=0.005)  # within 1 % of the target
+    assert ("small.onnx" in done.stdout) == (name == "timm_to_onnx")
     (file,) = tmp_path.rglob("small.safetensors")
     assert list(fg.named_gates(fg.load(file))) == []

@@ -88,13 +88,16 @@ def flops(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> i
 
     One multiply-add is one FLOP, batch norm in eval mode is two per element. ResNet-110 at (3, 32, 32): 255.27 M.
     Arguments are those of :func:`macs`. fvcore traces the network: what it does not know it leaves out without a word
-    (attention among it), and `forward` has to compute with the tensors in `inputs`.
+    (attention among it), and `forward` has to compute with the tensors in `inputs`. fvcore is in the extra `flops`.
     """
     with warnings.catch_warnings():
         # fvcore's import uses torch.jit.script, which recent versions of PyTorch call deprecated
         warnings.simplefilter("ignore", category=FutureWarning)
         warnings.simplefilter("ignore", category=DeprecationWarning)
-        from fvcore.nn import FlopCountAnalysis
+        try:
+            from fvcore.nn import FlopCountAnalysis
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("fvcore is not installed; run `pip install 'fastgate[flops]'`") from error
 
     example = example_of(model, inputs)
     with open_for_probing(model):

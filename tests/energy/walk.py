@@ -38,6 +38,7 @@ class Machine:
         self.zone = folder / "intel-rapl:0"
         # the file of the package: whether it is unreadable, what it shows, how far back the next reading will be
         self.gone, self.shown, self.back = False, 0, 0
+        self.moved = False  # its counter, since it was read: two faults that undo one another nobody could see
         if kind == "package":
             self.zone.mkdir(parents=True)
             (self.zone / "name").write_text("package-0")
@@ -73,6 +74,7 @@ class Machine:
             for source in self.sampled:
                 with suppress(EnergyError):
                     source.read()
+                    self.moved = False
 
     def change_power(self) -> None:
         self.watts = self.chance.uniform(5, 200)
@@ -111,8 +113,8 @@ class Machine:
 
     def reset_package(self) -> None:
         """To 0, though not again before it has counted for a second: nobody could see that."""
-        if self.counted > 1e9:
-            self.counted = 0.0
+        if self.counted > 1e9 and not self.moved:
+            self.counted, self.moved = 0.0, True
         self.show()
 
     def step_back(self) -> None:
@@ -121,7 +123,9 @@ class Machine:
 
     def jump_package(self) -> None:
         """By more than a package may have used since it was last read, and by less than a turn of the counter."""
-        self.counted += 10 ** self.chance.uniform(9.5, 10.5)
+        if not self.moved:
+            self.counted += 10 ** self.chance.uniform(9.5, 10.5)
+            self.moved = True
         self.show()
 
     def sleep(self) -> None:

@@ -137,7 +137,7 @@ def test_only_flops_need_fvcore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)  # importing it raises
     model = fg.models.resnet(8, gating="layer")
     assert fg.macs(model, (3, 8, 8)) > sum(int(cost) for cost in fg.gate_costs(model, (3, 8, 8)).values()) > 0
-    with pytest.raises(ImportError):
+    with pytest.raises(ModuleNotFoundError, match=r"fvcore is not installed; run `pip install 'fastgate\[flops\]'`"):
         fg.flops(model, (3, 8, 8))
 
 
