@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import fastgate as fg
 from bench.zoo import ZOO, build, tensors_of
+from fastgate.env import package_version
+from fastgate.files import write_atomically
 from fastgate.values import call, to_device_of
 
 RESULTS = Path(__file__).parent / "results" / "families"
@@ -222,7 +224,26 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     run(options.names or list(ZOO), options.gating, options.output)
-    print(table(read(options.output)))
+    text = table(read(options.output))
+    print(text)
+    write_atomically(options.output.with_name("README.md"), f"{_ABOUT}{_versions()}\n\n{text}\n")
+
+
+_ABOUT = f"""# Networks that can be gated, and how exactly
+
+By `python -m bench.families`, rows in `families.jsonl`: for each network and gating attach, a training step in which
+every gate gets a gradient, random decisions, compact. "ok": with all gates open the outputs are those of the plain
+network to the bit; the compact network's are those of the frozen one, to the bit for layer gates, within
+{EXACT["channel"]} of the largest value for channels; MACs are as predicted (in detection those of the backbone);
+a file, where the network's classes can be described in one, gives it back. Small images, random weights.
+torch-pruning: its default call halves the channels and the network runs, whatever it computes; {LIMIT} s each.
+
+"""
+
+
+def _versions() -> str:
+    packages = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
+    return ", ".join(f"{package} {package_version(package)}" for package in packages) + "; two CPU cores."
 
 
 if __name__ == "__main__":

@@ -160,10 +160,6 @@ def _check_describable(name: str, module: nn.Module) -> None:
     """Refuse what a file cannot hold, warn of what it leaves out."""
     cls = type(module)
     where = f"{cls.__name__}{_at(name)}"
-    # safetensors holds what state_dict holds; anything else would be lost without a word
-    unsaved = [n for n in module._buffers if n in module._non_persistent_buffers_set and module._buffers[n] is not None]
-    if unsaved:
-        raise ValueError(f"cannot describe {where}: its buffer {unsaved[0]!r} is not in state_dict")
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(
             f"cannot describe {where}: a forward hook on it, which may change what it computes, would be lost; remove "

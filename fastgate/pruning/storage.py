@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,22 @@ _RESERVED = ("format", "version", "architecture", KEY)
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, str] | None = None) -> None:
     """Write a network to one `.safetensors` file that :func:`load` rebuilds bit-equal, in any process.
 
-    The file holds the state_dict; its metadata holds the architecture as JSON and the strings in `metadata`.
+    The file holds the state_dict, and buffers outside of it; its metadata holds the architecture as JSON and what is in
+    `metadata`.
 
     Raises:
         ValueError: a network that would not come back the same (an attribute in use that is not a plain value, a
-            forward hook, a parametrization, a buffer outside state_dict), tensors that share memory, or a path that
-            does not end in .safetensors.
+            forward hook, a parametrization), tensors that share memory, or a path that does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a name ending in .safetensors, got {path.name}")
     if taken := [key for key in (metadata or {}) if key in _RESERVED]:
         raise ValueError(f"metadata: {taken[0]!r} is written by fastgate itself; use another key")
-    state = model.state_dict()
+    if scripted := [type(m).__name__ for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]:
+        raise ValueError(f"model: it is not made of plain modules ({scripted[0]}); save it before it is scripted")
+    outside = _outside_state(model)
+    state = {**model.state_dict(), **outside}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_meta:
             raise ValueError(f"model: expected dense tensors with values in its state_dict, got {value} as {name!r}")
@@ -47,12 +51,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         description = describe(model)
-    except (AttributeError, RuntimeError, TypeError) as error:  # a ScriptModule, modules in a circle
-        raise ValueError(f"model: it is not made of plain modules ({error}); save it before it is scripted") from error
+    except (AttributeError, RuntimeError, TypeError) as error:  # modules in a circle
+        raise ValueError(f"model: it is not made of plain modules ({error})") from error
     try:
         architecture = {
             "network": description,
             "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+            "non_persistent": list(outside),
             "strides": {name: tensor.stride() for name, tensor in state.items() if _is_permuted(tensor)},
         }
         text = json.dumps(architecture)
@@ -64,6 +69,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     header[KEY] = digest([header, tensors])
     data = save_tensors(tensors, header)
     write_atomically(path, lambda file: file.write(data))
+
+
+def _outside_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are in no state_dict, by name."""
+    found = {}
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
 
 
 def _is_permuted(tensor: torch.Tensor) -> bool:
@@ -145,8 +161,17 @@ def _rebuild(
         if not _is_dense(tensor.shape, stride):
             raise ValueError(f"network: expected strides of a dense tensor {list(tensor.shape)}, got {stride}")
         tensors[name] = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    state = OrderedDict(tensors)
+    # names and shapes are those of now: what a module does with the state of an earlier version must not happen
+    state._metadata = {  # type: ignore[attr-defined]
+        path: {"version": part._version} for path, part in module.named_modules(remove_duplicate=False)
+    }
     # assign: dtypes, values and strides are those of the file, and no tensor is copied twice
-    module.load_state_dict(tensors, strict=True, assign=True)
+    module.load_state_dict(state, strict=True, assign=True)
+    for name in architecture.get("non_persistent", ()):
+        path, _, leaf = name.rpartition(".")
+        module.get_submodule(path).get_buffer(leaf)
+        module.get_submodule(path)._non_persistent_buffers_set.add(leaf)
     frozen = set(architecture["frozen"])
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in frozen)

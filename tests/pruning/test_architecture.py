@@ -224,7 +224,6 @@ REFUSED = [
     ("method", lambda: ByMethod(torch.relu), "ByMethod: its attribute 'kept'"),
     ("from-outside", FromOutside, "Passive 'held': its attribute 'kept'"),
     ("rnn", lambda: nn.LSTM(2, 2), "LSTM: its attribute '_flat_weight"),
-    ("mnasnet", torchvision.models.mnasnet0_5, "its description does not give it back .version should be set"),
     ("sparse", lambda: nn.ParameterList([torch.eye(2).to_sparse()]), "expected dense tensors with values"),
     ("meta", lambda: nn.Linear(2, 2, device="meta"), "expected dense tensors with values"),
     ("traced", lambda: torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), "its attribute '_graph': a Graph is not"),
