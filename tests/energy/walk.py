@@ -112,8 +112,8 @@ class Machine:
         self.gone = False
 
     def reset_package(self) -> None:
-        """To 0, though not again before it has counted for a second: nobody could see that."""
-        if self.counted > 1e9 and not self.moved:
+        """To 0, though not before it shows what is used in a second: that nobody could see."""
+        if self.counted % RANGE > 1e9 and not self.moved:
             self.counted, self.moved = 0.0, True
         self.show()
 
