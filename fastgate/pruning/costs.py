@@ -201,8 +201,7 @@ def total_cost(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Fo
     if cost == "macs":
         return macs(model, inputs, forward=forward)
     if cost == "params":
-        in_gates = {parameter for _, gate in named_gates(model) for parameter in gate.parameters()}
-        return sum(parameter.numel() for parameter in model.parameters() if parameter not in in_gates)
+        return _parameters(model)
     return open_latency(model, inputs, forward)
 
 
@@ -250,7 +249,9 @@ def _cost_of_module(
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Of a module, without those of gate heads in it."""
+    in_gates = {parameter for _, gate in named_gates(module) for parameter in gate.parameters()}
+    return sum(parameter.numel() for parameter in module.parameters() if parameter not in in_gates)
 
 
 def _gates(block: Gated) -> int:

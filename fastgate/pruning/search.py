@@ -322,8 +322,16 @@ class GateSearch:
         for name, decision in new.items():
             self.gates[name].freeze(decision.open)
         if new and self.config.compact_training:
+            # what is held open until the search begins is not decided: it stays
+            held = [gate for name, gate in self.live.items() if name not in new and gate.frozen]
+            for gate in held:
+                gate.unfreeze()
             frozen = copy_network(self.model)
-            self._cut()
+            try:
+                self._cut()
+            finally:
+                for gate in held:
+                    gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
             cut = copy_network(self.model)
             hold_open(frozen, cut)
             inputs = self._inputs_of(batch, forward)

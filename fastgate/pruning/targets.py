@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Container, Iterable, Mapping
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,13 @@ from fastgate.pruning.decisions import Decisions, GateDecision
 _DISSENT = 0.01
 # channel gates: what is near enough to a target, as a share of the target; coarser where channels go by the dozen
 _TOLERANCE, _ROUNDED_TOLERANCE = 0.005, 0.01
-# channel gates: how many entries of equal cost on either side of the ranking's border may be decided otherwise
+# channel gates: how many entries of equal cost on either side of the ranking's border may be decided otherwise, or as
+# many as cost what the most expensive entry does, a layer, if that is more
 _WINDOW = 32
+# sums times entries that are looked at in one step
+_STEP = 20_000_000
+# layers around channels: so many that samples are least sure of are tried the other way where the target is missed
+_FLIPS = 8
 # sums of costs that are told apart while looking for a target; the sums of layers of a ResNet are far fewer
 _SUMS = 1_000_000
 
@@ -77,10 +83,12 @@ def meet_target(
       instead of 77 % validation accuracy after 7 of 8 epochs: bench/results/search.)
     * Channel gates: near enough is 0.5 % of the target. Each gate keeps its channel of the highest mean, since without
       any channel more would go than the costs say. Up to 32 channels of equal cost on either side of the ranking's
-      border may leave the ranking for the target's sake, which is far more than networks need.
+      border (or as many as make up for a layer) may leave the ranking for the target's sake, far more than networks
+      need.
     * Layer gates around channel gates (`within` of the costs): as most samples say. Only where no choice of channels
-      comes to the target, the open ones of the lowest mean are closed, or the closed ones of the highest mean opened.
-      Channels of closed layers are closed.
+      comes to the target, the open ones of the lowest mean are closed, or the closed ones of the highest mean opened;
+      then those that samples are least sure of are tried the other way, while that comes nearer. Channels of closed
+      layers are closed.
     * Channel gates with `round_to`: each gate keeps a multiple of it, at least one, or all of its channels: of 20 and
       `round_to=8` 8, 16 or 20, of 6 all. Which ones is a matter of their means, how many of votes: the channels of a
       gate come and go by rank, `round_to` at a time, and each such group has the votes of its channels. So a gate whose
@@ -107,10 +115,57 @@ def meet_target(
             "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
         )
     check_target(costs, target, total, round_to)
-    decided = dict(decisions)
-    if within := _within(costs):
-        decided = _decide_layers(decisions, costs, within, target * total - total, held, _step(round_to))
-        held = {name for name, g in decided.items() if name in held or g is not decisions[name]}
+    return _meet_target(decisions, costs, target, total, held, round_to, _FLIPS)
+
+
+def _meet_target(
+    decisions: Decisions,
+    costs: Mapping[str, Tensor],
+    target: float,
+    total: int,
+    held: Container[str],
+    round_to: int | None,
+    flips: int,
+) -> Decisions:
+    """See :func:`meet_target`; `flips`: how many layers around channels are tried the other way, alone and in pairs."""
+    within = _within(costs)
+    if not within:
+        return _meet(decisions, dict(decisions), costs, target, total, held, round_to)
+
+    def meet(layers: dict[str, bool]) -> tuple[tuple[float, float], Decisions]:
+        """The choice with these layers, and how bad it is: what it misses too much of, then the votes against it."""
+        decided = _close_within(decisions, layers, within)
+        fixed = {name for name, g in decided.items() if name in held or g is not decisions[name]}
+        met = _meet(decisions, decided, costs, target, total, fixed, round_to)
+        opened = under_layers({name: gate.open for name, gate in met.items()}, within)
+        cost = total - sum(int(each[~opened[name]].sum()) for name, each in costs.items())
+        against = sum(abs(float(decisions[name].mean) - float(flag)) for name, flag in layers.items())
+        return (max(abs(cost - target * total) - _near_enough(costs, target, total, round_to), 0.0), against), met
+
+    layers = _choose_outer(decisions, costs, within, target * total - total, held, _step(round_to))
+    badness, best = meet(layers)
+    unsure = sorted((name for name in layers if name not in held), key=lambda n: abs(float(decisions[n].mean) - 0.5))
+    while badness[0] > 0:
+        groups = [group for size in (1, 2) for group in combinations(unsure[:flips], size)]
+        flipped = [{**layers, **{name: not layers[name] for name in group}} for group in groups]
+        tried = [(*meet(each), each) for each in flipped]
+        nearer = min(tried, key=lambda one: one[0], default=None)
+        if nearer is None or nearer[0] >= badness:
+            break
+        badness, best, layers = nearer
+    return best
+
+
+def _meet(
+    decisions: Decisions,
+    decided: Mapping[str, GateDecision],
+    costs: Mapping[str, Tensor],
+    target: float,
+    total: int,
+    held: Container[str],
+    round_to: int | None,
+) -> Decisions:
+    """See :func:`meet_target`; `decided` has the decisions of what is held."""
     arrays = {name: costs[name].numpy().astype(np.int64) for name in decisions}
     free = {name: g for name, g in decided.items() if name not in held}
     entries, entry_of = _entries([(g.mean.numpy(), arrays[name]) for name, g in free.items()], _step(round_to))
@@ -133,15 +188,15 @@ def _within(costs: Mapping[str, Tensor]) -> Mapping[str, str]:
     return within
 
 
-def _decide_layers(
+def _choose_outer(
     decisions: Decisions,
     costs: Mapping[str, Tensor],
     within: Mapping[str, str],
     wanted: float,
     held: Container[str],
     step: int,
-) -> dict[str, GateDecision]:
-    """The decisions, those of layers around channel gates made, and the channels in closed ones closed.
+) -> dict[str, bool]:
+    """Which of the layers around channel gates to open, by name.
 
     Args:
         decisions, costs, within, held: as for :func:`meet_target`.
@@ -178,6 +233,13 @@ def _decide_layers(
     for name in reversed(free):
         if not layers[name] and reach()[1] < wanted:
             layers[name] = True
+    return layers
+
+
+def _close_within(
+    decisions: Decisions, layers: Mapping[str, bool], within: Mapping[str, str]
+) -> dict[str, GateDecision]:
+    """The decisions with these of layers, and the channels in closed ones closed."""
     decided = dict(decisions)
     for name, g in decisions.items():
         around = within.get(name)
@@ -242,7 +304,7 @@ def _miss(
         name: GateDecision(torch.full(cost.shape, 0.5, dtype=torch.float64), held.get(name, torch.ones_like(cost) == 1))
         for name, cost in costs.items()
     }
-    met = meet_target(Decisions(undecided), costs, target, total, held=held, round_to=round_to)
+    met = _meet_target(Decisions(undecided), costs, target, total, held, round_to, 0)
     opened = under_layers({name: gate.open for name, gate in met.items()}, _within(costs))
     closed = sum(int(cost[~opened[name]].sum()) for name, cost in costs.items())
     return max(abs(total - closed - target * total) - _near_enough(costs, target, total, round_to), 0.0)
@@ -321,7 +383,9 @@ def _choose(entries: _Entries, wanted: float, near_enough: float, window: int) -
     for each in np.unique(chain):
         members = ranking[chain[ranking] == each]
         border = int((chain[prefix] == each).sum())
-        counts = np.arange(max(border - window, 0), min(border + window, len(members)) + 1)
+        reach = max(window, -(-int(cost.max()) // max(int(cost[members].min()), 1)))
+        reach = min(reach, max(window, _STEP // (2 * len(sums))))
+        counts = np.arange(max(border - reach, 0), min(border + reach, len(members)) + 1)
         spent = np.append(0, np.cumsum(cost[members]))[counts]
         gained = np.append(0.0, np.cumsum(votes_of[members]))[counts]
         sums, votes = (sums[:, None] + spent).ravel(), (votes[:, None] + gained).ravel()

@@ -133,6 +133,30 @@ def test_macs_leave_out_what_flops_count() -> None:
     assert fg.flops(model, (3, 4, 3)) == macs + 2 * 5 * 12
 
 
+@pytest.mark.parametrize("gating", ["layer", "channel", "both"])
+@pytest.mark.parametrize("make", [
+    lambda: fg.models.resnet(8),
+    lambda: torchvision.models.mobilenet_v3_small(num_classes=3),
+    lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 48, num_classes=3),
+], ids=["resnet", "mobilenet", "vit"])  # fmt: skip
+def test_parameters_are_those_of_the_compact_network(make: Callable[[], nn.Module], gating: str) -> None:
+    """Without gate heads, wherever they sit."""
+    plain = make()
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    size = (3, 16, 16)
+    model = fg.attach(plain, gating, inputs=torch.randn(2, *size))
+    costs = fg.gate_costs(model, size, "params")
+    assert costs.total == parameters
+    decided = {}
+    for i, (name, gate) in enumerate(fg.named_gates(model)):
+        opened = torch.arange(gate.gates) % 2 == 0 if gate.gates > 1 else torch.tensor([i % 4 < 2])
+        decided[name] = opened
+        gate.freeze(opened)
+    small = fg.compact(model)
+    # of what a layer keeps of its shortcut nothing has parameters here
+    assert costs.of(decided) == sum(parameter.numel() for parameter in small.parameters())
+
+
 def test_only_flops_need_fvcore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)  # importing it raises
     model = fg.models.resnet(8, gating="layer")

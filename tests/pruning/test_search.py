@@ -159,6 +159,23 @@ def test_channels_leave_with_their_layer(data: TensorDataset) -> None:
     assert fg.compare(loop.model, search.compact(), torch.randn(2, *SIZE)) == 0.0
 
 
+def test_what_is_made_final_while_gates_are_held_open_leaves_the_others(data: TensorDataset) -> None:
+    loop = Loop("both")
+    loop.search.begin_epoch(0, DataLoader(data, 16))
+    assert loop.search.phase is Phase.OPEN
+    name = "layer3.0.conv2.gate"
+    kept = torch.arange(loop.search.gates[name].gates) % 2 == 0
+    loop.search.finalize({name: GateDecision(kept.double(), kept)})
+    assert dict(fg.named_gates(loop.model)).keys() == loop.search.live.keys() and len(loop.search.live) == 5
+    loop.steps(DataLoader(data, 16))
+    later = Loop("both").load(loop.state())
+    for each in (loop, later):
+        for _ in each.epochs(data, 1):
+            pass
+    assert_same(loop.state(), later.state())
+    assert loop.search.phase is Phase.SETTLED
+
+
 @pytest.mark.usefixtures("votes")
 def test_a_run_goes_on_in_the_middle_of_an_epoch(data: TensorDataset) -> None:
     first, second = (DataLoader(data, 16, sampler=order) for order in (range(32), range(32, 48)))

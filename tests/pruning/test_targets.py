@@ -228,6 +228,24 @@ def test_the_compact_network_of_both_gates_has_the_macs(target: float, round_to:
         assert all(channels % round_to == 0 for channels in layers.values())
 
 
+def test_channels_make_up_for_a_layer_beside_them() -> None:
+    """A layer that costs as much as 200 channels, which most samples open."""
+    costs = Costs({"layer": torch.tensor([1000]), "channels": torch.tensor([5] * 400)}, 3000)
+    votes = voted({"layer": [0.8], "channels": torch.linspace(0.6, 0.9, 400).tolist()})
+    for target in (0.4, 0.5, 0.6):
+        met = meet_target(votes, costs, target, 3000)
+        assert costs.of({name: gate.open for name, gate in met.items()}) == pytest.approx(target * 3000, rel=0.005)
+
+
+def test_layers_are_tried_the_other_way_where_the_target_would_be_missed() -> None:
+    """Without channels small enough for the rest: a layer alone costs 40 or 25."""
+    costs = Costs({"a": torch.tensor([40]), "a.in": torch.tensor([5, 5]), "b": torch.tensor([25]),
+                   "b.in": torch.tensor([5, 5])}, 85, {"a.in": "a", "b.in": "b"})  # fmt: skip
+    votes = voted({"a": [0.6], "a.in": [0.7, 0.8], "b": [0.3], "b.in": [0.7, 0.8]})
+    met = meet_target(votes, costs, 30 / 85, 85)  # with a there are 45 at least; b and one channel are 30
+    assert opened(met) == [0, 0, 0, 1, 0, 1]
+
+
 # round_to
 
 
