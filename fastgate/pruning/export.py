@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,8 +44,8 @@ def export_onnx(
         model: without live or frozen gates, as :func:`fastgate.compact` returns it; it stays as it is.
         inputs: example inputs: a tensor, a mapping of keyword arguments, or a tuple of positional ones. The file takes
             tensors of these sizes.
-        path: of the file.
-        dynamic_batch: the file takes any number of samples, the first dimension of every input.
+        path: of the file, a name ending in .onnx.
+        dynamic_batch: the file takes any number of samples, the first dimension of every tensor in the inputs.
         opset: of ONNX; None: the exporter's own.
         half: the network in fp16, inputs and outputs too.
         metadata: strings to keep in the file, see :class:`OnnxNetwork`.
@@ -53,17 +54,22 @@ def export_onnx(
         The largest absolute difference between the outputs of the file and those of the network, on `inputs`.
 
     Raises:
-        ValueError: a network with gates, one that PyTorch cannot export, or whose file computes something else (off by
-            more than 1e-3 of the largest output, 5e-2 in fp16).
+        ValueError: another name, a network with gates, one that PyTorch cannot export so, or whose file computes
+            something else (off by more than 1e-3 of the largest output, 5e-2 in fp16).
         ModuleNotFoundError: onnx, onnxscript or onnxruntime are not installed.
     """
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         _import(needed)
+    _check_name(path, ".onnx")
+    if odd := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
+        raise TypeError(f"metadata: expected strings, got {type((metadata or {})[odd[0]]).__name__} as {odd[0]!r}")
     plain, example = _prepare(model, inputs, dynamic_batch)
-    expected = _outputs(plain, example)
+    examples = [example, *([_first_sample(example)] if dynamic_batch else [])]
+    expected = [_outputs(plain, each) for each in examples]
     if half:
-        plain, example = plain.half(), with_tensors(example, [_halved(tensor) for tensor in tensors_in(example)])
-    args, kwargs, shapes = _arguments(example, dynamic_batch)
+        plain = plain.half()
+        examples = [with_tensors(each, [_halved(tensor) for tensor in tensors_in(each)]) for each in examples]
+    args, kwargs, shapes = _arguments(_cloned(examples[0]), dynamic_batch)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's own making
@@ -74,26 +80,33 @@ def export_onnx(
         raise _refused("ONNX", error) from error
     if program is None:
         raise ValueError("model: PyTorch made no ONNX program of it")
+    made = program.model.opset_imports[""]
+    if opset is not None and made != opset:
+        raise ValueError(f"opset: expected one that the exporter can write, got {opset}; it writes {made}")
     for key, value in (metadata or {}).items():
         program.model.metadata_props[key] = value
     data = program.model_proto.SerializeToString()
-    exported = OnnxNetwork(data)
-    tensors = tensors_in(example)
-    found = _check(expected, exported(*tensors), _HALF_TOLERANCE if half else _TOLERANCE)
-    if dynamic_batch:
-        one = [tensor[:1] for tensor in tensors]
-        _check([tensor[:1] for tensor in expected], exported(*one), _HALF_TOLERANCE if half else _TOLERANCE)
+    try:
+        exported = OnnxNetwork(data)
+    except ValueError as error:
+        raise ValueError(f"model: onnxruntime cannot run what was exported of it ({_first_line(error)})") from error
+    tolerance = _HALF_TOLERANCE if half else _TOLERANCE
+    found = [
+        _check(wanted, exported(*tensors_in(each)), tolerance) for wanted, each in zip(expected, examples, strict=True)
+    ]
     write_atomically(path, lambda file: file.write(data))
-    return found
+    return max(found)
 
 
 def export_pt2(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> float:
     """Write a plain network as an exported program of PyTorch (.pt2), which `torch.export.load` reads without its code.
 
-    Arguments, result and errors are those of :func:`export_onnx`.
+    Arguments, result and errors are those of :func:`export_onnx`, for a name ending in .pt2.
     """
+    _check_name(path, ".pt2")
     plain, example = _prepare(model, inputs, dynamic_batch)
-    args, kwargs, shapes = _arguments(example, dynamic_batch)
+    examples = [example, *([_first_sample(example)] if dynamic_batch else [])]
+    args, kwargs, shapes = _arguments(_cloned(example), dynamic_batch)
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -103,17 +116,17 @@ def export_pt2(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, d
             loaded = torch.export.load(buffer).module()
     except Exception as error:
         raise _refused("an exported program", error) from error
-    with torch.no_grad():
-        found = _check(_outputs(plain, example), tensors_in(loaded(*args, **kwargs)), _TOLERANCE)
+    found = [_check(_outputs(plain, each), _outputs(loaded, each), _TOLERANCE) for each in examples]
     write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-    return found
+    return max(found)
 
 
 class OnnxNetwork(nn.Module):
     """An ONNX file as a network on the CPU, run by onnxruntime with as many threads as PyTorch has.
 
     `forward(*tensors) -> Tensor`, or a tuple of them. Where the file takes a fixed number of samples, more or fewer
-    than that are given to it in parts. Half-precision outputs come back as float32.
+    than that are given to it in parts, the last one filled up with copies of its first sample. Half-precision outputs
+    come back as float32.
 
     Args:
         source: the file, or its bytes.
@@ -154,27 +167,44 @@ class OnnxNetwork(nn.Module):
             _halved(tensor) if info.type == "tensor(float16)" else tensor.detach().cpu()
             for tensor, info in zip(tensors, self._inputs, strict=True)
         ]
-        size = self._samples or len(given[0])
-        parts = [self._run([tensor[start : start + size] for tensor in given], size)
-                 for start in range(0, len(given[0]), size)]  # fmt: skip
-        joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        samples = len(given[0])
+        if samples == 0:
+            raise ValueError("tensors: expected one sample at least, got none")
+        size = self._samples or samples
+        parts = [
+            self._run([tensor[start : start + size] for tensor in given], size) for start in range(0, samples, size)
+        ]
+        if len(parts) == 1:
+            joined = tuple(tensor if samples == size else tensor[:samples] for tensor in parts[0])
+        else:
+            joined = tuple(torch.cat(part)[:samples] for part in zip(*parts, strict=True))
         return joined[0] if len(joined) == 1 else joined
 
     def _run(self, given: list[Tensor], size: int) -> list[Tensor]:
-        """The outputs for `size` samples or fewer, which are filled up."""
-        samples = len(given[0])
-        filled = [torch.cat([tensor, *[tensor[:1]] * (size - samples)]) for tensor in given]
+        """The outputs for `size` samples; fewer are filled up."""
+        filled = [torch.cat([tensor, *[tensor[:1]] * (size - len(tensor))]) if size > len(tensor) else tensor
+                  for tensor in given]  # fmt: skip
         feeds = {info.name: tensor.numpy() for info, tensor in zip(self._inputs, filled, strict=True)}
-        found = [torch.from_numpy(array)[:samples] for array in self._session.run(None, feeds)]
+        found = [torch.from_numpy(array) for array in self._session.run(None, feeds)]
         return [tensor.float() if tensor.dtype == torch.float16 else tensor for tensor in found]
 
 
 class ExportedNetwork(nn.Module):
-    """A .pt2 file as a network: `forward` takes what the network took. Its mode is eval, and stays so."""
+    """A .pt2 file as a network: `forward` takes what the network took. Its mode is eval, and stays so.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it holds no exported program.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
-        self._program = (torch.export.load(path).module(),)  # in a tuple: as a child it would refuse eval()
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: expected a .pt2 file, found none")
+        try:
+            program = torch.export.load(path).module()
+        except Exception as error:  # a damaged one can fail in any way
+            raise ValueError(f"{path}: expected a .pt2 file, got one that PyTorch refuses: {error}") from error
+        self._program = (program,)  # in a tuple: as a child it would refuse eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Its outputs."""
@@ -216,10 +246,11 @@ def fuse(model: nn.Module, inputs: Any) -> nn.Module:
         inputs: example inputs; see :func:`export_onnx`.
 
     Raises:
-        ValueError: a network with gates.
+        ValueError: a network with gates, or one that would compute something else, as its own code uses a weight.
     """
     copied, example = _prepare(model, inputs, dynamic_batch=False)
-    args, kwargs, _ = _arguments(example, dynamic_batch=False)
+    expected = _outputs(copied, example)
+    args, kwargs, _ = _arguments(_cloned(example), dynamic_batch=False)
     with torch.no_grad(), eval_mode(copied):
         recording = record(copied, args, kwargs, is_leaf=lambda module: not module._modules)
     for layer, norm in _pairs(copied, recording):
@@ -227,6 +258,10 @@ def fuse(model: nn.Module, inputs: Any) -> nn.Module:
         by: Any = fuse_conv_bn_eval if isinstance(folded, _CONVOLUTIONS) else fuse_linear_bn_eval
         copied.set_submodule(layer, by(folded, copied.get_submodule(norm)))
         copied.set_submodule(norm, nn.Identity())
+    try:
+        _check(expected, _outputs(copied, example), _TOLERANCE)
+    except Exception as error:  # the network's own code may ask a batch norm for what it has no more
+        raise ValueError(f"model: its batch norms cannot be folded, as other code uses them ({error})") from error
     return copied
 
 
@@ -246,6 +281,9 @@ def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
             runs_as(norm, *_BATCH_NORMS)
             and norm.running_mean is not None
             and runs_as(layer, *_CONVOLUTIONS, nn.Linear)
+            and "weight" in layer._parameters  # not computed from others
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (layer, norm))
+            and (not isinstance(layer, nn.Linear) or step.inputs[0].tensor.dim() == 2)
             and step.inputs[0].readers == [step]
             and maker.outputs == [step.inputs[0]]
             and maker.outputs[0] not in recording.outputs
@@ -261,9 +299,13 @@ def _prepare(model: nn.Module, inputs: Any, dynamic_batch: bool) -> tuple[nn.Mod
             f"model: expected a network without gates, got one with {len(gates)}, {gates[0]!r} the first; compact it "
             "first with fastgate.compact"
         )
-    tensors = [tensor.detach().cpu() for tensor in tensors_in(inputs)]
-    if not tensors:
-        raise ValueError("inputs: expected example inputs with a tensor, got none")
+    given = tensors_in(inputs)
+    if not given or any(tensor.is_meta or not tensor.numel() for tensor in given):
+        what = "one without a value" if given else "none"
+        raise ValueError(f"inputs: expected example inputs with tensors, of one sample at least, got {what}")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: expected a network with values, got one on the meta device")
+    tensors = [tensor.detach().cpu().clone() for tensor in given]
     if dynamic_batch and len(tensors[0]) < 2:  # a single sample would be taken for a fixed size
         tensors = [torch.cat([tensor, tensor]) for tensor in tensors]
     copied = copy_network(model).cpu().eval().requires_grad_(False)
@@ -288,8 +330,22 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """What the network makes of the example, which stays as it is."""
     with torch.no_grad():
-        return tensors_in(call(model, example))
+        return [tensor.clone() for tensor in tensors_in(call(model, _cloned(example)))]
+
+
+def _cloned(example: Any) -> Any:
+    return with_tensors(example, [tensor.clone() for tensor in tensors_in(example)])
+
+
+def _first_sample(example: Any) -> Any:
+    return with_tensors(example, [tensor[:1] for tensor in tensors_in(example)])
+
+
+def _check_name(path: str | os.PathLike[str], suffix: str) -> None:
+    if Path(path).suffix != suffix:
+        raise ValueError(f"path: expected a name ending in {suffix}, got {Path(path).name}")
 
 
 def _check(expected: list[Tensor], got: Any, tolerance: float) -> float:
@@ -309,8 +365,14 @@ def _halved(tensor: Tensor) -> Tensor:
 
 
 def _refused(what: str, error: Exception) -> ValueError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ValueError(f"model: PyTorch cannot make {what} of it: {lines[0] if lines else type(error).__name__}")
+    cause = error.__cause__ or error
+    return ValueError(f"model: PyTorch cannot make {what} of it: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    """Of a message that may have many, and colours."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _import(name: str) -> Any:
