@@ -194,6 +194,10 @@ class Board:
         except NotSupported:
             return int(self.call("nvmlDeviceGetPowerUsage"))
 
+    def reads_instant_power(self) -> bool:
+        """Whether :meth:`read_milliwatts` is instant power, and no mean."""
+        return self.power_readings()["instant"] is not None
+
     def _read_field(self, field: int) -> int:
         value = self.call("nvmlDeviceGetFieldValues", [field])[0]
         # the call succeeds as a whole; whether the board has this field is said per element

@@ -14,6 +14,8 @@ _STILL_TICKS, _STILL_SECONDS = 5, 5.0
 _OVER_LIMIT = 1.2
 # counter and power readings differ by up to 10 % on healthy boards; beyond this they contradict each other
 _CONTRADICTION = 0.25
+# a share of the energy: half of what sensors themselves are off by
+_HIDDEN = 0.05
 # readings that take more than this share of a window are said
 _SLOW_SHARE = 0.1
 
@@ -72,13 +74,13 @@ def spent_between(source: Source, begin: Reading | EnergyError, end: Reading | E
     warnings = [*_doubts(source, begin, end, mean, seconds), *_slowness(begin, end, span)]
     if bound is not None:
         if source.reads_power and len(seen) == 2:
-            lowest, highest_joules = (
-                end.lowest_joules - begin.lowest_joules,
-                end.highest_joules - begin.highest_joules,
-            )
-            beyond = min(joules - lowest, 0.0) + max(joules - highest_joules, 0.0)
-            warnings += _contradictions(mean, beyond, bound, seconds, (lowest, highest_joules))
-            bound = max(bound, abs(beyond))
+            unrest = end.unrest_joules - begin.unrest_joules
+            lowest = end.lowest_joules - begin.lowest_joules - unrest
+            most_joules = end.highest_joules - begin.highest_joules + unrest
+            beyond = min(joules - lowest, 0.0) + max(joules - most_joules, 0.0)
+            warnings += _contradictions(mean, beyond, bound, seconds, (max(lowest, 0.0), most_joules))
+            # a fault can hide in what the power leaves open, as far as that is less than what sensors are off by
+            bound = max(bound, abs(beyond)) + min(unrest, _HIDDEN * joules)
         # what was used while the meter was reading is in the difference, though not in the window
         bound += highest * (max(span.begun - begin.before, 0.0) + max(end.after - span.end, 0.0))
     return Spent(microjoules, bound, tuple(warnings))

@@ -18,7 +18,8 @@ class Energy:
         sources: where each device's joules come from.
         microjoules: by how much the counters moved, an integer, so that laps add up exactly: 0 where the window was
             too short for them to move, None if one is unknown.
-        error_bound_joules: by how much the sum may be off for reasons of time: readings are renewed once per tick.
+        error_bound_joules: how far off the sum may be: readings are renewed only once per tick, and where the power
+            changes, a fault of the counter of up to 5 % could hide.
             The sensors themselves are off by up to 10 %: compare on one machine. Counters are also read between the
             edges of a window, ten times a second: one that jumps, stands still or is reset contradicts the power limit
             or the power that was read meanwhile.

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ _SAMPLE_SECONDS = 0.05
 _WATCH_SECONDS = 0.1
 # a power reading may be this old: the slowest renewal in published measurements of data-center boards
 _SENSOR_LAG_SECONDS = 0.1
-# of the power from one look to the next; what is less is the unrest of any load
-_GREAT_CHANGE = 0.25
 # a sampler rests so many times as long as its readings took
 _RESTS = 9
+# where a board has no reading of instant power, it is the mean of so long a time
+_AVERAGE_SECONDS = 1.0
 # between samples further apart than this the power is anybody's guess, and a window says so
 _BLIND_SECONDS = 5 * _SAMPLE_SECONDS
 # no board draws more (an NVIDIA GB300: 1.4 kW); what says so is no reading
@@ -57,8 +58,9 @@ class Reading:
         still_seconds: for how long the source has said the same.
         doubt_joules: growing, as the energy does: by how much it may be off.
         blind_seconds: growing: time in which a source that is to be looked at all the time was not.
-        lowest_joules, highest_joules: growing: what the least and the greatest power at either end of each step between
-            two readings would have made, where another sensor tells it.
+        lowest_joules, highest_joules: growing: what the least and the greatest power around each step between two
+            readings would have made, where another sensor tells it.
+        unrest_joules: growing: what a change of that power may hide, as its sensor is late.
     """
 
     microjoules: int
@@ -72,6 +74,7 @@ class Reading:
     blind_seconds: float = 0.0
     lowest_joules: float = 0.0
     highest_joules: float = 0.0
+    unrest_joules: float = 0.0
 
 
 class Source(Protocol):
@@ -127,8 +130,10 @@ class NvmlCounter:
         self._clock = clock
         self._lock = ForkLock()
         self._trail = Trail(self.possible_watts)
-        self._lowest = self._highest = self._doubt = 0.0
+        self._lowest = self._highest = self._doubt = self._unrest = 0.0
         self._last: tuple[float | None, float, float] | None = None  # watts, when asked for, and when told
+        self._lag = _SENSOR_LAG_SECONDS if board.reads_instant_power() else _AVERAGE_SECONDS
+        self._recent: deque[tuple[float, float]] = deque()  # moment and watts, of the time that the sensor lags
 
     def read(self) -> Reading:
         """One call for the energy, one for the power."""
@@ -156,6 +161,7 @@ class NvmlCounter:
                 doubt_joules=self._doubt,
                 lowest_joules=self._lowest,
                 highest_joules=self._highest,
+                unrest_joules=self._unrest,
             )
 
     def _watch(self, watts: float | None, before: float, after: float) -> None:
@@ -167,13 +173,17 @@ class NvmlCounter:
             if watts is None or then is None:
                 self._highest += self.possible_watts * seconds
             else:
-                self._lowest += min(watts, then) * seconds
-                self._highest += max(watts, then) * seconds
-                change = abs(watts - then)
-                # so long a time, or so great a change, that a fault of the counter can hide in it
-                if seconds > 2 * _WATCH_SECONDS or change > _GREAT_CHANGE * max(watts, then):
-                    self._doubt += change * seconds
+                around = [watts, then, *(each for _, each in self._recent)]
+                self._lowest += min(around) * seconds
+                self._highest += max(around) * seconds
+                self._unrest += self._lag * abs(watts - then)
+                if seconds > 2 * _WATCH_SECONDS:  # so long that a fault of the counter can hide in it
+                    self._doubt += abs(watts - then) * seconds
         self._last = watts, before, after
+        if watts is not None:
+            self._recent.append((after, watts))
+        while self._recent and self._recent[0][0] < after - self._lag:
+            self._recent.popleft()
 
     def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
         """See :func:`stale_edges_bound`."""

@@ -17,6 +17,7 @@ from fastgate.models.cuts import runs_as, shared_modules
 from fastgate.models.gated import Closed, Cut, put_gate
 from fastgate.models.hooks import move_hooks
 from fastgate.models.layout import (
+    NOT_BATCH_FIRST,
     FoundBlock,
     check_layout,
     find_blocks,
@@ -395,6 +396,8 @@ def _place_channel_gates(
 def _find_inner_cuts(
     block: FoundBlock, shared: set[nn.Module], seen: dict[Any, tuple[list[FoundCut], str]]
 ) -> tuple[list[FoundCut], str]:
+    if not block.probe.follows_batch:
+        return [], NOT_BATCH_FIRST
     names = {name for name, module in block.module.named_modules() if module in shared}
     key = kind_of(block.module), str(block.probe.sizes), frozenset(names)
     if key not in seen:

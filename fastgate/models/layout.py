@@ -33,8 +33,9 @@ from fastgate.models.residual import (
 
 # attributes that every module has
 _EVERY_MODULE = frozenset(vars(nn.Module()))
-# modules that only hold others, whose parts are looked at one by one
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+NOT_BATCH_FIRST = "the first dimension of its input is not that of the samples; put that first (batch_first=True)"
+# of modules that only hold others, whose parts are looked at one by one
+_FORWARDS = {container.forward for container in (nn.Sequential, nn.ModuleList, nn.ModuleDict)}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def find_blocks(
         name: module
         for name, module in model.named_modules()
         if module._modules
-        and not isinstance(module, _CONTAINERS)
+        and type(module).forward not in _FORWARDS
         and may_add(type(module))
         and not any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in known)
     }
@@ -211,7 +212,7 @@ class _Reader:
         probe = self.probe(block, capture)
         if probe is None:
             return None
-        key = kind_of(block), str(probe.sizes)
+        key = kind_of(block), str(probe.sizes), probe.follows_batch
         if key not in self._found:
             self._found[key] = read_block(block, probe)
         found = self._found[key]
@@ -254,6 +255,8 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
         return None
     runs = [evaluated, trained]
     shape = trained.origin.shape
+    if not probe.follows_batch:
+        return FoundBlock(block, probe, None, {}, {}, {}, NOT_BATCH_FIRST, 0, False, len(trained.sums))
     channels = channels_of(copied, shape)
     layout = _as_chain(block, trained) if channels == 1 and len(shape) == 4 else None
     mixes = False

@@ -1,9 +1,10 @@
 """Trying modules out: arguments on which they run, copies that may be changed, and what a copy computes there."""
 
+import dataclasses
 import inspect
 import random
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fastgate.models.hooks import copy_network, drop_own_hooks
 from fastgate.models.recording import record, replace
 from fastgate.modes import eval_mode
-from fastgate.values import call, device_of, tensors_in
+from fastgate.values import call, device_of, tensors_in, with_tensors
 
 # maps that a block is tried on: small, and not square where its own forward takes such; a window or a patch may ask for
 # a size that it divides
@@ -34,10 +35,13 @@ class Probe:
 
     Attributes:
         args, kwargs: with tensors on the meta device in the places of random numbers.
+        follows_batch: whether the first dimension of the first tensor is as long as the network is given samples, or in
+            proportion; True where that is not known.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    follows_batch: bool = True
 
     def make(self, module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, the same each time, on the module's device and in its dtype."""
@@ -118,19 +122,44 @@ def capture_probes(model: nn.Module, names: Container[str], inputs: Any = None) 
             module.register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: note(name, module, args, kwargs), with_kwargs=True
             )
+
+    def run(given: Any) -> None:
+        found.clear()
+        with torch.no_grad(), eval_mode(copied), same_random_numbers(device_of(copied) or torch.device("cpu")):
+            call(copied, given)
+
     failure: Exception | None = None
     for candidate in [inputs] if inputs is not None else _images_for(copied):
-        found.clear()
         try:
-            with torch.no_grad(), eval_mode(copied), same_random_numbers(device_of(copied) or torch.device("cpu")):
-                call(copied, candidate)
+            run(candidate)
         except Exception as error:
             failure = failure or error
             continue
-        return found
+        probes, other = dict(found), _other_batch(candidate)
+        if other is not None:
+            with suppress(Exception):  # it takes no other batch
+                run(other)
+                fixed = [
+                    name for name, probe in found.items() if name in probes and _length(probe) == _length(probes[name])
+                ]
+                probes |= {name: dataclasses.replace(probes[name], follows_batch=False) for name in fixed}
+        return probes
     if inputs is not None:
         raise ValueError(f"inputs: expected those of the network, but it raises on them ({failure})") from failure
     return {}
+
+
+def _other_batch(inputs: Any) -> Any:
+    """The inputs with one sample less, or two for one; None where their tensors are not all batches of one length."""
+    tensors = tensors_in(inputs)
+    lengths = {len(tensor) if tensor.dim() else None for tensor in tensors}
+    if len(lengths) != 1 or lengths & {None, 0} or isinstance(inputs, list):
+        return None
+    return with_tensors(inputs, [tensor[:-1] if len(tensor) > 1 else torch.cat([tensor, tensor]) for tensor in tensors])
+
+
+def _length(probe: Probe) -> int:
+    return len(tensors_in((probe.args, probe.kwargs))[0])
 
 
 def _describe(leaf: Any) -> Any:

@@ -194,6 +194,27 @@ def test_a_module_of_two_blocks_is_refused_and_nothing_is_changed() -> None:
     check(on_tokens(lambda: Attention(mlp())), "layer", torch.randn(2, 5, 8), gates=4)
 
 
+@pytest.mark.parametrize("gating", ["layer", "channel"])
+def test_tokens_before_samples_are_refused(gating: str) -> None:
+    """A gate would take tokens for samples, and decide by the others of the batch."""
+    model = on_tokens(lambda: Attention(mlp()), lambda block, x: block(x.transpose(0, 1)).transpose(0, 1))
+    with pytest.raises(ValueError, match=r"block 'blocks.0': .*the first dimension of its input is not that of the"):
+        fg.attach(model, gating, inputs=torch.randn(2, 5, 8))
+    assert not list(fg.named_gates(model))
+
+
+class ChainOfItsOwn(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def test_a_sequential_with_a_forward_of_its_own() -> None:
+    def make() -> nn.Module:
+        return ChainOfItsOwn(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, bias=False))
+
+    check(on_images(make), "layer", torch.randn(2, 3, 8, 8), gates=2)
+
+
 class Flat(nn.Module):
     """The MLP's layers are the block's own, and as wide as the block."""
 
