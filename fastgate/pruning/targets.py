@@ -209,20 +209,24 @@ def _choose_outer(
         if name in within.values()
     }
 
+    wholes = {name: int(cost.sum()) for name, cost in costs.items()}
+    # the most and the least that each gate can take away while the layer around it is open
+    ranges = {}
+    for name, cost in costs.items():
+        if name in layers:
+            ranges[name] = 0, 0
+        elif name in held:
+            closed = int(cost[~decisions[name].open].sum())
+            ranges[name] = closed, closed
+        else:
+            kept = int(cost.sort().values[:step].sum()) if len(cost) > 1 else 0
+            ranges[name] = wholes[name] - kept, 0
+
     def reach() -> tuple[int, int]:
         """The lowest and the highest cost with these layers, less that of everything open."""
         lowest = highest = 0
-        for name, cost in costs.items():
-            around = within.get(name)
-            if not layers.get(name if around is None else around, True):
-                most = least = int(cost.sum())
-            elif name in layers:
-                most = least = 0
-            elif name in held:
-                most = least = int(cost[~decisions[name].open].sum())
-            else:
-                kept = cost.sort().values[:step] if len(cost) > 1 else cost[:0]
-                most, least = int(cost.sum() - kept.sum()), 0
+        for name, whole in wholes.items():
+            most, least = ranges[name] if layers.get(within.get(name, name), True) else (whole, whole)
             lowest, highest = lowest - most, highest - least
         return lowest, highest
 
