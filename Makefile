@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-portable test-oldest lint bench gpu clean
+.PHONY: demo test test-all test-portable test-oldest lint docs bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastgate train --preset demo
@@ -32,6 +32,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the pages, into site/; strict: no broken link, no name that is not there
+docs: $(INSTALLED)
+	$(BIN)/pip install -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 bench: $(INSTALLED)
 	$(BIN)/pytest bench
