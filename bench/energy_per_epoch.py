@@ -2,7 +2,7 @@
 
 `python -m bench.energy_per_epoch --dataset cifar10 --network resnet56 --output energy.json`
 
-All three are trained for the same epochs with the same recipe, in turn, so that they share the machine's ups and downs.
+All three are trained for the same epochs with the same recipe, in turn, so that a drift of the machine meets all alike.
 The gated network runs its heads; what they decide is held at the share of open gates asked for, and the compact network
 is what compaction makes of exactly these decisions. One line per network: joules and seconds per epoch of training and
 of evaluation, means over the epochs, and the first network's joules divided by its own.

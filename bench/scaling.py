@@ -5,8 +5,8 @@
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m bench.scaling --output ...
 
 Steps of a gated network on random images: forward, gate losses, backward, SGD. Each run adds its number of processes
-to the file, which has to be of the same options, and prints the whole. Three ways, in turn, so that they share the
-machine's ups and downs:
+to the file, which has to be of the same options, and prints the whole. Three ways, in turn, so that a drift of the
+machine meets all alike:
 
 * shared: the batch is shared among the processes, as `fastgate train` does;
 * shared, own statistics: the same without exchanging batch statistics and gate means (gradients are averaged);

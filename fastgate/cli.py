@@ -79,7 +79,7 @@ def train(
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
-    logger: Annotated[str, typer.Option(help="where metrics go beside metrics.jsonl: none or tensorboard")] = "none",
+    logger: Annotated[str, typer.Option(help="where metrics go besides metrics.jsonl: none or tensorboard")] = "none",
     **overrides: str | None,
 ) -> None:
     """Train a network with gates, decide, compact, check, save, and print the table.

@@ -25,7 +25,7 @@ def measure_energy(
     *,
     meter: EnergyMeter | None = None,
 ) -> list[Energy]:
-    """Energy per call of a function, or of several that take turns, so that they share the machine's ups and downs.
+    """Energy per call of a function, or of several that take turns, so that a drift of the machine meets all alike.
 
     Every function is first called `warmup` times. A trial then calls one function again and again for `min_seconds`,
     or for 50 ticks of the slowest counter where that is longer, and waits for the work once, at its end.

@@ -27,7 +27,7 @@ class Closed:
         gone: names in that block of the modules that a closed gate leaves without use, its own among them.
         zeroed: whether these leave zeros, not their input: other operations of the branch stay, and may work in place
             on what they are given.
-        others: how many results it has beside the first one; None for a module that returns a tensor.
+        others: how many results it has besides the first one; None for a module that returns a tensor.
         channels: the dimension of its input that holds the channels, 1 or -1.
         child: name under which it holds its gate.
         alone: whether it is called with its features and nothing else.

@@ -33,7 +33,7 @@ _FUNCTIONS_OF_TORCH = (_OF_TORCH, "torch.ao.")
 
 
 def has_call_hooks(module: nn.Module) -> bool:
-    """Whether anything runs beside the module's forward when it is called or differentiated."""
+    """Whether anything runs besides the module's forward when it is called or differentiated."""
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )

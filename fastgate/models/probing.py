@@ -91,7 +91,7 @@ def guess_probe(block: nn.Module, *, strict: bool = True, channels: int | None =
 
 
 def _takes_more(block: nn.Module) -> bool:
-    """Whether the forward has parameters beside the first one."""
+    """Whether the forward has parameters besides the first one."""
     try:
         parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     except (TypeError, ValueError):

@@ -66,7 +66,7 @@ class Kind(Protocol):
         """Results and gradients by a candidate; `"torch"` is the PyTorch meaning, which also takes float64."""
 
     def candidates(self) -> Sequence[str]:
-        """Those beside `"torch"`."""
+        """All but `"torch"`."""
 
     def eps(self, dtype: torch.dtype) -> float:
         """The rounding of results of this dtype, as a share of the largest."""
@@ -316,7 +316,7 @@ def _difference(got: Tensor, exact: Tensor) -> float:
     return float((got.detach().double() - exact.detach()).abs().max()) / scale
 
 
-# what a choice depends on beside the kind of call
+# what a choice depends on besides the kind of call
 
 
 @cache
@@ -360,7 +360,7 @@ def _driver_version() -> str | None:
 
 
 def _context(device: torch.device) -> str:
-    """All that a choice depends on beside the kind of call, as text."""
+    """All that a choice depends on besides the kind of call, as text."""
     cudnn: Any = torch.backends.cudnn
     return _describe_context(
         device,

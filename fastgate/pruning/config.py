@@ -33,9 +33,9 @@ class SearchConfig:
         commit_after: a gate is final earlier, once all samples of this many epochs agree; None: no.
         polarization, activation: weights of these losses (Eq. 10 of the paper).
         budget: weight of the squared distance from the target.
-        capacity: weight of the share of parameters given up for the target.
+        capacity: weight of the share of parameters that gates close.
         round_to: channel counts of the compact network are multiples of it, or the full width; None: any.
-        compact_training: what final gates closed leaves the network in training at once.
+        compact_training: whether what final gates closed leaves the network during training.
 
     Raises `ValueError` for what no search could honour.
     """

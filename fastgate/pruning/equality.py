@@ -34,7 +34,7 @@ def check_equal(frozen: nn.Module, cut: nn.Module, inputs: Any, forward: Forward
         if not difference <= allowed and not difference <= 2 * compare(frozen, frozen, inputs, forward=forward):
             raise NotEqual(
                 f"the compact network differs from the frozen one by {difference:.3g}, expected at most "
-                f"{allowed:.3g}; this is a bug of fastgate, please report it with the network and its decisions"
+                f"{allowed:.3g}; this is an error in fastgate; please report it with the network and its decisions"
             )
     return difference
 

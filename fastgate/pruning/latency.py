@@ -1,4 +1,4 @@
-"""Measured time of a forward pass, several networks interleaved so that they share the machine's ups and downs."""
+"""Measured time of a forward pass, several networks interleaved so that a drift of the machine meets all alike."""
 
 import statistics
 import time

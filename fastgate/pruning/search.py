@@ -531,7 +531,7 @@ class GateSearch:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the search beside the network and the optimizer; `torch.load` takes it as weights.
+        """What a checkpoint keeps of the search besides network and optimizer; `torch.load` takes it as weights.
 
         Save it together with `model.state_dict()` and `optimizer.state_dict()`.
         """

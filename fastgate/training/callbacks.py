@@ -1,4 +1,4 @@
-"""What happens beside a training: a base class with every event, and what the command line hangs on it."""
+"""What happens around a training: a base class with every event, and what the command line hangs on it."""
 
 import json
 from collections.abc import Sequence
@@ -192,7 +192,7 @@ class Checkpoints(Callback):
         state = {**self.extra, **trainer.state_dict()}
         if processes.is_main():
             save_checkpoint(self.path, state)
-        processes.wait()  # nobody leaves, or ends, before it is whole
+        processes.wait()  # no process goes on, or ends, before the file is whole
 
     def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
         """Save."""

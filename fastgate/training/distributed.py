@@ -28,7 +28,7 @@ class ProcessLost(RuntimeError):
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that torchrun started beside this one; a process of its own has nobody to join.
+    """Join the other processes that torchrun started; a process of its own has nobody to join.
 
     Of the processes that fail only the first one gets out of here with its exception: the others fail because it did,
     and end in silence.
@@ -42,26 +42,28 @@ def joined() -> Iterator[None]:
     store, own_rank, size = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=own_rank, world_size=size)
-    atexit.register(dist.destroy_process_group)  # after the last word, as it may wait for processes that are gone
+    atexit.register(
+        dist.destroy_process_group
+    )  # after the report of an error, as it may wait for processes that are gone
 
-    def speaks_first() -> bool:
-        return bool(store.add("last word", 1) == 1)
+    def reports_first() -> bool:
+        return bool(store.add("first report", 1) == 1)
 
-    _obey_sigterm(speaks_first)
+    _obey_sigterm(reports_first)
     try:
         yield
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
         lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
-        if not speaks_first():
+        if not reports_first():
             os._exit(1)
         if lost:
             raise ProcessLost(f"another process of this run has ended; {_HOW_TO_GO_ON}") from error
         raise
 
 
-def _obey_sigterm(speaks_first: Callable[[], bool]) -> None:
+def _obey_sigterm(reports_first: Callable[[], bool]) -> None:
     """End at once when torchrun says so, which it does when another process has ended.
 
     A signal handler would wait for the main thread, and that may wait for the process that is gone: hence a thread.
@@ -74,7 +76,7 @@ def _obey_sigterm(speaks_first: Callable[[], bool]) -> None:
     def watch() -> None:
         while os.read(end, 1)[0] != signal.SIGTERM:
             pass
-        if speaks_first():
+        if reports_first():
             why = "told to end (SIGTERM), as torchrun does when another process has ended"
             print(f"error: {why}; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Other places that a run's metrics go to, beside its `metrics.jsonl`."""
+"""Other places that a run's metrics go to, besides its `metrics.jsonl`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

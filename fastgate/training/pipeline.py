@@ -71,7 +71,7 @@ class Run:
     Attributes:
         control: what kind of control of another run this one is.
         command: the command line that started it, for its `config.json`; None where there was none.
-        logger: where its metrics go beside `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
+        logger: where its metrics go besides `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
         model: the network without gates, in place of the recipe's.
     """
 

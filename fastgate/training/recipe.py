@@ -168,7 +168,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How long, how, and what else is trained beside it."""
+    """How long, how, and what else is trained with it."""
 
     epochs: int = _option(300, "epochs of training")
     batch_size: int = _option(256, "samples per step, of all processes together")

@@ -100,7 +100,7 @@ class Batches:
         seed: of the run.
         channels_last: memory format of x.
         shard: (number of a process, number of processes): read only what is that process' part. With `augment` these
-            are equal parts of every batch, else every so-manieth batch.
+            are equal parts of every batch, else every k-th batch of k processes.
 
     Raises:
         ValueError: more samples per batch than there are, or a batch that processes cannot share equally.
