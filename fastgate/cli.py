@@ -208,9 +208,8 @@ def evaluate(
     from fastgate.reports.tables import print_evaluation
     from fastgate.training.networks import evaluate as evaluate_network
     from fastgate.training.pipeline import measure_networks
-    from fastgate.training.run_folder import NETWORK
 
-    path = network / NETWORK if network.is_dir() else network
+    path = _network_file(network)
     model: torch.nn.Module
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu"):
@@ -233,6 +232,12 @@ def evaluate(
     print_evaluation(result)
 
 
+def _network_file(source: Path) -> Path:
+    from fastgate.training.run_folder import NETWORK
+
+    return source / NETWORK if source.is_dir() else source
+
+
 def _data_of(
     path: Path,
     metadata: Mapping[str, str],
@@ -244,7 +249,7 @@ def _data_of(
     """The data set that a network file was trained on, or another one prepared for it; and its name."""
     from fastgate.training.data import load_data
 
-    known = json.loads(metadata["data"]) if "data" in metadata else {}
+    known = json.loads(metadata.get("data", "{}"))
     if dataset is None and "recipe" in metadata:
         dataset = recipe_from_dict(json.loads(metadata["recipe"])).data.dataset
     if dataset is None:
@@ -292,16 +297,14 @@ def export(
     from fastgate.pruning.export import ExportedNetwork, OnnxNetwork, compare_runtimes, export_onnx, export_pt2
     from fastgate.pruning.export import fuse as fuse_network
     from fastgate.reports.tables import print_exported
-    from fastgate.training.run_folder import NETWORK
 
     if onnx is None and pt2 is None:
         raise ValueError("--onnx, --pt2: expected a file to write, got neither")
     if onnx is None and (opset is not None or fp16):
         raise ValueError("--opset, --fp16: expected --onnx beside them, as they are about that file")
-    path = source / NETWORK if source.is_dir() else source
+    path = _network_file(source)
     model, metadata = load(path), read_metadata(path)
-    known = json.loads(metadata["data"]) if "data" in metadata else {}
-    size = known.get("image_size") if input_size is None else _parse_size(input_size)
+    size = json.loads(metadata.get("data", "{}")).get("image_size") if input_size is None else _parse_size(input_size)
     if check:
         _, data = _data_of(path, metadata, dataset, data_root, download, torch.device("cpu"))
         images = next(iter(data.evaluation("test", 256)))[0]

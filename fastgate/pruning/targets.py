@@ -130,13 +130,13 @@ def _meet_target(
     """See :func:`meet_target`; `flips`: how many layers around channels are tried the other way, alone and in pairs."""
     within = _within(costs)
     if not within:
-        return _meet(decisions, dict(decisions), costs, target, total, held, round_to)
+        return _choose_free(decisions, costs, target, total, held, round_to)
 
     def meet(layers: dict[str, bool]) -> tuple[tuple[float, float], Decisions]:
         """The choice with these layers, and how bad it is: what it misses too much of, then the votes against it."""
         decided = _close_within(decisions, layers, within)
         fixed = {name for name, g in decided.items() if name in held or g is not decisions[name]}
-        met = _meet(decisions, decided, costs, target, total, fixed, round_to)
+        met = _choose_free(decided, costs, target, total, fixed, round_to)
         opened = under_layers({name: gate.open for name, gate in met.items()}, within)
         cost = total - sum(int(each[~opened[name]].sum()) for name, each in costs.items())
         against = sum(abs(float(decisions[name].mean) - float(flag)) for name, flag in layers.items())
@@ -156,20 +156,19 @@ def _meet_target(
     return best
 
 
-def _meet(
+def _choose_free(
     decisions: Decisions,
-    decided: Mapping[str, GateDecision],
     costs: Mapping[str, Tensor],
     target: float,
     total: int,
     held: Container[str],
     round_to: int | None,
 ) -> Decisions:
-    """See :func:`meet_target`; `decided` has the decisions of what is held."""
+    """See :func:`meet_target`, with the layers around channels among what is held."""
     arrays = {name: costs[name].numpy().astype(np.int64) for name in decisions}
-    free = {name: g for name, g in decided.items() if name not in held}
+    free = {name: g for name, g in decisions.items() if name not in held}
     entries, entry_of = _entries([(g.mean.numpy(), arrays[name]) for name, g in free.items()], _step(round_to))
-    spent = sum(int(arrays[name][g.open.numpy()].sum()) for name, g in decided.items() if name not in free)
+    spent = sum(int(arrays[name][g.open.numpy()].sum()) for name, g in decisions.items() if name not in free)
     spent += sum(int(arrays[name][of == _ALWAYS_OPEN].sum()) for name, of in zip(free, entry_of, strict=True))
     wanted = target * total - (total - sum(int(cost.sum()) for cost in arrays.values())) - spent
     near_enough = _near_enough(costs, target, total, round_to)
@@ -179,7 +178,7 @@ def _meet(
         opened = _choose(entries, wanted, near_enough, _WINDOW)
     flags = np.append(opened, True)  # the last one is what _ALWAYS_OPEN, -1, points to
     chosen = {name: torch.from_numpy(flags[of]) for name, of in zip(free, entry_of, strict=True)}
-    gates = {name: GateDecision(g.mean, chosen.get(name, g.open), g.rows) for name, g in decided.items()}
+    gates = {name: GateDecision(g.mean, chosen.get(name, g.open), g.rows) for name, g in decisions.items()}
     return Decisions(gates, decisions.threshold, decisions.samples)
 
 
@@ -240,9 +239,7 @@ def _choose_outer(
     return layers
 
 
-def _close_within(
-    decisions: Decisions, layers: Mapping[str, bool], within: Mapping[str, str]
-) -> dict[str, GateDecision]:
+def _close_within(decisions: Decisions, layers: Mapping[str, bool], within: Mapping[str, str]) -> Decisions:
     """The decisions with these of layers, and the channels in closed ones closed."""
     decided = dict(decisions)
     for name, g in decisions.items():
@@ -252,7 +249,7 @@ def _close_within(
         elif around is not None and not layers[around]:
             # as open as the layer is
             decided[name] = GateDecision(g.mean * decisions[around].mean, torch.zeros_like(g.open), g.rows)
-    return decided
+    return Decisions(decided, decisions.threshold, decisions.samples)
 
 
 def within_reach(
