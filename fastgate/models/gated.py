@@ -83,7 +83,7 @@ class GatedModule(nn.Module):
         gate = self.own_gate
         if gate is None:
             return super().forward(*args, **kwargs)
-        name = features_name(self.ungated)
+        name = "" if args else features_name(self.ungated)  # 10 us of inspection, for calls by keyword alone
         x = args[0] if args else kwargs[name]
         features = as_features(x, self.gated.channels)
         if isinstance(self.gated, Cut):
