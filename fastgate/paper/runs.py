@@ -14,7 +14,7 @@ from fastgate.paper.recipes import PlannedRun
 from fastgate.paper.results import collect
 from fastgate.paper.targets import Plan
 from fastgate.pruning.storage import load
-from fastgate.training.controls import match_macs
+from fastgate.training.controls import match_recipe
 from fastgate.training.networks import resolve_precision
 from fastgate.training.pipeline import Run, train
 from fastgate.training.recipe import Recipe, change, list_values
@@ -101,7 +101,7 @@ def _finish(planned: PlannedRun, place: Place) -> dict[str, Any]:
             dataset = place.run(planned, recipe).load_data()
             gated = json.loads((place.folder(planned.equal_to) / SUMMARY).read_text())["rows"]["compact"]
             try:
-                recipe = match_macs(
+                recipe = match_recipe(
                     change(recipe, gating="none"), dataset.image_size, dataset.num_classes, gated["macs"]
                 )
             except ValueError as error:

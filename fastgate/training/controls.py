@@ -1,90 +1,65 @@
-"""Controls: what a compact network is compared with, trained by the same recipe, epochs and seed."""
+"""Controls: what a compact network is compared with, trained by the same recipe and seed."""
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fastgate.models.resnet import WIDTHS
 from fastgate.pruning.decisions import Decisions, GateDecision
 from fastgate.pruning.targets import meet_target
-from fastgate.training.matching import match_macs as match_network
+from fastgate.training.matching import match_macs
+from fastgate.training.network_names import parse_name
 from fastgate.training.recipe import Recipe, change
 
-# how far the plain network of equal MACs may be from the compact one
-_TOLERANCE = 0.01
 
-
-def control_recipe(kind: str, recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
-    """The recipe of a control, the run's own but for the network.
+def control_recipe(kind: str, recipe: Recipe, find: Callable[[str], str], *, training: float) -> Recipe:
+    """The recipe of a control, the run's own but for the network and, for equal MACs of training, the epochs.
 
     Args:
         kind: one of :data:`~fastgate.training.recipe.CONTROLS`.
         recipe: the gated run's.
-        image_size: (C, H, W).
-        num_classes: of the data set.
-        wanted: MACs of the compact network.
+        find: name of the run's network -> name of the plain one that takes its place.
+        training: MACs of the gated run's training, as a share of those of the plain network in as many epochs.
 
     Raises:
-        ValueError: no plain network has the wanted MACs within 1 %.
+        ValueError: there is no such plain network.
     """
+    if kind in ("random", "retrain"):
+        # a gated network whose gates are all final before the first epoch: what they close is gone by then
+        scratch = {"weights": "none"} if kind == "retrain" else {}
+        return change(recipe, control="none", compact_training=True, **scratch)
+    plain = change(recipe, gating="none", control="none")
     if kind == "unpruned":
-        return change(recipe, gating="none", control="none")
-    if kind == "equal-macs":
-        return match_macs(change(recipe, gating="none", control="none"), image_size, num_classes, wanted)
-    # a gated network whose gates are all final before the first epoch: what they close is gone by then
-    return change(recipe, control="none", compact_training=True)
+        return plain
+    plain = with_network(plain, find(network_name(recipe)))
+    return change(plain, epochs=max(1, round(training * recipe.run.epochs))) if kind == "equal-training" else plain
 
 
-def match_macs(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
-    """A plain network of the wanted MACs within 1 %, from scratch: by its depth as far as that goes, then its widths.
+def network_name(recipe: Recipe) -> str:
+    """The network of a recipe with its options, as :mod:`fastgate.training.zoo` reads it."""
+    model = recipe.model
+    if model.cifar_depth is None:
+        return model.network
+    return f"{model.network}?widths={model.widths}&shortcut={model.shortcut}"
 
-    The depth is the one that comes closest at the recipe's widths; where whole channels cannot make up for the rest,
-    the next one. Of the widths at which a depth is within 1 %, those are taken whose stages are scaled most alike.
+
+def with_network(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with a network of that name, from scratch."""
+    found = parse_name(name, None)
+    if found.kind != "cifar":
+        return change(recipe, network=name, weights="none")
+    options = {"widths": ",".join(map(str, found.options.get("widths", WIDTHS)))}
+    return change(recipe, network=found.base, **options, weights="none")
+
+
+def match_recipe(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
+    """A plain network of the wanted MACs, from scratch; see :func:`fastgate.training.matching.match_macs`.
 
     Raises:
         ValueError: none has the wanted MACs within 1 %, or depth and widths of the network cannot be chosen.
     """
-    if recipe.model.cifar_depth is None:
-        name = match_network(recipe.model.network, num_classes, image_size, wanted, tolerance=_TOLERANCE)
-        return change(recipe, network=name, weights="none")
-    full = recipe.model.stage_widths
-
-    def count(depth: int, widths: Sequence[int]) -> int:
-        return _count(depth, widths, recipe.model.shortcut, image_size, num_classes)
-
-    counts = {depth: count(depth, full) for depth in range(8, recipe.model.cifar_depth + 1, 6)}
-    for depth in sorted(counts, key=lambda each: abs(math.log(counts[each] / wanted))):
-        scale = math.sqrt(wanted / counts[depth])
-        ranges = [range(max(1, math.floor(scale * width * 0.8)), math.ceil(scale * width * 1.2) + 2) for width in full]
-        near = [
-            widths for widths in itertools.product(*ranges) if abs(count(depth, widths) - wanted) <= _TOLERANCE * wanted
-        ]
-        if near:
-            widths = min(near, key=lambda each: _unevenness(each, full, scale))
-            return change(recipe, network=f"resnet{depth}", widths=",".join(map(str, widths)), weights="none")
-    raise ValueError(
-        f"control equal-macs: expected a plain network within {_TOLERANCE:.0%} of {wanted} MACs, found none; ask for "
-        "another target"
-    )
-
-
-def _unevenness(widths: Sequence[int], full: Sequence[int], scale: float) -> float:
-    return sum(math.log(width / (scale * each)) ** 2 for width, each in zip(widths, full, strict=True))
-
-
-def _count(depth: int, widths: Sequence[int], shortcut: str, image_size: Sequence[int], num_classes: int) -> int:
-    """MACs of a plain ResNet of `fastgate.models.resnet`, as :func:`fastgate.macs` counts them, without building it."""
-    channels, height, width = image_size
-    total, before = height * width * 9 * channels * widths[0], widths[0]
-    for stage, here in enumerate(widths):
-        stride = 2 if stage else 1
-        height, width = math.ceil(height / stride), math.ceil(width / stride)
-        beside = before * here if stage and shortcut == "conv" else 0
-        total += height * width * (9 * here * (before + ((depth - 2) // 3 - 1) * here) + beside)
-        before = here
-    return total + before * num_classes
+    return with_network(recipe, match_macs(network_name(recipe), num_classes, image_size, wanted))
 
 
 def draw_decisions(found: Decisions, costs: Mapping[str, Tensor], wanted: int, total: int, seed: int) -> Decisions:

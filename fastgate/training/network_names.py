@@ -13,9 +13,11 @@ from urllib.parse import parse_qsl
 from fastgate.training.weights import first_line
 
 KINDS = "resnetDEPTH (CIFAR: 20, 32, 44, 56, 110, any 6n + 2), torchvision:NAME, timm:NAME or package.module:function"
+# the first convolution of networks for small images
+SMALL_STEM = "3x3"
 _OPTIONS = {
     "cifar": ("width", "widths", "shortcut"),
-    "torchvision": ("layers", "width", "widths"),
+    "torchvision": ("layers", "width", "widths", "stem"),
     "timm": ("layers", "width", "widths"),
     "own": (),
 }
@@ -76,6 +78,10 @@ def _option(key: str, value: Any) -> Any:
     """The value of an option, also out of a query."""
     if key == "shortcut":
         return str(value)
+    if key == "stem":
+        if value != SMALL_STEM:
+            raise ValueError(f"network: expected for the option stem {SMALL_STEM} (or none of it), got {value!r}")
+        return value
     try:
         if key == "width":
             number = float(value)

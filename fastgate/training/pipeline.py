@@ -39,6 +39,7 @@ from fastgate.training.controls import control_recipe, draw_decisions
 from fastgate.training.data import Data, load_data
 from fastgate.training.lock import locked
 from fastgate.training.loggers import open_logger
+from fastgate.training.matching import match_latency, match_macs
 from fastgate.training.networks import build_network, evaluate, find_plain, is_found, resolve_precision
 from fastgate.training.recipe import Recipe, change, recipe_to_dict
 from fastgate.training.run_folder import (
@@ -104,6 +105,7 @@ class Run:
                 self.data_root,
                 download=self.download,
                 validation=options.validation,
+                train_images=options.train_images,
                 device=self.device,
                 **wanted,
             )
@@ -224,10 +226,11 @@ def finish(run: Run, data: Data | None = None, *, resume: bool = False) -> Outco
 
     Under torchrun all processes train, in a folder that all of them can read; the main one measures and writes.
     """
-    if run.model is not None and "equal-macs" in run.recipe.run.controls:
+    by_name = [kind for kind in run.recipe.run.controls if kind.startswith("equal-")]
+    if run.model is not None and by_name:
         raise ValueError(
-            "control: equal-macs is for networks by name, whose depth and widths can be chosen, got a network; leave "
-            "it out, or train a smaller network of your own as a run beside this one"
+            f"control: {by_name[0]} is for networks by name, whose depth and widths can be chosen, got a network; "
+            "leave it out, or train a smaller network of your own as another run"
         )
     with locked(run.folder):
         return _finish(run, data, resume=resume)
@@ -257,7 +260,7 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     _save_network(small, run, data)
 
     controls = {
-        kind: train_control(kind, run, data, decisions, macs(small, data.image_size), resume=resume)
+        kind: train_control(kind, run, data, decisions, small, trainer, resume=resume)
         for kind in run.recipe.run.controls
     }
     trainers = {"gated" if gated else "compact": trainer, **controls}
@@ -286,7 +289,9 @@ def _build(run: Run, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
     return model.to(run.device).to(memory_format=torch.channels_last), notes
 
 
-def train_control(kind: str, run: Run, data: Data, decisions: Decisions, wanted: int, *, resume: bool) -> Trainer:
+def train_control(
+    kind: str, run: Run, data: Data, decisions: Decisions, compact: nn.Module, gated: Trainer, *, resume: bool
+) -> Trainer:
     """Train a control of a run, see :data:`~fastgate.training.recipe.CONTROLS`, in a folder inside the run's.
 
     Args:
@@ -294,12 +299,25 @@ def train_control(kind: str, run: Run, data: Data, decisions: Decisions, wanted:
         run: the gated run.
         data: its data.
         decisions: what its search found.
-        wanted: MACs of its compact network.
+        compact: its compact network.
+        gated: its trainer, at the end.
         resume: go on with what is in the folder, if anything is.
     """
     folder = run.folder / f"{CONTROL_PREFIX}{kind}"
-    recipe = control_recipe(kind, run.recipe, data.image_size, data.num_classes, wanted)
+    wanted = macs(compact, data.image_size)
+
+    def find(name: str) -> str:
+        if kind != "equal-latency":
+            return match_macs(name, data.num_classes, data.image_size, wanted)
+        x, _ = next(iter(data.evaluation("test", 1, channels_last=True)))
+        # measured times differ from process to process
+        return processes.from_main(lambda: match_latency(name, data.num_classes, x, compact))
+
+    recipe = run.recipe
     resume = resume and processes.from_main((folder / CONFIG).exists)
+    if not resume:  # what was measured for one that goes on is in its folder
+        spent = gated.records[-1]["macs_training"]["total"] / (wanted * _images_trained(gated, run))
+        recipe = control_recipe(kind, recipe, find, training=spent)
     control = replace(run, recipe=open_folder(folder, recipe, resume=resume), folder=folder, control=kind)
     trainer = start_trainer(control, data, resume=resume)
     search = trainer.search
@@ -309,6 +327,10 @@ def train_control(kind: str, run: Run, data: Data, decisions: Decisions, wanted:
         search.finalize(decisions)
     trainer.fit()
     return trainer
+
+
+def _images_trained(trainer: Trainer, run: Run) -> int:
+    return run.recipe.run.epochs * len(trainer.train_loader) * run.recipe.run.batch_size
 
 
 def _save_network(network: nn.Module, run: Run, data: Data) -> None:
@@ -360,7 +382,7 @@ def _write_summary(
         "recipe": recipe_to_dict(run.recipe),
         "image_size": list(data.image_size),
         "preprocessing": describe_data(data),
-        "images_trained": run.recipe.run.epochs * len(trainer.train_loader) * run.recipe.run.batch_size,
+        "images_trained": _images_trained(trainer, run),
         "device": run.device,
         "processes": processes.count(),
         "precision": str(trainer.dtype).removeprefix("torch."),

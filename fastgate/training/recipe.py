@@ -22,7 +22,7 @@ VERSION = 2
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 GATE_INPUTS = ("pool", "flatten")
 OPTIMIZERS = ("sgd", "adamw")
-CONTROLS = ("unpruned", "equal-macs", "random", "retrain")
+CONTROLS = ("unpruned", "equal-macs", "equal-training", "equal-latency", "random", "retrain")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -48,13 +48,18 @@ class DataOptions:
 
     dataset: str = _option("cifar10", "digits, cifar10, cifar100, or folder:PATH with own images")
     validation: float = _option(0, "training images held out for validation, a number or a share below 1")
+    train_images: float | None = _option(
+        None, "training images to take, a number or a share below 1, after those held out; none: all"
+    )
     image_size: int | None = _option(
-        None, "pixels of an image's sides, of folders; none: what the weights were made for"
+        None,
+        "pixels of an image's sides, to which CIFAR is averaged down; none: of folders what the weights were made for",
     )
     workers: int | None = _option(None, "processes that read images of folders; none: one per processor, up to 8")
 
     def __post_init__(self) -> None:
-        _check_bounds(self, validation=(0, math.inf), image_size=(1, math.inf), workers=(0, math.inf))
+        bounds = {"validation": (0, math.inf), "train_images": (0, math.inf)}
+        _check_bounds(self, **bounds, image_size=(1, math.inf), workers=(0, math.inf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +184,9 @@ class RunOptions:
     control: str = _option(
         "none",
         "also train, the same way: unpruned (no gates), equal-macs (a plain network of the compact network's MACs), "
-        "random (a random sub-network of its MACs), retrain (the compact network from scratch); several with commas",
+        "equal-training (that one, for as many epochs as cost the MACs of the gated run), equal-latency (a plain "
+        "network that is as fast for one image), random (a random sub-network of its MACs), retrain (the compact "
+        "network from scratch); several with commas",
     )
 
     def __post_init__(self) -> None:
@@ -265,7 +272,7 @@ class Option(NamedTuple):
                 number = kind(text)
             except ValueError:
                 continue
-            whole = kind is float and self.name == "validation" and number == int(number)
+            whole = kind is float and self.name in ("validation", "train_images") and number == int(number)
             return int(number) if whole else number
         raise ValueError(f"{self.name}: expected a value of type {self.kinds[0].__name__}, got {text!r}")
 
@@ -359,6 +366,8 @@ _BEFORE: dict[str, Any] = {
 }
 # and these with the second version, whose defaults do what was done
 _ADDED = ("image_size", "workers", "weights", "optimizer", "label_smoothing", "compile")
+# and these after its first runs
+_ADDED_LATER = ("train_images",)
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
@@ -372,9 +381,14 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"recipe: expected version 1 or {VERSION}, got {version!r}; use a later version of fastgate")
     if version == 1:
         flat = {OLD_NAMES.get(name, name): value for name, value in data.items()}
-        flat = {**_BEFORE, "round_to": None, **{name: OPTIONS[name].default for name in _ADDED}, **flat}
+        flat = {
+            **_BEFORE,
+            "round_to": None,
+            **{name: OPTIONS[name].default for name in (*_ADDED, *_ADDED_LATER)},
+            **flat,
+        }
     else:
-        flat = {}
+        flat = {name: OPTIONS[name].default for name in _ADDED_LATER}
         for name, value in data.items():
             flat |= value if isinstance(value, Mapping) else {name: value}
         del flat["version"]

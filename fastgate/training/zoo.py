@@ -2,8 +2,9 @@
 
 A name may carry options as a query: `torchvision:resnet18?layers=2,1,1,1&width=0.75`. Of ResNets, `layers` are the
 blocks of each stage, `widths` its channels (in bottlenecks those that the expansion multiplies), and `width` a factor
-for all widths. torchvision's stem gets as many channels as the first stage; timm's keeps its own. CIFAR ResNets have
-their depth in the name, and take `shortcut`.
+for all widths. torchvision's stem gets as many channels as the first stage; timm's keeps its own; `stem=3x3` is for
+small images, a first convolution of 3x3 pixels with stride 1 in torchvision's ResNets. CIFAR ResNets have their depth
+in the name, and take `shortcut`.
 """
 
 import difflib
@@ -193,8 +194,7 @@ def with_shape(parsed: NetworkName, shape: Shape) -> NetworkName:
     base = f"resnet{6 * shape.layers[0] + 2}" if parsed.kind == "cifar" else parsed.base
     own = _own_shape(parsed.kind, base)
     options = {key: value for key, value in shape._asdict().items() if value != getattr(own, key)}
-    if "shortcut" in parsed.options:
-        options["shortcut"] = parsed.options["shortcut"]
+    options |= {key: parsed.options[key] for key in ("shortcut", "stem") if key in parsed.options}
     return NetworkName(parsed.kind, base, options)
 
 
@@ -228,7 +228,7 @@ def _build_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) 
     else:
         with torch.device("meta"):
             model = make(num_classes=num_classes)
-        _reshape(model, shape)
+        _reshape(model, shape, small="stem" in parsed.options)
         _check_channels(model, parsed)
     if getattr(model, "aux_logits", False):
         raise ValueError(
@@ -238,11 +238,12 @@ def _build_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) 
     return model, replace_stem(model, in_channels)
 
 
-def _reshape(model: Any, shape: Shape) -> None:
+def _reshape(model: Any, shape: Shape, *, small: bool) -> None:
     """Make the layers of one of torchvision's ResNets anew with other blocks and widths, in the order it makes them."""
     block = type(model.layer1[0])
     model.inplanes = shape.widths[0]
-    model.conv1 = nn.Conv2d(3, model.inplanes, 7, 2, 3, bias=False)
+    size, stride = (3, 1) if small else (7, 2)
+    model.conv1 = nn.Conv2d(3, model.inplanes, size, stride, size // 2, bias=False)
     model.bn1 = model._norm_layer(model.inplanes)
     for stage, (blocks, width) in enumerate(zip(*shape, strict=True), 1):
         # the network's own method: it knows groups and the widths within bottlenecks

@@ -11,7 +11,7 @@ import fastgate as fg
 from fastgate.pruning import search
 from fastgate.pruning.costs import Costs
 from fastgate.reports.comparison import compare_runs
-from fastgate.training.controls import draw_decisions, match_macs
+from fastgate.training.controls import draw_decisions, match_recipe
 from fastgate.training.data import load_dataset
 from fastgate.training.networks import build_network
 from fastgate.training.pipeline import Run, train
@@ -46,7 +46,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 def test_a_plain_network_of_equal_macs(network: str, shortcut: str, share: float) -> None:
     recipe = change(get_preset("cifar10-layer"), gating="none", network=network, shortcut=shortcut)
     wanted = round(share * fg.macs(build_network(recipe, CIFAR, 10), CIFAR))
-    found = match_macs(recipe, CIFAR, 10, wanted)
+    found = match_recipe(recipe, CIFAR, 10, wanted)
     assert fg.macs(build_network(found, CIFAR, 10), CIFAR) == pytest.approx(wanted, rel=0.01)
     assert found.model.cifar_depth <= recipe.model.cifar_depth
     assert change(found, network=network, widths="16,32,64") == recipe
@@ -56,15 +56,15 @@ def test_a_plain_network_of_equal_macs(network: str, shortcut: str, share: float
 
 def test_depth_first_then_width() -> None:
     """The depth whose MACs come closest: ResNet-56 is half a ResNet-110, ResNet-14 nearer half a ResNet-20."""
-    for network, expected, widths in (("resnet110", "resnet56", "16,32,64"), ("resnet20", "resnet14", "14,28,56")):
+    for network, expected, widths in (("resnet110", "resnet56", "16,32,64"), ("resnet20", "resnet14", "12,32,56")):
         recipe = change(get_preset("cifar10-layer"), gating="none", network=network)
-        found = match_macs(recipe, CIFAR, 10, fg.macs(build_network(recipe, CIFAR, 10), CIFAR) // 2)
+        found = match_recipe(recipe, CIFAR, 10, fg.macs(build_network(recipe, CIFAR, 10), CIFAR) // 2)
         assert (found.model.network, found.model.widths) == (expected, widths)
 
 
 def test_no_plain_network_is_small_enough() -> None:
-    with pytest.raises(ValueError, match="control equal-macs: expected a plain network within 1% of 10 MACs"):
-        match_macs(change(TINY, gating="none"), (1, 8, 8), 10, 10)
+    with pytest.raises(ValueError, match=r"wanted: expected at least .* MACs, of the smallest network like resnet8"):
+        match_recipe(change(TINY, gating="none"), (1, 8, 8), 10, 10)
 
 
 @pytest.mark.parametrize("gating", ["layer", "channel"])
@@ -85,12 +85,16 @@ def test_random_decisions_of_the_same_macs(gating: str) -> None:
 def test_controls_of_a_run(runs: list[Path]) -> None:
     summary = read(runs[0], "summary.json")
     rows = summary["rows"]
-    assert list(rows) == ["unpruned", "compact", "equal-macs", "random", "retrain"]
+    assert list(rows) == ["unpruned", "compact", *CONTROLS[1:]]
     compact = fg.load(runs[0] / "model.safetensors")
     assert rows["compact"]["macs"] == rows["retrain"]["macs"] == fg.macs(compact, (1, 8, 8))
     assert rows["retrain"]["parameters"] == rows["compact"]["parameters"]
     assert rows["equal-macs"]["macs"] == pytest.approx(rows["compact"]["macs"], rel=0.01)
     assert rows["random"]["macs"] == rows["compact"]["macs"]
+    # the plain network for as many whole epochs as cost what the gated run did
+    assert rows["equal-training"]["macs"] == rows["equal-macs"]["macs"]
+    epoch = rows["equal-macs"]["macs_training"] / 2
+    assert abs(rows["equal-training"]["macs_training"] - rows["compact"]["macs_training"]) <= epoch / 2
     assert all(0 < row["accuracy"] <= 1 and row["seconds_training"] > 0 for row in rows.values())
     # sub-networks trained from scratch cost their own MACs from the first epoch on
     assert rows["retrain"]["macs_training"] == rows["compact"]["macs"] * summary["images_trained"]
@@ -104,6 +108,8 @@ def test_controls_have_the_same_recipe(runs: list[Path]) -> None:
     changed = {
         "unpruned": {"gating", "control"},
         "equal-macs": {"gating", "control", "network", "widths"},
+        "equal-training": {"gating", "control", "network", "widths", "epochs"},
+        "equal-latency": {"gating", "control", "network", "widths"},
         "random": {"control"},
         "retrain": {"control"},
     }

@@ -1,9 +1,11 @@
 """Plain networks of equal MACs: depth first, then widths, of any family whose depth and widths can be chosen."""
 
 import pytest
+import torch
+from torch import nn
 
 import fastgate as fg
-from fastgate.training.matching import match_macs
+from fastgate.training.matching import match_latency, match_macs
 from fastgate.training.network_names import parse_name
 from fastgate.training.zoo import find_network, shape_of
 
@@ -45,12 +47,13 @@ def test_a_depth_that_fits_needs_no_other_widths(name: str, layers: str | None) 
 
 
 def test_stages_are_scaled_alike() -> None:
-    """To one third below the shallowest network: every stage by the same factor, up to a channel."""
+    """To one third below the shallowest network: every stage to a multiple of 8 near the same factor."""
     wanted = macs_of("torchvision:resnet18?layers=1,1,1,1") // 3
     shape = shape_of(parse_name(match_macs("torchvision:resnet18", 10, SMALL, wanted), None))
     assert shape is not None and shape.layers == (1, 1, 1, 1)
+    assert all(width % 8 == 0 for width in shape.widths)
     factors = [width / own for width, own in zip(shape.widths, (64, 128, 256, 512), strict=True)]
-    assert max(factors) - min(factors) < 1 / 64
+    assert max(factors) / min(factors) < 2
 
 
 def test_small_widths_are_uneven_where_they_have_to_be() -> None:
@@ -88,3 +91,31 @@ def test_macs_that_no_network_has() -> None:
         match_macs("resnet20", 10, (1, 8, 8), least * 21 // 20)
     with pytest.raises(ValueError, match="did you mean torchvision:resnet18"):
         match_macs("torchvision:resnet19", 10, SMALL, 10_000)
+
+
+def test_small_images_have_a_stem_of_their_own() -> None:
+    name = "torchvision:resnet18?stem=3x3"
+    model = find_network(name, 10).model
+    assert model.conv1.kernel_size == (3, 3) and model.conv1.stride == (1, 1)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+    half = match_macs(name, 10, SMALL, macs_of(name) // 2)
+    assert half.endswith("&stem=3x3") and macs_of(half) == pytest.approx(macs_of(name) / 2, rel=0.01)
+    with pytest.raises(ValueError, match=r"network: expected for the option stem 3x3 .* got '5x5'"):
+        find_network("torchvision:resnet18?stem=5x5", 10)
+
+
+def test_equal_latency_takes_the_largest_network_that_is_fast_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts MACs: the found one is as fast, and every larger candidate is slower."""
+    size = (3, 16, 16)
+
+    def fake(models: dict[str, nn.Module], *_: object) -> dict[str, tuple[float, float, float]]:
+        return {each: (0.0, float(fg.macs(model, size)), 0.0) for each, model in models.items()}
+
+    monkeypatch.setattr("fastgate.training.matching.latency_quartiles", fake)
+    network = find_network("resnet14", 10).model
+    found = match_latency("resnet20", 10, torch.zeros(1, *size), network)
+    assert 0.9 * fg.macs(network, size) <= macs_of(found, size) <= 1.05 * fg.macs(network, size)
+    with pytest.raises(ValueError, match="that is as fast as the compact one, found none"):
+        match_latency("resnet20", 10, torch.zeros(1, *size), nn.Conv2d(3, 1, 1))
+    with pytest.raises(ValueError, match="whose depth and widths can be chosen, got torchvision:squeezenet1_1"):
+        match_latency("torchvision:squeezenet1_1", 10, torch.zeros(1, *size), network)

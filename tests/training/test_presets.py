@@ -153,7 +153,10 @@ def test_unreadable_values(name: str, text: str, message: str) -> None:
         ({"open_until": 0.7}, "expected increasing shares of the epochs"),
         ({"settle_at": 0.2}, "expected increasing shares of the epochs"),
         ({"precision": "fp8"}, "precision: expected one of auto, fp32, fp16, bf16"),
-        ({"control": "plain"}, "control: expected none, or some of unpruned, equal-macs, random, retrain"),
+        (
+            {"control": "plain"},
+            "control: expected none, or some of unpruned, equal-macs, equal-training, equal-latency, random, retrain",
+        ),
         ({"control": "random,random"}, "control: expected none, or some of"),
         ({"control": "random", "gating": "none"}, "control: expected none for a network without gates"),
         ({"cost": "joules"}, "cost: expected one of macs, params, latency, got 'joules'"),

@@ -52,6 +52,7 @@ def load_data(
     *,
     download: bool = False,
     validation: float = 0,
+    train_images: float | None = None,
     device: torch.device | str = "cpu",
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
@@ -67,8 +68,11 @@ def load_data(
         root: where CIFAR lies; a relative PATH of a folder is one inside it.
         download: let torchvision download CIFAR into `root` if it is not there.
         validation: number of training images to hold out, or a share of them below 1; always the same ones.
+        train_images: number of training images to take, or a share of them below 1, after those held out; always the
+            same ones. None takes all.
         device: that batches are on.
-        image_size: pixels of an image's sides, None for 224. Of folders alone: the others come in one size.
+        image_size: pixels of an image's sides. None takes 224 for folders, and the others as they come; these are
+            averaged down, so it has to divide their size.
         mean, std: per channel, of images scaled to 0..1: the recipe of the weights to start from. None takes the data
             set's own, and ImageNet's for folders.
         workers: processes that read images, 0 to read them in this one; None takes a processor each, up to 8. Of
@@ -89,6 +93,7 @@ def load_data(
             Path(root or "") / Path(path).expanduser(),
             name=name,
             validation=validation,
+            train_images=train_images,
             device=device,
             image_size=224 if image_size is None else image_size,
             mean=mean,
@@ -98,13 +103,21 @@ def load_data(
         )
     if name not in DATASETS:
         raise ValueError(f"dataset: expected one of {', '.join(DATASETS)} or folder:PATH, got {name!r}{_meant(name)}")
-    for option, value in (("image_size", image_size), ("workers", workers), ("augmentation", augmentation)):
+    for option, value in (("workers", workers), ("augmentation", augmentation)):
         if value is not None:
             raise ValueError(
-                f"{option}: expected none for {name}, whose images are in memory, of one size and augmented in one "
-                f"way, got {value}; leave it out, or use folder:PATH"
+                f"{option}: expected none for {name}, whose images are in memory and augmented in one way, got "
+                f"{value}; leave it out, or use folder:PATH"
             )
-    data = load_dataset(name, root, download=download, validation=validation, device=device)
+    data = load_dataset(
+        name,
+        root,
+        download=download,
+        validation=validation,
+        train_images=train_images,
+        image_size=image_size,
+        device=device,
+    )
     channels = data.image_size[0]
     return replace(
         data,

@@ -44,6 +44,8 @@ class Folder:
         path: the folder.
         name: of the data set, None for `"folder:PATH"`.
         validation: number of images to hold out from the training images, or a share of them below 1.
+        train_images: number of the rest to train on, or a share of it below 1, of every class the same share. None
+            takes all.
         device: that batches are on.
         image_size: pixels of both sides of an image in a batch.
         mean, std: per channel, of images scaled to 0..1; None for those of ImageNet, which most weights have seen.
@@ -63,6 +65,7 @@ class Folder:
         *,
         name: str | None = None,
         validation: float = 0,
+        train_images: float | None = None,
         device: torch.device | str = "cpu",
         image_size: int = 224,
         mean: Sequence[float] | None = None,
@@ -81,7 +84,7 @@ class Folder:
         self.device = torch.device(device)
         self.workers = default_workers() if workers is None else workers
         self.augmentation = Augmentation() if augmentation is None else augmentation
-        self.class_names, self._images = find_splits(Path(path), validation)
+        self.class_names, self._images = find_splits(Path(path), validation, train_images)
 
     @property
     def num_classes(self) -> int:

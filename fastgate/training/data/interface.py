@@ -184,3 +184,18 @@ def images_held_out(validation: float, images: int) -> int:
             "images, between 0 and 1, that is one image at least"
         )
     return int(count)
+
+
+def images_taken(train_images: float, images: int) -> int:
+    """How many of `images` training images a number or a share below 1 of them is.
+
+    Raises:
+        ValueError: it is neither, or none, or more than there are.
+    """
+    count = round(train_images * images) if 0 < train_images < 1 else train_images
+    if not (1 <= count <= images and count == int(count)):
+        raise ValueError(
+            f"train_images: expected 1 to {images} images, got {train_images}; or a share of the {images} training "
+            "images, between 0 and 1, that is one image at least"
+        )
+    return int(count)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from fastgate.training.data.interface import images_held_out
+from fastgate.training.data.interface import images_held_out, images_taken
 
 _TRAIN, _TEST, _VALIDATION = "train", "test", ("val", "valid", "validation")
 # in any case, never classes: else a folder of splits that are called otherwise would be one of two classes
@@ -29,14 +29,16 @@ class Split:
         return Split([self.paths[i] for i in indices.tolist()], self.labels[indices])
 
 
-def find_splits(folder: Path, validation: float = 0) -> tuple[tuple[str, ...], dict[str, Split]]:
+def find_splits(
+    folder: Path, validation: float = 0, train_images: float | None = None
+) -> tuple[tuple[str, ...], dict[str, Split]]:
     """Class names by label, and the splits by name, of a folder laid out as torchvision's `ImageFolder`.
 
     See :class:`~fastgate.training.data.folder.Folder` for the layouts.
 
     Raises:
-        ValueError: no classes, a class without images, splits with different classes, or images held out that there
-            is no need for, or too many.
+        ValueError: no classes, a class without images, splits with different classes, images held out that there is no
+            need for, or too many, or more to train on than there are.
         FileNotFoundError: there is no such folder.
     """
     if not folder.is_dir():
@@ -70,6 +72,10 @@ def find_splits(folder: Path, validation: float = 0) -> tuple[tuple[str, ...], d
         kept, held_out = _hold_out(splits[_TRAIN].labels, count, names[_TRAIN])
         name = "validation" if _TEST in splits else _TEST
         splits = {**splits, _TRAIN: splits[_TRAIN].take(kept), name: splits[_TRAIN].take(held_out)}
+    if train_images is not None:
+        labels = splits[_TRAIN].labels
+        rest = len(labels) - images_taken(train_images, len(labels))
+        splits[_TRAIN] = splits[_TRAIN].take(_hold_out(labels, rest, names[_TRAIN], "train_images")[0])
     return tuple(names[_TRAIN]), splits
 
 
@@ -116,7 +122,7 @@ def _read(folder: Path, classes: list[str]) -> Split:
     return Split([path for path, _ in found], labels)
 
 
-def _hold_out(labels: Tensor, count: int, classes: list[str]) -> tuple[Tensor, Tensor]:
+def _hold_out(labels: Tensor, count: int, classes: list[str], option: str = "validation") -> tuple[Tensor, Tensor]:
     """Indices of the images to keep and of `count` to hold out, always the same ones, in proportion of every class."""
     generator = torch.Generator().manual_seed(0)
     images = torch.bincount(labels, minlength=len(classes))
@@ -127,7 +133,7 @@ def _hold_out(labels: Tensor, count: int, classes: list[str]) -> tuple[Tensor, T
     if (shares == images).any():
         name = classes[int((shares == images).nonzero()[0])]
         raise ValueError(
-            f"validation: expected to leave training images of every class, but {count} images held out are all of "
+            f"{option}: expected to leave training images of every class, but {count} images held out are all of "
             f"{name}; hold out fewer, or add images"
         )
     held_out = torch.zeros(len(labels), dtype=torch.bool)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgate.training.data.augmentation import Normalisation, crop_and_flip
@@ -23,6 +24,22 @@ class ImageSet:
     def to(self, device: torch.device) -> "ImageSet":
         """The same set on another device."""
         return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def shrunk(self, size: int) -> "ImageSet":
+        """The same images with sides of `size` pixels, each the mean of a square of pixels.
+
+        Raises:
+            ValueError: the images' sides are no multiples of it.
+        """
+        height, width = self.images.shape[-2:]
+        if size < 1 or height % size or width % size:
+            raise ValueError(
+                f"image_size: expected a divisor of the images' {height}x{width} pixels, which are averaged, got {size}"
+            )
+        if height == width == size:
+            return self
+        means = F.avg_pool2d(self.images.float(), (height // size, width // size))
+        return ImageSet(means.round().to(torch.uint8), self.labels)
 
     def take(self, indices: Tensor) -> "ImageSet":
         """The images at these indices."""

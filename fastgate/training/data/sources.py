@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgate.training.data.interface import images_held_out
+from fastgate.training.data.interface import images_held_out, images_taken
 from fastgate.training.data.resident import Dataset, ImageSet
 
 DATASETS = ("digits", "cifar10", "cifar100")
@@ -24,6 +24,8 @@ def load_dataset(
     *,
     download: bool = False,
     validation: float = 0,
+    train_images: float | None = None,
+    image_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """Load a data set onto a device.
@@ -35,10 +37,13 @@ def load_dataset(
             environment variable FASTGATE_DATA.
         download: let torchvision download CIFAR into `root` if it is not there.
         validation: number of training images to hold out, or a share of them below 1; always the same ones.
+        train_images: number of the rest to train on, or a share of it below 1; always the same ones. None takes all.
+        image_size: pixels of an image's sides: squares of pixels are averaged. None keeps the images as they are.
         device: where the images live.
 
     Raises:
-        ValueError: an unknown name, no root, damaged files, or a validation split that leaves no training images.
+        ValueError: an unknown name, no root, damaged files, a size that does not divide the images', more images than
+            there are, or a validation split that leaves none to train on.
         FileNotFoundError: the data are not under `root`.
     """
     if name not in DATASETS:
@@ -58,10 +63,17 @@ def load_dataset(
         else:
             mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
         classes, pad, flip = (10 if name == "cifar10" else 100), 4, True
+    if image_size is not None:
+        size = train.images.shape[-1]
+        train, test = (images.shrunk(image_size) for images in (train, test))
+        pad = max(1, pad * image_size // size)
     held_out = None
     if count := images_held_out(validation, len(train)):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         held_out, train = train.take(order[:count]).to(device), train.take(order[count:])
+    if train_images is not None:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        train = train.take(order[: images_taken(train_images, len(train))])
     names = _CLASS_NAMES.get(name)
     return Dataset(name, train.to(device), test.to(device), classes, mean, std, pad, flip, held_out, names)
 

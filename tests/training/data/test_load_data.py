@@ -86,7 +86,7 @@ def test_unknown_names(name: str, meant: str, tmp_path: Path, monkeypatch: pytes
     assert str(caught.value) == f"dataset: expected one of digits, cifar10, cifar100 or folder:PATH, got {meant}"
 
 
-@pytest.mark.parametrize("options", [{"image_size": 8}, {"workers": 2}, {"augmentation": Augmentation()}])
+@pytest.mark.parametrize("options", [{"workers": 2}, {"augmentation": Augmentation()}])
 def test_options_of_folders_are_refused_elsewhere(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(options))}: expected none for digits.*or use folder:PATH"):
         load_data("digits", **options)  # type: ignore[arg-type]
@@ -106,3 +106,38 @@ def test_a_share_of_a_resident_set() -> None:
     assert load_data("digits", validation=0.1).splits == {"train": 1293, "test": 360, "validation": 144}
     with pytest.raises(ValueError, match=r"validation: expected 0 to 1436 images, got 0.0001; or a share"):
         load_data("digits", validation=0.0001)
+
+
+def test_a_part_of_the_training_images() -> None:
+    """Always the same ones, whatever is held out stays held out, and the test images stay as they are."""
+    whole, part = load_dataset("digits", validation=137), load_dataset("digits", validation=137, train_images=100)
+    assert part.splits == {"train": 100, "test": 360, "validation": 137}
+    assert whole.validation is not None and part.validation is not None
+    assert torch.equal(whole.validation.images, part.validation.images)
+    known = {image.numpy().tobytes() for image in whole.train.images}
+    assert all(image.numpy().tobytes() in known for image in part.train.images)
+    assert torch.equal(
+        load_dataset("digits", train_images=0.1).train.labels, load_dataset("digits", train_images=144).train.labels
+    )
+    for wrong in (0, 1438, 0.0001, 2.5):
+        with pytest.raises(ValueError, match=f"train_images: expected 1 to 1437 images, got {wrong}; or a share"):
+            load_data("digits", train_images=wrong)
+
+
+def test_a_part_of_a_folder_keeps_the_shares_of_the_classes(tmp_path: Path) -> None:
+    write_splits(tmp_path, train={"cat": 12, "dog": 4}, test={"cat": 1, "dog": 1})
+    data = load_data(f"folder:{tmp_path}", train_images=8, image_size=8, workers=0)
+    (_, labels), *_ = data.training(8)
+    assert data.splits == {"train": 8, "test": 2} and labels.bincount().tolist() == [6, 2]
+    with pytest.raises(ValueError, match="train_images: expected to leave training images of every class"):
+        load_data(f"folder:{tmp_path}", train_images=1)
+
+
+def test_images_in_memory_are_averaged_down() -> None:
+    known, data = load_dataset("digits"), load_data("digits", image_size=4)
+    assert data.image_size == (1, 4, 4)
+    x, _ = next(iter(data.evaluation("test", 10)))
+    blocks = known.test.images[:10].double().unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2)).round()
+    torch.testing.assert_close(x.double(), (blocks / 255 - known.mean[0]) / known.std[0], atol=2e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"image_size: expected a divisor of the images' 8x8 pixels.* got 3"):
+        load_data("digits", image_size=3)
