@@ -79,7 +79,7 @@ def train(
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
-    logger: Annotated[str, typer.Option(help="where to log metrics besides metrics.jsonl: none or tensorboard")] = "none",
+    logger: Annotated[str, typer.Option(help="logger besides metrics.jsonl: none or tensorboard")] = "none",
     **overrides: str | None,
 ) -> None:
     """Train and prune a network: train with gates, compact, verify, save, and print a summary.
