@@ -30,7 +30,7 @@ _WITHOUT_DIGEST = 1  # the version of files that cannot be checked for damage
 
 @dataclass(frozen=True, eq=False)
 class GateDecision:
-    """The decision of one gate; tensors are `[gates]` on the CPU: one entry for a layer gate, one per channel otherwise.
+    """The decision of one gate; tensors are `[gates]` on the CPU: one entry for a layer gate, else one per channel.
 
     Attributes:
         mean: fraction of rows for which the gate was open, float64.
@@ -293,8 +293,8 @@ def _ask(
         mean = total.cpu() / rows[name]
         if mean.isnan().any():
             raise ValueError(
-                f"gate {name!r}: expected finite logits, got nan for some samples; look for nan and infinities in the "
-                "images, in the weights, and in half-precision features"
+                f"gate {name!r}: expected logits without nan, got nan for some samples; look for nan and infinities in "
+                "the images, in the weights, and in half-precision features"
             )
         decided[name] = GateDecision(mean, mean > threshold, rows[name])
     return Decisions(decided, threshold, samples)

@@ -251,8 +251,8 @@ class GateSearch:
     def _check_learned(self) -> None:
         if self.phase is Phase.SEARCH and self.epoch >= 0 and self._epoch_means.empty:
             raise ValueError(
-                f"loss: expected search.loss(progress) in every step of epoch {self.epoch}, got none, so that its gates "
-                "learned nothing; add it to the loss of every step"
+                f"loss: expected search.loss(progress) in epoch {self.epoch}, got none, so that its gates learned "
+                "nothing; add it to the loss of every step"
             )
 
     def _end_epoch(self) -> None:
