@@ -176,7 +176,7 @@ class Session:
 
 
 def restore_shape(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Prune a plain network to the shape it had when a :class:`Session` was saved, so that its weights can be loaded."""
+    """Prune a plain network to the shape it had when a :class:`Session` was saved, so that its weights fit."""
     if not any(named_gates(model)):
         attach(model, state["gating"], **state["gate_options"])
     gates = dict(named_gates(model))

@@ -43,7 +43,8 @@ def _refuse(wrapper: nn.Module, inputs: Any) -> None:
     raise StaleWrapper(
         "DistributedDataParallel: expected a wrapper of the current network, got one created before the network was "
         "pruned, which would not average the gradients of new parameters; wrap the network again after "
-        "begin_epoch has returned names or commit was called, for example model = DistributedDataParallel(model.module), or "
+        "begin_epoch has returned names or commit was called, for example "
+        "model = DistributedDataParallel(model.module), or "
         "model = accelerator.prepare(accelerator.unwrap_model(model))"
     )
 
