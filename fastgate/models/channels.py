@@ -41,7 +41,7 @@ class _CannotCutError(ValueError):
 
 
 def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tuple[list[FoundCut], str]:
-    """Find where the hidden channels of a block can be gated: the last place in each of its sums, or the reason why not.
+    """Find where a block's hidden channels can be gated, the last place in each of its sums, or the reason why not.
 
     Hidden channels are computed by one convolution or linear layer (all of whose outputs depend on all inputs) and read
     by a later one, with only operations in between that do not mix them: batch norms, elementwise operations, depthwise

@@ -1,4 +1,4 @@
-"""Finds how to close a residual block that keeps its own forward, as a whole or sum by sum, and verifies it on a copy."""
+"""Finds how to close a residual block that keeps its own forward, as a whole or sum by sum; verified on a copy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -64,7 +64,7 @@ def runs_gated(
     widths: Mapping[str, int],
     new: Mapping[str, nn.Module],
 ) -> bool:
-    """Whether a copy of the block computes the same as the block with open gates, and its shortcuts with closed ones."""
+    """Whether a gated copy computes the same as the block with open gates, and its shortcuts with closed ones."""
     gated = copy_network(block)
     for name, module in new.items():
         gated.add_module(name, module)
@@ -130,7 +130,7 @@ def close_whole(
 def close_sums(
     block: nn.Module, probe: Probe, runs: Sequence[Residual], channels: int
 ) -> tuple[dict[str, tuple[Closed, int]], str]:
-    """For each sum, a module that zeroes the branch if its output is zero, with its input width; or why there is none."""
+    """For each sum, a module whose zero output zeroes the branch, with its input width; or why there is none."""
     closed: dict[str, tuple[Closed, int]] = {}
     for i in range(len(runs[1].sums)):
         found = _zero_of(block, probe, runs, i, channels)

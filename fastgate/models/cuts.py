@@ -49,7 +49,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm (also synchronized or frozen): each output channel depends on one input channel."""
+    """Whether a module is a batch norm (also synchronized or frozen), which acts on each channel separately."""
     cls = type(module)
     if f"{cls.__module__}.{cls.__qualname__}" in _NORMS:
         return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
@@ -57,7 +57,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_group_norm(module: nn.Module) -> bool:
-    """Whether a module is a group norm (also with elementwise dropout and activation), exact if whole groups are cut."""
+    """Whether a module is a group norm (also with dropout and activation), exact if whole groups are cut."""
     cls = type(module)
     if f"{cls.__module__}.{cls.__qualname__}" in _GROUP_NORMS:
         return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
@@ -110,7 +110,7 @@ def _remedy(module: nn.Module) -> str:
 
 
 def check_size(name: str, module: nn.Module) -> None:
-    """Raise ValueError unless it is known how this module changes the size of feature maps, so that it can be removed."""
+    """Raise ValueError unless this module's effect on the size of feature maps is known, so that it can be removed."""
     if is_conv(module) and not isinstance(module.padding, str):
         return
     if not is_norm(module) and not is_elementwise(module):

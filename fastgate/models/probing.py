@@ -150,7 +150,7 @@ def capture_probes(model: nn.Module, names: Container[str], inputs: Any = None) 
 
 
 def _other_batch(inputs: Any) -> Any:
-    """The inputs with one sample fewer, or two instead of one; None if their tensors are not batches of equal length."""
+    """The inputs with one sample fewer, or two instead of one; None if the tensors are not batches of equal length."""
     tensors = tensors_in(inputs)
     lengths = {len(tensor) if tensor.dim() else None for tensor in tensors}
     if len(lengths) != 1 or lengths & {None, 0} or isinstance(inputs, list):
