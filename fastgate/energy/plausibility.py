@@ -116,7 +116,7 @@ def _doubts(source: Source, begin: Reading, end: Reading, mean: float, seconds: 
     if mean > max(limit, begin.watts or 0.0, end.watts or 0.0):  # if power readings agree, the limit must be wrong
         doubts.append(f"a mean of {mean:.4g} W is implausible: the device stays below {limit:.4g} W")
     if source.reads_power and (begin.watts is None or end.watts is None):
-        doubts.append("the power could not be read at both ends of the window, so the counter is not checked against it")
+        doubts.append("the power was not readable at both ends of the window, so the counter is not checked against it")
     return doubts
 
 

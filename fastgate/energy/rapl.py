@@ -18,7 +18,7 @@ _NO_PACKAGE_WATTS = 1000.0
 _KEEP_SECONDS = 1.0
 # longer gaps between readings are reported in the window
 _BLIND_SECONDS = 3.0
-# two views of one counter may be one update apart (1 ms at 500 W); two counters are that close in at most 1 of 10^5 cases
+# two views of one counter may be an update apart (1 ms at 500 W); two counters are that close in at most 1 of 10^5
 _ONE_COUNTER_MICROJOULES = 500_000
 
 

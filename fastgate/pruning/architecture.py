@@ -301,9 +301,7 @@ def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.M
     nn.Module.__init__(module)
     for key, value in description["attributes"].items():
         if key in _BASE_ATTRIBUTES or hasattr(nn.Module, key):
-            raise ValueError(
-                f"network: expected attributes specific to {name}, got {key!r}, which every module has"
-            )
+            raise ValueError(f"network: expected attributes specific to {name}, got {key!r}, which every module has")
         vars(module)[key] = _decode(value)
 
     def empty(spec: dict[str, Any] | None) -> torch.Tensor | None:

@@ -326,12 +326,12 @@ def test_checked_mode_refuses_what_is_not_0_or_1(name: str, monkeypatch: pytest.
 def test_an_explicit_triton_request_that_cannot_be_honoured_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
-    with pytest.raises(ValueError, match=r"gated_conv2d: impl asks for 'triton'.*use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match=r"gated_conv2d: impl requests 'triton'.*use 'auto' or 'torch'"):
         gated_conv2d(x, weight, impl="triton")
     with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'cudnn'"):
         gated_conv2d(x, weight, impl="cudnn")
     monkeypatch.setenv("FASTGATE_IMPL", "triton")
-    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL asks for 'triton'"):
+    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL requests 'triton'"):
         gated_conv2d(x, weight)
     assert gated_conv2d(x, weight, impl="torch").shape == (2, 5, 4, 4)
 

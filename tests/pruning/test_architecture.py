@@ -228,7 +228,7 @@ REFUSED = [
     ("meta", lambda: nn.Linear(2, 2, device="meta"), "expected dense tensors with values"),
     ("traced", lambda: torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), "its attribute '_graph': a Graph is not"),
     ("compiled", lambda: torch.compile(nn.Sequential(nn.ReLU())), "cannot describe OptimizedModule"),
-    ("scripted", lambda: torch.jit.script(nn.ReLU()), "it is not made of plain modules"),
+    ("scripted", lambda: torch.jit.script(nn.ReLU()), "expected plain modules, got"),
 ]
 
 
