@@ -136,7 +136,7 @@ def test_boards_of_different_models_have_no_known_order(fake: Fake, monkeypatch:
         fake.run(1)
     assert (w.result.joules, w.result.per_device) == (None, {"cuda:0": None})
     assert "set CUDA_DEVICE_ORDER=PCI_BUS_ID" in w.result.warnings[0]
-    with pytest.raises(EnergyError, match="which of NVIDIA A100, Tesla T4 is meant"):
+    with pytest.raises(EnergyError, match="an index is ambiguous for NVIDIA A100, Tesla T4"):
         fake.meter(0, require=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(EnergyError, match="CUDA sorts GPUs of different models by speed"):

@@ -74,5 +74,5 @@ def test_a_frozen_network_has_forward_derivatives(gating: str) -> None:
 
 def test_the_kernels_are_not_for_transforms() -> None:
     model = fg.models.resnet(8, gating="layer", impl="triton").eval()
-    with pytest.raises(ValueError, match="requests 'triton', but its kernels do not support torch.func transforms"):
+    with pytest.raises(ValueError, match=r"requests 'triton', but its kernels do not support torch\.func transforms"):
         vmap(lambda image: model(image[None]))(torch.randn(2, 3, 8, 8))
