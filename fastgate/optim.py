@@ -7,7 +7,9 @@ from torch import nn
 from fastgate.gates import named_gates
 
 
-def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, gate_weight_decay: float = 0.0, *, gate_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Parameters of a gated network for an optimizer: gate heads are a group with a weight decay of their own.
 
     Weight decay pulls the weights of a head, and with them its logits, towards 0, which is where a gate opens or
@@ -18,6 +20,7 @@ def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[d
     Args:
         model: a network, with gates or without.
         gate_weight_decay: of the gate heads; all other parameters have the optimizer's.
+        gate_lr: learning rate of the gate heads; None: the optimizer's.
 
     Returns:
         One group or two, the network's first, without parameters that are not trained.
@@ -30,4 +33,6 @@ def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[d
             "weight_decay": gate_weight_decay,
         },
     ]
+    if gate_lr is not None:
+        groups[1]["lr"] = gate_lr
     return [group for group in groups if group["params"]]
