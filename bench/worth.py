@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from fastgate.files import write_atomically
 from fastgate.training.lock import locked
 from fastgate.training.run_folder import CONFIG, DECISIONS, METRICS, SUMMARY
 
@@ -178,6 +182,104 @@ def run_all(names: list[str], work: Path, data_root: str) -> None:
             print(job.place, "is another process's", flush=True)
 
 
+@dataclass(frozen=True)
+class Result:
+    """One network of a study over the seeds: its rows of the summaries, and (MACs so far, accuracy) after each epoch."""
+
+    name: str
+    way: str
+    rows: list[dict[str, Any]]
+    curves: list[list[tuple[float, float]]]
+
+    def mean(self, measure: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(row[measure] for row in self.rows)
+
+    def accuracy(self, less: "Result | None" = None) -> str:
+        """In percent with the standard deviation of the seeds; or by how many points it is above another."""
+        values = [100 * row["accuracy"] for row in self.rows]
+        if less is not None:
+            values = [value - 100 * row["accuracy"] for value, row in zip(values, less.rows, strict=True)]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):{'+' if less else ''}.2f}{spread}"
+
+
+def read_results(name: str) -> list[Result]:
+    """What is done of a study: of every way the network that it is about, then its controls; seeds that all have."""
+    study, results = STUDIES[name], []
+    done = [job for job in list_jobs([name]) if is_done(job)]
+    seeds = sorted(
+        set.intersection(*({job.seed for job in done if job.way == way} for way in study.ways)) or study.seeds
+    )
+    for way in study.ways:
+        places = [
+            RESULTS / name / way / f"seed{seed}" for seed in seeds if (RESULTS / name / way / f"seed{seed}").exists()
+        ]
+        summaries = [json.loads((place / SUMMARY).read_text())["rows"] for place in places]
+        for network in summaries[0] if summaries else ():
+            rows = [summary[network] for summary in summaries]
+            if rows[0]["accuracy"] is None:  # timed, not trained
+                continue
+            own = network in ("compact", "unpruned") and not (places[0] / f"control-{network}").exists()
+            folders = [place if own else place / f"control-{network}" for place in places]
+            label = way if own else f"{way}: {network}"
+            results.append(Result(label, way, rows, [list(_curve(folder / METRICS)) for folder in folders]))
+    return results
+
+
+def _curve(path: Path) -> Iterator[tuple[float, float]]:
+    total = 0.0
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        total = record["macs_training"]["total"]
+        yield total, record["eval"]["accuracy"]
+
+
+def write_table(results: list[Result], path: Path) -> None:
+    """Markdown: every network against the unpruned one and that of its way."""
+    whole = next((result for result in results if result.way in ("unpruned", "resnet20")), results[0])
+    lines = [
+        "| network | test accuracy, % | its pruned network is ahead by | MACs | MACs of training | ms/image | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        pruned = next(other for other in results if other.way == result.way)
+        ahead = "" if pruned is result else pruned.accuracy(less=result)
+        cells = [
+            result.name,
+            result.accuracy(),
+            ahead,
+            f"{result.mean('macs') / 1e6:.2f} M",
+            f"{result.mean('macs_training') / whole.mean('macs_training'):.0%}",
+            f"{result.mean('latency_ms'):.2f}",
+            f"{result.mean('seconds_training'):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"\nSeeds: {len(results[0].rows)}; ± is their standard deviation.")
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Accuracy over the MACs of training, a curve per network, the mean over the seeds."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    whole = max(curve[-1][0] for result in results for curve in result.curves if result.way == results[0].way)
+    for result in results:
+        points = [
+            (statistics.fmean(x for x, _ in epoch) / whole, 100 * statistics.fmean(y for _, y in epoch))
+            for epoch in zip(*result.curves, strict=True)
+        ]
+        control = ":" in result.name
+        (line,) = axes.plot(*zip(*points, strict=True), "--" if control else "-", lw=1.2 if control else 2)
+        axes.plot(*points[-1], "o", color=line.get_color(), label=f"{result.name}: {points[-1][1]:.1f} %")
+    axes.set(xlabel="MACs of training, as a share of the unpruned network's", ylabel="test accuracy, %")
+    low = min(100 * curve[-1][1] for result in results for curve in result.curves)
+    axes.set_ylim(bottom=low - 15)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Plan, run or report."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
@@ -188,6 +290,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "run":
         run_all(options.studies, options.work, options.data_root)
+    elif options.what == "report":
+        for name in options.studies:
+            if results := read_results(name):
+                write_table(results, RESULTS / name / "table.md")
+                draw(results, RESULTS / name / "curves.png")
+                print((RESULTS / name / "table.md").read_text())
     elif options.what == "plan":
         for job in list_jobs(options.studies):
             print("done" if is_done(job) else "    ", job.place, json.dumps(job.options))
