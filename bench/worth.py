@@ -205,25 +205,24 @@ class Result:
 
 
 def read_results(name: str) -> list[Result]:
-    """What is done of a study: of every way the network that it is about, then its controls; seeds that all have."""
+    """Of every way of a study the network that it is about, then its controls, over the seeds that all ways have."""
     study, results = STUDIES[name], []
-    done = [job for job in list_jobs([name]) if is_done(job)]
-    seeds = sorted(
-        set.intersection(*({job.seed for job in done if job.way == way} for way in study.ways)) or study.seeds
-    )
-    for way in study.ways:
-        places = [
-            RESULTS / name / way / f"seed{seed}" for seed in seeds if (RESULTS / name / way / f"seed{seed}").exists()
-        ]
+    seeds = [
+        seed
+        for seed in study.seeds
+        if all((RESULTS / name / way / f"seed{seed}" / SUMMARY).exists() for way in study.ways)
+    ]
+    for way in study.ways if seeds else ():
+        places = [RESULTS / name / way / f"seed{seed}" for seed in seeds]
         summaries = [json.loads((place / SUMMARY).read_text())["rows"] for place in places]
-        for network in summaries[0] if summaries else ():
+        for network in summaries[0]:
             rows = [summary[network] for summary in summaries]
             if rows[0]["accuracy"] is None:  # timed, not trained
                 continue
-            own = network in ("compact", "unpruned") and not (places[0] / f"control-{network}").exists()
-            folders = [place if own else place / f"control-{network}" for place in places]
-            label = way if own else f"{way}: {network}"
-            results.append(Result(label, way, rows, [list(_curve(folder / METRICS)) for folder in folders]))
+            control = f"control-{network}"
+            own = not (places[0] / control).exists()
+            curves = [list(_curve((place if own else place / control) / METRICS)) for place in places]
+            results.append(Result(way if own else f"{way}: {network}", way, rows, curves))
     return results
 
 
