@@ -184,7 +184,7 @@ def run_all(names: list[str], work: Path, data_root: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """One network of a study over the seeds: its rows of the summaries, and (MACs so far, accuracy) after each epoch."""
+    """One network of a study over the seeds: rows of the summaries, and (MACs so far, accuracy) after each epoch."""
 
     name: str
     way: str
@@ -207,11 +207,8 @@ class Result:
 def read_results(name: str) -> list[Result]:
     """Of every way of a study the network that it is about, then its controls, over the seeds that all ways have."""
     study, results = STUDIES[name], []
-    seeds = [
-        seed
-        for seed in study.seeds
-        if all((RESULTS / name / way / f"seed{seed}" / SUMMARY).exists() for way in study.ways)
-    ]
+    done = {(job.way, job.seed) for job in list_jobs([name]) if is_done(job)}
+    seeds = [seed for seed in study.seeds if all((way, seed) in done for way in study.ways)]
     for way in study.ways if seeds else ():
         places = [RESULTS / name / way / f"seed{seed}" for seed in seeds]
         summaries = [json.loads((place / SUMMARY).read_text())["rows"] for place in places]
@@ -238,7 +235,7 @@ def write_table(results: list[Result], path: Path) -> None:
     """Markdown: every network against the unpruned one and that of its way."""
     whole = next((result for result in results if result.way in ("unpruned", "resnet20")), results[0])
     lines = [
-        "| network | test accuracy, % | its pruned network is ahead by | MACs | MACs of training | ms/image | seconds |",
+        "| network | test accuracy, % | the pruned one is ahead by | MACs | MACs of training | ms/image | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for result in results:
