@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from fastgate.files import write_atomically
 from fastgate.training.lock import locked
-from fastgate.training.run_folder import CONFIG, DECISIONS, METRICS, SUMMARY
+from fastgate.training.run_folder import CONFIG, DECISIONS, METRICS, NETWORK, SUMMARY
 
 RESULTS = Path(__file__).parent / "results" / "search"
 KEPT = (CONFIG, SUMMARY, METRICS, DECISIONS)
@@ -39,14 +39,12 @@ class Study:
     """Runs that are compared with each other.
 
     Attributes:
-        options: of all its runs, as `fastgate train` has them.
+        options: of all its runs, as `fastgate train` has them; `weights` is a run of the study "pretrained".
         ways: what else each run asks for, by name.
-        weights: the run of the study "pretrained" whose weights are started from.
     """
 
     options: Options
     ways: dict[str, Options]
-    weights: str | None = None
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -76,6 +74,9 @@ _COMMON: Options = {
 _ALL = "equal-macs,equal-training,equal-latency,random,retrain"
 _LAYER, _CHANNEL, _BOTH = ({"gating": gating} for gating in ("layer", "channel", "both"))
 _PLAIN: Options = {"gating": "none"}
+_RESNET18 = "torchvision:resnet18?stem=3x3"
+# what equal-macs finds for half the MACs of ResNet-20
+_HALF: Options = {"network": "resnet14", "widths": "12,32,56"}
 
 # the MACs of ResNet-20 at 16x16 pixels as a share of those of ResNet-56, and of ResNet-20 of 1.5 times the width
 _SHARE_OF_56, _SHARE_OF_WIDE = 0.3246, 0.4461
@@ -83,25 +84,43 @@ _SHARE_OF_56, _SHARE_OF_WIDE = 0.3246, 0.4461
 STUDIES = {
     # what the others start from: one training each, as of weights that are downloaded
     "pretrained": Study(
-        {**_COMMON, **_PLAIN, "dataset": "cifar100"},
+        {**_COMMON, **_PLAIN, "dataset": "cifar100", "epochs": 15},
         {
-            "resnet20": {"epochs": 15},
-            "resnet18": {"network": "torchvision:resnet18?stem=3x3", "epochs": 6},
+            "resnet20": {},
+            "half": _HALF,
+            "resnet18": {"network": _RESNET18, "epochs": 8},
         },
         seeds=(1,),
     ),
     # claim 1: from weights of other classes, on 10,000 images
     "weights": Study(
-        {**_COMMON, "dataset": "cifar10", "train_images": 10_000, "epochs": 10},
+        {**_COMMON, "dataset": "cifar10", "train_images": 10_000, "epochs": 10, "weights": "resnet20"},
         {
             "unpruned": _PLAIN,
+            "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
             "layer-50": {**_LAYER, "target": 0.5, "control": _ALL},
             "channel-50": {**_CHANNEL, "target": 0.5, "control": "equal-macs,random"},
             "both-50": {**_BOTH, "target": 0.5},
             "layer-35": {**_LAYER, "target": 0.35, "control": "equal-macs"},
             "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
         },
-        weights="resnet20",
+    ),
+    "weights-resnet18": Study(
+        {
+            **_COMMON,
+            "dataset": "cifar10",
+            "train_images": 5_000,
+            "epochs": 10,
+            "weights": "resnet18",
+            "network": _RESNET18,
+        },
+        {
+            "unpruned": _PLAIN,
+            "layer-50": {**_LAYER, "target": 0.5, "control": "equal-macs"},
+            "channel-50": {**_CHANNEL, "target": 0.5, "control": "equal-macs"},
+            "layer-35": {**_LAYER, "target": 0.35, "control": "equal-macs"},
+            "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
+        },
     ),
     # claim 3: long enough, half the MACs
     "long": Study(
@@ -151,10 +170,9 @@ def run(job: Job, work: Path, data_root: str) -> None:
     if (folder / CONFIG).exists():
         command += ["--resume", "--device", "cpu"]
     else:
-        weights = STUDIES[job.study].weights
-        source = {} if weights is None else {"weights": work / "pretrained" / weights / "seed1" / "model.safetensors"}
-        for name, value in {**job.options, **source}.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        for name, value in job.options.items():
+            given = work / "pretrained" / value / "seed1" / NETWORK if name == "weights" else value
+            command += [f"--{name.replace('_', '-')}", str(given)]
     with (work / f"{job.place.as_posix().replace('/', '-')}.log").open("a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for path in (folder, *folder.glob("control-*")):
