@@ -7,8 +7,10 @@ from torch import nn
 from fastgate.gates import named_gates
 
 
-def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Return optimizer parameter groups in which gate heads have their own weight decay.
+def parameter_groups(
+    model: nn.Module, gate_weight_decay: float = 0.0, *, gate_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Return optimizer parameter groups in which gate heads have their own weight decay and learning rate.
 
     Weight decay pulls a head's weights, and with them its logits, towards 0, the threshold at which a gate opens or
     closes, and so undoes decisions on which the samples agree.
@@ -18,6 +20,8 @@ def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[d
     Args:
         model: a network, with gates or without.
         gate_weight_decay: weight decay of the gate heads; all other parameters use the optimizer's.
+        gate_lr: learning rate of the gate heads; None uses the optimizer's. At the low rates of fine-tuning gates do
+            not learn the target; give them what training from scratch would take, such as 0.1 with SGD.
 
     Returns:
         One or two groups, the network's first; parameters that do not require grad are left out.
@@ -30,4 +34,6 @@ def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[d
             "weight_decay": gate_weight_decay,
         },
     ]
+    if gate_lr is not None:
+        groups[1]["lr"] = gate_lr
     return [group for group in groups if group["params"]]

@@ -292,7 +292,9 @@ def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.M
     if "arguments" in description:
         arguments = description["arguments"]
         if not _is_constructed(cls):
-            raise ValueError(f"network: expected no arguments for {name}, whose constructor is not allowed, got some")
+            raise ValueError(
+                f"network: expected no arguments for {name}, whose constructor must not be called, got some"
+            )
         if unknown := [key for key in arguments if key not in _argument_names(cls)]:
             raise ValueError(f"network: expected arguments of {name}, got {unknown[0]!r}")
         return _construct(cls, arguments)

@@ -7,6 +7,7 @@ target is met (*settled*), and training continues on a plain, smaller network.
 """
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,9 @@ from fastgate.values import Forward, device_of, tensors_in, with_tensors
 _STATE_VERSION = 1
 # the time constant of a running average with PyTorch's default momentum (0.1)
 _STATISTICS_BATCHES = 10
+# share of the network's cost that may be closed against most samples without a warning: where gates learned the target
+# none was, where they did not a quarter (bench/results/finetune/channel)
+_OVERRULED = 0.1
 
 
 class GateSearch:
@@ -228,6 +232,7 @@ class GateSearch:
         try:
             if settles:
                 decisions = self._decide(batches, forward)
+                self._warn_if_overruled(decisions)
         except BaseException:  # deciding failed: the epoch has not begun
             for gate in held:
                 gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
@@ -243,6 +248,21 @@ class GateSearch:
             if decisions and calibration is not None:
                 batches.first = next(iter(calibration), None)
         return self._finalize(decisions, batches.first, forward)
+
+    def _warn_if_overruled(self, decisions: Decisions) -> None:
+        """Gates that learned the target need little closing for it; where they did not, the choice is arbitrary."""
+        if self.config.target is None:
+            return
+        votes = {name: gate.open | (gate.mean > 0.5) for name, gate in decisions.items()}
+        found = self.costs.of({name: gate.open for name, gate in decisions.items()})
+        overruled = (self.costs.of(votes) - found) / self.costs.total
+        if overruled > _OVERRULED:
+            warnings.warn(
+                f"the gates did not learn the target: {overruled:.0%} of the network's cost had to be closed although "
+                "most samples held it open; let the search last longer (settle_at, epochs), or its gates learn faster "
+                "(parameter_groups(gate_lr=), --gate-lr-factor)",
+                stacklevel=4,
+            )
 
     def _settles_at(self, epoch: int) -> bool:
         settle_at = self.config.settle_at
