@@ -117,9 +117,9 @@ def test_budget_of_a_network_that_is_as_small_as_asked_is_nothing() -> None:
 
 def test_budget_needs_to_know_the_whole_network() -> None:
     gates = [layer_gate([1, 0])]
-    with pytest.raises(ValueError, match=r"total: expected what the whole network costs.*total=fastgate\.macs"):
+    with pytest.raises(ValueError, match=r"total: expected the cost of the whole network.*total=fastgate\.macs"):
         fg.budget(gates, 0.5, {"0": torch.tensor([300])})
-    with pytest.raises(ValueError, match="total: expected at least the 300 that gates switch, got 299"):
+    with pytest.raises(ValueError, match="total: expected at least 300, the sum of the gates' costs, got 299"):
         fg.budget(gates, 0.5, {"0": torch.tensor([300])}, total=299)
 
 

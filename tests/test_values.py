@@ -147,7 +147,11 @@ def test_nothing_compared_is_not_nothing_apart(nothing: Any) -> None:
         ([X, None], [X, 0], r"outputs\[1\]: expected values of the same type, got NoneType and int"),
         (X, X.long(), r"outputs: expected dtypes of one kind, got torch.float32 and torch.int64"),
         (Boxes(X, "a"), Boxes(X[:1], "a"), r"outputs\.corners: expected the same shape"),
-        ([X, object()], [X, object()], r"outputs\[1\]: cannot compare two object; use forward=, a function"),
+        (
+            [X, object()],
+            [X, object()],
+            r"outputs\[1\]: cannot compare two values of type object; use forward=, a function",
+        ),
     ],
 )
 def test_unlike_structures_are_named(expected: Any, got: Any, message: str) -> None:

@@ -195,7 +195,7 @@ def test_flattening_gates_take_their_maps_size_from_the_image(network: str, posi
     assert all(int(m.num_batches_tracked) == 0 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     model.eval()
     model(torch.zeros(2, 3, 32, 32))
-    with pytest.raises(ValueError, match="expected maps of"):
+    with pytest.raises(ValueError, match="expected a spatial size of"):
         model(torch.zeros(2, 3, 64, 64))
 
 

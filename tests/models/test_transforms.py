@@ -57,7 +57,7 @@ def test_gate_losses_inside_a_transform(gating: str) -> None:
 def test_decisions_left_from_a_transform_are_no_losses() -> None:
     model, _, _ = build("layer", frozen=False)
     vmap(lambda image: model(image[None]))(torch.randn(4, 3, 8, 8, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"gate 'layer1\.0\.gate': .* an earlier forward, whose graph is gone"):
+    with pytest.raises(ValueError, match=r"gate 'layer1\.0\.gate': .* an earlier forward whose graph has been freed"):
         fg.activation(model)
 
 

@@ -270,7 +270,7 @@ def zeros(*shape: int) -> Tensor:
         pytest.param({"padding": -1}, ValueError, "at least 1 and at least 0, got 1 and -1", id="negative-padding"),
         pytest.param(
             {"x": zeros(4, 3, 6, 2), "padding": 0}, ValueError,
-            r"x: expected maps of at least the kernel's \[3, 3\] with padding 0, got \[6, 2\]",
+            r"x: expected a height and width of at least the kernel size \[3, 3\] with padding 0, got \[6, 2\]",
             id="narrower-than-the-kernel",
         ),
         pytest.param({"x": zeros(4, 3, 2, 6), "padding": 0}, ValueError, r"got \[2, 6\]", id="lower-than-the-kernel"),

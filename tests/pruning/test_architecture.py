@@ -205,7 +205,7 @@ def faster_rcnn() -> nn.Module:
     return torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None)
 
 
-HOOKS = "a forward hook on it, which may change what it computes, would be lost; remove it"
+HOOKS = "its forward hook, which may change its output, would be lost; remove the hook"
 REFUSED = [
     ("forward-hook", lambda: with_hook("hook"), f"Conv2d '0': {HOOKS}"),
     ("forward-pre-hook", lambda: with_hook("pre_hook"), f"Conv2d '0': {HOOKS}"),
