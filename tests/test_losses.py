@@ -232,14 +232,14 @@ def test_a_target_is_a_fraction(target: float) -> None:
 
 def test_costs_of_other_gates_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate or other sizes; .*gate_costs"
+        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate, or gates of other sizes; .*gate_costs"
     ):
         fg.budget([layer_gate([1])], 0.5, {"layer1.0.gate": torch.tensor([1])})
     with pytest.raises(
-        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate or other sizes; .*gate_costs"
+        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate, or gates of other sizes; .*gate_costs"
     ):
         fg.losses.capacity([layer_gate([1])], {"layer1.0.gate": torch.tensor([1])})
-    with pytest.raises(ValueError, match="costs: expected the gates 0, got 0 or other sizes"):
+    with pytest.raises(ValueError, match="costs: expected the gates 0, got 0, or gates of other sizes"):
         fg.losses.capacity([channel_gate([[1, 0]])], {"0": torch.tensor([1])})
 
 

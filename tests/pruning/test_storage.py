@@ -442,18 +442,18 @@ def value_of(value: object) -> dict:
         ({**LINEAR, "class": "torch.nn.modules.linear:Lineal"}, "Lineal"),
         ({**LINEAR, "class": "torch.nn.nothing:Linear"}, r"torch\.nn\.nothing"),
         # a file must not be able to call what is no module, however it is reached
-        ({"class": "os:system", "arguments": {"command": "true"}}, "its class os:system is not of fastgate"),
+        ({"class": "os:system", "arguments": {"command": "true"}}, "its class os:system is not from fastgate"),
         ({"class": "torch.nn.modules.module:warnings.warn", "arguments": {}}, "expected a class of modules"),
         (
             {"class": "fastgate.pruning.storage:os.system", "arguments": {"command": "true"}},
             "expected a class of modules",
         ),
-        (value_of({"enum": ["enum:Enum", "x"]}), "its class enum:Enum is not of fastgate"),
+        (value_of({"enum": ["enum:Enum", "x"]}), "its class enum:Enum is not from fastgate"),
         (value_of({"enum": ["torch.nn.modules.linear:Linear", "x"]}), "expected a class of Enum"),
         (value_of({"dtype": "manual_seed"}), "expected the name of a dtype"),
         (value_of({"call": "os:system"}), "a value of kind 'call'"),
         (value_of({}), "odd.safetensors"),
-        ({"class": "timmy.models:Linear", "arguments": {}}, "its class timmy.models:Linear is not of fastgate"),
+        ({"class": "timmy.models:Linear", "arguments": {}}, "its class timmy.models:Linear is not from fastgate"),
     ],
     ids=[
         "size",
@@ -504,7 +504,7 @@ def constructed(name: str, **arguments: object) -> dict:
             constructed(
                 "timm.task.distillation:DistillationTeacher", model_name_or_module="local-dir:/tmp", num_classes=2
             ),
-            "expected no arguments for timm.task.distillation:DistillationTeacher, whose constructor must not be called",
+            "expected no arguments for timm.task.distillation:DistillationTeacher, whose constructor must not be",
         ),
         (
             constructed("fastgate.models.resnet:ResNet", depth=6_000_002),
