@@ -370,8 +370,8 @@ def test_what_a_loop_may_not_leave_out(data: TensorDataset) -> None:
         ({"target": 1.5}, "target: expected a fraction from 0 to 1, got 1.5"),
         ({"cost": "joules"}, "cost: expected one of macs, params, latency, got 'joules'"),
         ({"open_until": 0.5}, "expected increasing fractions of the epochs, got 0.5, 0.25, 0.4"),
-        ({"commit_after": 0}, "commit_after: expected a positive whole number or None, got 0"),
-        ({"round_to": 2.5}, "round_to: expected a positive whole number or None, got 2.5"),
+        ({"commit_after": 0}, "commit_after: expected a positive integer or None, got 0"),
+        ({"round_to": 2.5}, "round_to: expected a positive integer or None, got 2.5"),
         ({"budget": "much"}, "schedule: expected a number"),
     ],
 )

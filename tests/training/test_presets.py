@@ -161,7 +161,7 @@ def test_unreadable_values(name: str, text: str, message: str) -> None:
         ({"control": "random", "gating": "none"}, "control: expected none for a network without gates"),
         ({"cost": "joules"}, "cost: expected one of macs, params, latency, got 'joules'"),
         ({"widths": "16,32"}, "widths: expected three numbers of channels such as 16,32,64, got '16,32'"),
-        ({"commit_after": 0}, "commit_after: expected a positive whole number or None, got 0"),
+        ({"commit_after": 0}, "commit_after: expected a positive integer or None, got 0"),
         ({"gate_depth": 3}, "gate_depth: expected a number from 1 to 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
