@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastgate.gates import named_gates
 from fastgate.modes import eval_mode
+from fastgate.training.records import Summary
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Trained:
     """
 
     network: nn.Module
-    summary: dict[str, Any]
+    summary: Summary
     folder: Path
 
 

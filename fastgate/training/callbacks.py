@@ -17,6 +17,7 @@ from fastgate.pruning.config import Phase
 from fastgate.training.checkpoint import save_checkpoint
 from fastgate.training.loggers import TensorBoardLogger
 from fastgate.training.progress import RunProgress
+from fastgate.training.records import EpochRecord
 from fastgate.training.run_folder import CHECKPOINT, CHOICES, DECISIONS, METRICS
 from fastgate.training.spending import Spending, describe_epoch
 from fastgate.tuning import tune
@@ -52,7 +53,7 @@ class Callback:
     def on_eval_end(self, trainer: "Trainer") -> None:
         """After it."""
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """The epoch's record is there, to add to and to write; the trainer already stands before the next epoch."""
 
     def on_interrupt(self, trainer: "Trainer") -> None:
@@ -76,7 +77,7 @@ class Metering(Callback):
         self._meter: EnergyMeter | None = None
         self._window = ExitStack()
         self._train, self._evaluation = Spending(), Spending()
-        self._totals: dict[str, Any] = {"seconds": 0.0, "joules": 0.0}
+        self._totals: dict[str, Any] = {"seconds": 0.0, "joules": 0.0}  # of the epochs before
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
         """Make a meter."""
@@ -104,10 +105,10 @@ class Metering(Callback):
         """Evaluation ends."""
         self._window.close()
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Add what the epoch took."""
-        record |= describe_epoch(self._train, self._evaluation, self._totals)
-        self._totals = {name: record[name]["total"] for name in ("seconds", "joules")}
+        record |= describe_epoch(self._train, self._evaluation, **self._totals)
+        self._totals = {"seconds": record["seconds"]["total"], "joules": record["joules"]["total"]}
         self._train, self._evaluation = Spending(), Spending()
 
     def on_fit_end(self, trainer: "Trainer") -> None:
@@ -149,7 +150,7 @@ class MetricsFile(Callback):
             if not path.exists() or path.read_text() != text:
                 write_atomically(path, text)
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Write all lines anew, before the checkpoint: a kill between the two repeats the epoch and its line."""
         self._lines = "".join(json.dumps(line) + "\n" for line in trainer.records)
         if processes.is_main():
@@ -170,7 +171,7 @@ class TensorBoard(Callback):
     def __init__(self, logger: TensorBoardLogger) -> None:
         self.logger = logger
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Log it, in the main process."""
         if processes.is_main():
             self.logger.log(record)
@@ -194,7 +195,7 @@ class Checkpoints(Callback):
             save_checkpoint(self.path, state)
         processes.wait()  # no process goes on, or ends, before the file is whole
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Save."""
         self._save(trainer)
 
@@ -229,14 +230,14 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.step()
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Say what the epoch came to."""
         if self._bar is None:
             return
         parts = [f"epoch {record['epoch']}/{trainer.epochs} loss {record['train']['loss']:.4f}"]
         if "accuracy" in record.get("eval", {}):
             parts.append(f"accuracy {record['eval']['accuracy']:.4f} ({record['eval']['split']})")
-        if trainer.search is not None:
+        if trainer.search is not None and record["macs"] is not None:
             share = record["macs"] / trainer.search.macs
             parts.append(f"{record['phase']} open {record['open_ratio']:.3f} MACs {share:.3f}")
         if (joules := record.get("joules", {}).get("train")) is not None:

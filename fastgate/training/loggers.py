@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgate.training.records import EpochRecord
+
 LOGGERS = ("none", "tensorboard")
 
 
@@ -26,7 +28,7 @@ class TensorBoardLogger:
         self._open = SummaryWriter
         self._writer: SummaryWriter | None = None
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: EpochRecord) -> None:
         """Write an epoch's line of metrics; what an earlier process wrote from this epoch on no longer counts."""
         epoch = record["epoch"]
         if self._writer is None:

@@ -18,7 +18,7 @@ from fastgate.models.hooks import copy_network
 from fastgate.optim import parameter_groups
 from fastgate.pruning.compaction import compact
 from fastgate.pruning.config import Phase
-from fastgate.pruning.costs import macs
+from fastgate.pruning.costs import flops, macs
 from fastgate.pruning.decisions import Decisions, freeze
 from fastgate.pruning.energy import measure_inference
 from fastgate.pruning.equality import check_equal
@@ -42,6 +42,7 @@ from fastgate.training.loggers import open_logger
 from fastgate.training.matching import match_latency, match_macs
 from fastgate.training.networks import build_network, evaluate, find_plain, is_found, resolve_precision
 from fastgate.training.recipe import Recipe, change, recipe_to_dict
+from fastgate.training.records import Preprocessing, Row, Summary
 from fastgate.training.run_folder import (
     CONFIG,
     CONTROL_PREFIX,
@@ -74,6 +75,7 @@ class Run:
         command: the command line that started it, for its `config.json`; None where there was none.
         logger: where its metrics go besides `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
         model: the network without gates, in place of the recipe's.
+        count_flops: whether the summary's rows have FLOPs by fvcore's convention too, see :func:`fastgate.flops`.
     """
 
     recipe: Recipe
@@ -85,6 +87,7 @@ class Run:
     command: str | None = None
     logger: str = "none"
     model: nn.Module | None = None
+    count_flops: bool = False
 
     def load_data(self) -> Data:
         """The run's data set, on its device; own images normalised as the network's weights want them."""
@@ -206,11 +209,11 @@ def start_trainer(run: Run, data: Data, *, resume: bool) -> Trainer:
 class Outcome(NamedTuple):
     """What a run comes to: its summary, and the network in its `model.safetensors`."""
 
-    summary: dict[str, Any]
+    summary: Summary
     network: nn.Module
 
 
-def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
+def train(run: Run, *, resume: bool = False) -> Summary:
     """Train a run to its end, and its controls; returns the summary, see :func:`finish`."""
     return finish(run, resume=resume).summary
 
@@ -316,7 +319,7 @@ def train_control(
     recipe = run.recipe
     resume = resume and processes.from_main((folder / CONFIG).exists)
     if not resume:  # what was measured for one that goes on is in its folder
-        spent = gated.records[-1]["macs_training"]["total"] / (wanted * _images_trained(gated, run))
+        spent = gated.macs_training / (wanted * _images_trained(gated, run))
         recipe = control_recipe(kind, recipe, find, training=spent)
     control = replace(run, recipe=open_folder(folder, recipe, resume=resume), folder=folder, control=kind)
     trainer = start_trainer(control, data, resume=resume)
@@ -341,7 +344,7 @@ def _save_network(network: nn.Module, run: Run, data: Data) -> None:
         save(network, run.folder / NETWORK, metadata={**metadata, "written": written})
 
 
-def describe_data(data: Data) -> dict[str, Any]:
+def describe_data(data: Data) -> Preprocessing:
     """What whoever uses the network has to know of its images, as plain data."""
     return {
         "dataset": data.name,
@@ -360,12 +363,14 @@ def _write_summary(
     decisions: Decisions | None,
     *,
     difference: float | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     trainer = next(iter(trainers.values()))
     test = data.evaluation("test", _bounded(_EVALUATION_BATCH, data), channels_last=True)
     timed = data.evaluation("test", _bounded(_LATENCY_BATCH, data), channels_last=True)
     rows = measure_networks(networks, data, timed)
     for name, row in rows.items():
+        if run.count_flops:
+            row["flops"] = flops(networks[name], data.image_size)
         if name in ("gated", "compact") or name in trainers:
             row["accuracy"] = evaluate(networks[name], test, trainer.dtype, num_classes=data.num_classes)["accuracy"]
         if name == "compact" and decisions is not None:
@@ -374,10 +379,10 @@ def _write_summary(
             history = trainers[name].records
             row["open_ratio"] = history[-1]["open_ratio"]
             row["validation_accuracy"] = history[-1]["eval"]["accuracy"] if "validation" in data.splits else None
-            row["macs_training"] = history[-1]["macs_training"]["total"]
+            row["macs_training"] = trainers[name].macs_training
             row["seconds_training"] = sum(line["seconds"]["train"] for line in history)
             row["joules_training"], row["joules_evaluation"] = sum_joules(history, "train"), sum_joules(history, "eval")
-    summary: dict[str, Any] = {
+    summary: Summary = {
         "rows": rows,
         "recipe": recipe_to_dict(run.recipe),
         "image_size": list(data.image_size),
@@ -395,11 +400,13 @@ def _write_summary(
         summary["max_abs_difference"] = difference
         summary["polarization"] = decisions.polarization
         summary["lowest_unanimity"] = min(float(gate.unanimity.min()) for gate in decisions.values())
+    if trainer.search is not None:
+        summary["gate_macs"] = {name: int(cost.sum()) for name, cost in trainer.search.gate_macs.items()}
     write_atomically(run.folder / SUMMARY, json.dumps(summary, indent=2))
     return summary
 
 
-def measure_networks(networks: dict[str, nn.Module], data: Data, batches: Any) -> dict[str, dict[str, Any]]:
+def measure_networks(networks: dict[str, nn.Module], data: Data, batches: Any) -> dict[str, Row]:
     """MACs, parameters, latency of one image, images per second and joules per image, on one batch of real images.
 
     Times are medians with their lower and upper quartile over the rounds; `load_average` is the machine's over the

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from fastgate import processes
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.training.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from fastgate.training.records import Config, EpochRecord
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 DECISIONS, CHOICES = "decisions.json", "choices.json"
@@ -18,7 +18,7 @@ CONTROL_PREFIX = "control-"
 def write_config(folder: Path, recipe: Recipe, *, control: str | None = None, command: str | None = None) -> None:
     """Make the folder of a new run, with what it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: Config = {
         "recipe": recipe_to_dict(recipe),
         "control": control,
         "command": command,
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> Recipe:
         raise ValueError(f"{config}: expected the configuration of a run, got {error}; the file is foreign") from error
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[EpochRecord]:
     """The record of every finished epoch of a run; none before the first is finished.
 
     Raises:

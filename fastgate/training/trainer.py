@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastgate.training import distributed
 from fastgate.training.callbacks import Callback, Checkpoints, MetricsFile
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.lock import locked
+from fastgate.training.records import EpochRecord
 from fastgate.training.run_folder import CHECKPOINT
 from fastgate.training.step import CudaGraphs, Measure, TrainingStep, can_be_captured
 from fastgate.values import Forward, device_of, tensors_in, to_device_of
@@ -126,7 +127,7 @@ class Trainer:
         self.device = device_of(model) or torch.device("cpu")
         self.epoch = 0
         self.step = 0
-        self.records: list[dict[str, Any]] = []
+        self.records: list[EpochRecord] = []
         self.callbacks = [*callbacks]
         if self.folder is not None:
             have = {type(callback) for callback in callbacks}
@@ -161,6 +162,11 @@ class Trainer:
     def sums(self) -> dict[str, Tensor]:
         """What this epoch's steps add up to, by name."""
         return self.training_step.sums
+
+    @property
+    def macs_training(self) -> int:
+        """MACs of all forward passes in training so far; 0 where those of the network are unknown."""
+        return self._totals["macs"]
 
     def fit(self) -> None:
         """Train to the last epoch.
@@ -287,7 +293,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         self._check_finite(self.sums["loss"])
         steps = len(self.train_loader)
-        record: dict[str, Any] = {"epoch": self.epoch + 1}
+        record: EpochRecord = {"epoch": self.epoch + 1}
         if self.evaluate is not None:
             self._tell("on_eval_begin")
             record["eval"] = dict(self.evaluate(self.model))
@@ -303,7 +309,7 @@ class Trainer:
         self.records.append(record)
         self._tell("on_epoch_end", record)
 
-    def _describe_search(self) -> dict[str, Any]:
+    def _describe_search(self) -> EpochRecord:
         """The epoch's gates and MACs; a network without gates is open and never settles anything."""
         described: dict[str, Any] = {
             "open_ratio": 1.0, "polarization": 0.0, "macs": self.macs, "frozen": False, "max_abs_difference": 0.0,
@@ -320,7 +326,7 @@ class Trainer:
                 "total": self._totals["macs"],
                 "all_open_total": self._totals["all_open"],
             }
-        return described
+        return cast(EpochRecord, described)
 
     def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
         """By their classes, those of one class numbered."""
