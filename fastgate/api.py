@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgate.gates import named_gates
 from fastgate.modes import eval_mode
-from fastgate.training.records import Summary
+
+if TYPE_CHECKING:  # importing fastgate loads nothing of training
+    from fastgate.training.records import Summary
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Trained:
     """
 
     network: nn.Module
-    summary: Summary
+    summary: "Summary"
     folder: Path
 
 

@@ -2,14 +2,9 @@
 
 from typing import NamedTuple
 
-import torch
-
-from fastgate.pruning.costs import gate_costs
 from fastgate.pruning.decisions import GateDecision
 from fastgate.reports.quantities import UNKNOWN, format_si
 from fastgate.reports.runs import RunRecord
-from fastgate.training.networks import build_network
-from fastgate.training.recipe import recipe_from_dict
 
 
 class SortableCell(NamedTuple):
@@ -29,8 +24,8 @@ def trace_gates(run: RunRecord) -> dict[str, list[float]]:
 
 
 def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
-    """Column -> cell, for every gate in forward order."""
-    costs = _count_costs(run)
+    """Column -> cell, for every gate in forward order; MACs only where the run's summary has them."""
+    costs = (run.summary or {}).get("gate_macs", {})
     rows = []
     for index, (name, trace) in enumerate(trace_gates(run).items(), 1):
         decision = run.decisions.get(name) if run.decisions else None
@@ -41,7 +36,8 @@ def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
         row["open"] = SortableCell(f"{trace[-1]:.1%}", trace[-1])
         row["decision"] = _UNKNOWN if decision is None else _describe_decision(decision)
         row["unanimity"] = _UNKNOWN if decision is None else _describe_unanimity(decision)
-        row["MACs"] = _UNKNOWN if name not in costs else SortableCell(format_si(costs[name]), costs[name])
+        if costs:
+            row["MACs"] = SortableCell(format_si(costs[name]), costs[name])
         rows.append(row)
     return rows
 
@@ -60,19 +56,3 @@ def _describe_decision(decision: GateDecision) -> SortableCell:
 def _describe_unanimity(decision: GateDecision) -> SortableCell:
     lowest = float(decision.unanimity.min())
     return SortableCell(f"{lowest:.1%}", lowest)
-
-
-def _count_costs(run: RunRecord) -> dict[str, int]:
-    """MACs that each gate switches; nothing before the summary says how large the images are.
-
-    Nor for a recipe of a version whose networks this one does not build.
-    """
-    if run.summary is None or "image_size" not in run.summary:
-        return {}
-    try:
-        recipe = recipe_from_dict(run.config["recipe"])
-    except ValueError:
-        return {}
-    with torch.random.fork_rng(devices=[]):  # building a network draws its weights
-        network = build_network(recipe, run.summary["image_size"], num_classes=1)
-    return {name: int(cost.sum()) for name, cost in gate_costs(network, run.summary["image_size"]).items()}

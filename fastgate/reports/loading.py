@@ -4,7 +4,8 @@ from typing import Any
 
 from fastgate.reports.runs import RunRecord
 from fastgate.training.data.interface import RESIZED
-from fastgate.training.pipeline import NETWORK
+from fastgate.training.records import Preprocessing
+from fastgate.training.run_folder import NETWORK
 
 _CODE = """import fastgate as fg
 import torch
@@ -24,14 +25,13 @@ with torch.inference_mode():
 def explain_loading(run: RunRecord) -> dict[str, Any] | None:
     """The code, and what in it the run folder does not say; None before the run is finished.
 
-    The summary's `preprocessing` says `mean` and `std` per channel, of images scaled to 0..1, and `class_names` by
-    label (None where they have none). Summaries of earlier versions know the size of the images alone.
+    Summaries of earlier versions have the size of the images alone, no `preprocessing`.
     """
     if run.summary is None or "image_size" not in run.summary:
         return None
     channels, height, width = run.summary["image_size"]
-    known = run.summary.get("preprocessing") or {}
-    if str(known.get("dataset", "")).startswith("folder:"):  # as the images of folders are read
+    known = run.summary.get("preprocessing", Preprocessing())
+    if known.get("dataset", "").startswith("folder:"):  # as the images of folders are read
         sized = [f"v2.Resize({round(height * RESIZED)})", f"v2.CenterCrop({height})", "v2.ToImage()"]
     else:
         sized = ["v2.ToImage()", f"v2.Resize(({height}, {width}))"]

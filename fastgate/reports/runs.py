@@ -1,6 +1,5 @@
 """Run folders read back, finished or still in progress, of this version and of earlier ones."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,7 +8,8 @@ from typing import Any, NamedTuple
 
 from fastgate.pruning.decisions import Decisions
 from fastgate.reports.recipes import RecipeFacts, read_recipe
-from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY, read_history
+from fastgate.training.records import Config, EpochRecord, Summary
+from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, read_history, read_json, read_summary
 
 
 class Phase(NamedTuple):
@@ -36,9 +36,9 @@ class RunRecord:
 
     folder: Path
     recipe: RecipeFacts
-    config: dict[str, Any]
-    history: list[dict[str, Any]]
-    summary: dict[str, Any] | None
+    config: Config
+    history: list[EpochRecord]
+    summary: Summary | None
     decisions: Decisions | None
     controls: dict[str, "RunRecord"]
 
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ValueError: the folder holds no run, or a damaged one.
     """
-    summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    summary = read_summary(folder)
     config = _read_config(folder, summary)
     decisions = folder / DECISIONS
     controls = [path.parent for path in sorted(folder.glob(f"{CONTROL_PREFIX}*/{CONFIG}"))]
@@ -84,7 +84,7 @@ def look_up(record: Mapping[str, Any], *path: str) -> Any:
     return value
 
 
-def _name_phase(line: Mapping[str, Any], recipe: RecipeFacts, epochs: int) -> str | None:
+def _name_phase(line: EpochRecord, recipe: RecipeFacts, epochs: int) -> str | None:
     """The phase of an epoch, by its line of metrics; None where there are no gates.
 
     Lines of earlier versions do not say it: gates that are frozen there were held open in the first epochs, and
@@ -93,31 +93,22 @@ def _name_phase(line: Mapping[str, Any], recipe: RecipeFacts, epochs: int) -> st
     if not line.get("gates"):
         return None
     if "phase" in line:
-        return str(line["phase"])
+        return line["phase"]
     if not line["frozen"]:
         return "search"
     held_open = line["open_ratio"] == 1.0 and line["epoch"] <= round((recipe.open_until or 0.0) * epochs)
     return "open" if held_open else "settled"
 
 
-def _read_config(folder: Path, summary: dict[str, Any] | None) -> dict[str, Any]:
+def _read_config(folder: Path, summary: Summary | None) -> Config:
     file = folder / CONFIG
+    config: Config
     if file.is_file():
-        config = _read_json(file)
+        config = read_json(file)
     elif summary is not None:
-        config = {key: summary[key] for key in ("recipe", "environment") if key in summary}
+        config = {"recipe": look_up(summary, "recipe"), "environment": look_up(summary, "environment")}
     else:
         raise ValueError(f"{folder}: expected a run folder with {CONFIG}, found none")
     if not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{file}: expected the configuration of a run with its recipe, got none; the file is foreign")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; the file is damaged") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; the file is foreign")
-    return content

@@ -102,8 +102,11 @@ class Row(TypedDict, total=False):
 Rows = Mapping[str, Row]
 
 
-class Preprocessing(TypedDict):
-    """What whoever uses a network has to know of its images: `mean` and `std` per channel, of images scaled to 0..1."""
+class Preprocessing(TypedDict, total=False):
+    """What whoever uses a network has to know of its images: `mean` and `std` per channel, of images scaled to 0..1.
+
+    `class_names` are by label, None where the data set has none.
+    """
 
     dataset: str
     image_size: list[int]

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from fastgate import processes
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.training.recipe import Recipe, recipe_from_dict, recipe_to_dict
-from fastgate.training.records import Config, EpochRecord
+from fastgate.training.records import Config, EpochRecord, Summary
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 DECISIONS, CHOICES = "decisions.json", "choices.json"
@@ -53,6 +54,31 @@ def read_history(folder: Path) -> list[EpochRecord]:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a JSON object per line, got {error}; the file is damaged") from error
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """The summary of a finished run; None where there is none yet.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    summary: Summary | None = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    return summary
+
+
+def read_json(path: Path) -> Any:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; the file is damaged") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; the file is foreign")
+    return content
 
 
 def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
