@@ -97,13 +97,14 @@ def _average(runs: list[Mapping[str, Any]], baseline: Mapping[str, Any]) -> dict
     return {**ours, **kept, "open_range": open_range, "seeds": [run["recipe"]["seed"] for run in each]}
 
 
-def _against(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
-    share = run["flops"] / baseline["flops"]
+def _against(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float | None]:
+    counted = run["flops"] is not None and baseline["flops"] is not None
+    share = run["flops"] / baseline["flops"] if counted else None
     return {
         "drop": baseline["accuracy"] - run["accuracy"],
         "unpruned": baseline["accuracy"],
         "flops_share": share,
-        "flops_cut": 100 * (1 - share),
+        "flops_cut": None if share is None else 100 * (1 - share),
     }
 
 

@@ -133,7 +133,8 @@ def _plot_ours(axis: Any, result: Mapping[str, Any], x: Any, measure: str, *, pl
     for kind, (style, color, label) in _STYLES.items():
         if kind == "plain" and not plain:
             continue
-        if points := sorted((x(row), row[measure]) for row in ours[kind]):
+        known = [row for row in ours[kind] if x(row) is not None]  # FLOPs that an earlier version did not record
+        if points := sorted((x(row), row[measure]) for row in known):
             axis.plot(*zip(*points, strict=True), style, color=color, label=label)
 
 

@@ -50,7 +50,7 @@ def _flops(row: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     millions = value if row.get("macs") is None else value / 1e6  # the paper counts in millions
-    return f"{millions:.2f} ({share:.2f})"
+    return f"{millions:.2f}" + ("" if share is None else f" ({share:.2f})")
 
 
 def _macs(row: Mapping[str, Any]) -> str:

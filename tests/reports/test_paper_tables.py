@@ -114,6 +114,18 @@ def test_files_hold_the_result(target: str, tmp_path: Path) -> None:
     assert imread(tmp_path / f"{target}.png").std() > 0.05  # something is drawn
 
 
+@pytest.mark.parametrize("target", ["table2", "table3", "figure4"])
+def test_flops_that_an_earlier_version_did_not_record_are_left_out(target: str, tmp_path: Path) -> None:
+    plan = plan_target(target, "full")
+    measured = {run.name: measures(90.0, 10**8) | {"flops": None} for run in plan.runs}
+    result = collect(plan, measured, naive=[] if target == "figure4" else None)
+    ours = [row["ours"] for row in result["rows"] if row["ours"] is not None]
+    assert ours and all(row["flops"] is row["flops_share"] is row["flops_cut"] is None for row in ours)
+    page = write_result(result, tmp_path).read_text()
+    assert "nan" not in page and "None" not in page
+    assert imread(tmp_path / f"{target}.png").std() > 0.05
+
+
 def test_no_figure_of_an_unfinished_result(tmp_path: Path) -> None:
     write_result(made_up("table4", **{"layer-lambda3-gumbel": None}), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table4.json", "table4.md"]
