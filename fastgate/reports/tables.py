@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
+from fastgate.reports.comparison import Comparison, Group, Measure
 from fastgate.reports.console import print_lines, print_table
 from fastgate.reports.quantities import UNKNOWN, format_joules, format_si, shorten
 from fastgate.reports.recipes import read_recipe
@@ -113,7 +114,7 @@ def _percent(value: float | None, of: float | None) -> str:
     return UNKNOWN if value is None or not of else f"{100 * value / of:.1f}"
 
 
-def print_comparison(comparison: dict[str, Any], console: Console | None = None) -> None:
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print what :func:`fastgate.reports.comparison.compare_runs` found, all runs in one table."""
     console = console or Console()
     groups = comparison["groups"]
@@ -155,7 +156,7 @@ def print_comparison(comparison: dict[str, Any], console: Console | None = None)
     print_lines(lines, console)
 
 
-def _describe_group(number: int | None, group: Mapping[str, Any]) -> str:
+def _describe_group(number: int | None, group: Group) -> str:
     recipe, reached = read_recipe(group["recipe"]), group["share_reached"]
     target = describe_target(recipe, None if reached is None else reached["mean"])
     parts = [
@@ -172,7 +173,7 @@ def _gates(gating: str | None) -> str:
     return "no gates" if gating == "none" else f"{gating or UNKNOWN} gates"
 
 
-def _spread(measure: dict[str, Any] | None, sign: str = "") -> str:
+def _spread(measure: Measure | None, sign: str = "") -> str:
     """Mean and spread of a share, in percent."""
     if measure is None:
         return UNKNOWN
