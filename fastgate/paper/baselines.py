@@ -19,7 +19,7 @@ from fastgate.training.data import Loader
 from fastgate.training.networks import evaluate
 
 SHARES = (0.2, 0.3, 0.5, 0.6, 0.8)
-# a single draw says little: which layers go decides
+# a single draw says little: much depends on which layers go
 DRAWS = 3
 
 
@@ -42,7 +42,7 @@ def drop_layers(model: nn.Module, share: float, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     gated = attach(copy.deepcopy(model), "layer")
     gates = [gate for _, gate in named_gates(gated)]
-    # halves upwards: round() would go to the even number
+    # halves are rounded up: round() would take the even number
     closed = set(torch.randperm(len(gates), generator=generator)[: math.floor(share * len(gates) + 0.5)].tolist())
     for index, gate in enumerate(gates):
         gate.freeze(torch.tensor([index not in closed]))

@@ -1,4 +1,4 @@
-"""What a finished run is worth: the columns of the paper's tables, and what training it took."""
+"""What a finished run measured: the columns of the paper's tables, and the cost of its training."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def _mean(channels: list[float]) -> float:
 
 
 def _conditions(summary: Summary) -> str:
-    """What the run ran on, in words."""
+    """The data, the recipe and the machine of a run, in words."""
     environment, recipe = summary["environment"], list_values(recipe_from_dict(summary["recipe"]))
     gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
     on_gpu = summary["device"].startswith("cuda")

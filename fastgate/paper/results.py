@@ -1,4 +1,4 @@
-"""The paper's rows beside ours, as plain values for JSON."""
+"""The paper's rows next to ours, as plain values for JSON."""
 
 import statistics
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Run what a table needs: every run in a folder of its own, resumed or reused where it is there already."""
+"""Run what a table needs: every run in a folder of its own, resumed or reused if it is already there."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _OWN_FIELDS = {"network", "widths", "gating"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs lie and what they work on; `command` is the command line that asked for them."""
+    """Where runs are kept, their data and their device; `command` is the command line that asked for them."""
 
     output: Path
     data_root: str | None = None
@@ -65,7 +65,7 @@ def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:
 
 
 def _check(plan: Plan, place: Place) -> None:
-    """Refuse before the first hour of training what would end it later."""
+    """Refuse before any training what would fail after hours of it."""
     if place.output.exists() and not place.output.is_dir():
         raise ValueError(f"output: expected a folder, got the file {place.output}")
     for planned in plan.runs:

@@ -1,4 +1,4 @@
-"""Under which conditions runs were made: machine, versions, precision, command, recipe."""
+"""The conditions under which runs were made: machine, versions, precision, command, recipe."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""What the gates of a run did: their map over the epochs, and a table of how each ended."""
+"""The gates of a run: their open ratios over the epochs, and a table of how each of them ended."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from fastgate.reports.runs import RunRecord
 
 
 class SortableCell(NamedTuple):
-    """What a cell says and what its column is sorted by; an unknown value has no key and comes last."""
+    """The text of a cell and the key that its column is sorted by; an unknown value has no key and comes last."""
 
     text: str
     key: float | None
@@ -18,7 +18,7 @@ _UNKNOWN = SortableCell(UNKNOWN, None)
 
 
 def trace_gates(run: RunRecord) -> dict[str, list[float]]:
-    """Gate -> its open ratio in every epoch, in forward order; a decided gate's stays what it is."""
+    """Gate -> its open ratio in every epoch, in forward order; that of a decided gate no longer changes."""
     names = run.history[-1].get("gates", ()) if run.history else ()
     return {name: [_mean(line["gates"][name]) for line in run.history] for name in names}
 

@@ -1,4 +1,4 @@
-"""How the network of a run is loaded and fed, as code to copy."""
+"""How the network of a run is loaded and used, as code to copy."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ with torch.inference_mode():
 
 
 def explain_loading(run: RunRecord) -> dict[str, Any] | None:
-    """The code, and what in it the run folder does not say; None before the run is finished.
+    """The code, and what is missing in it because the run did not record it; None before the run is finished.
 
     Summaries of earlier versions have the size of the images alone, no `preprocessing`.
     """

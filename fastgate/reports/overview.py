@@ -24,9 +24,9 @@ class Column:
         field: the entry of a summary's row.
         form: writes a value.
         shared: whether to add the share of the unpruned network's value.
-        absent: what stands for a value that could not be had; one that does not apply, or that the run's version did
-            not record, is a dash.
-        spread: the entry of the quartiles, if it is measured over rounds.
+        absent: what stands for a value that could not be measured; one that does not apply, or that the run's version
+            did not record, is a dash.
+        spread: the entry of its quartiles, if it is measured over rounds.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Column:
 
 
 class Cell(NamedTuple):
-    """What a cell says, and smaller remarks below it."""
+    """The text of a cell, and smaller remarks below it."""
 
     text: str
     notes: tuple[str, ...] = ()

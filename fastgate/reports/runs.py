@@ -27,10 +27,10 @@ class RunRecord:
     Attributes:
         folder: where it lies.
         recipe: what was trained.
-        config: `config.json`; of a folder that kept its summary alone, what of it stands there too.
+        config: `config.json`; in a folder that kept only its summary, what the summary repeats of it.
         history: `metrics.jsonl`, a record per finished epoch.
         summary: `summary.json`; None while the run is in progress.
-        decisions: of its gates; None before they were decided, and for a plain network.
+        decisions: of its gates; None before they are made, and for a plain network.
         controls: name -> the run in the subfolder `control-<name>`.
     """
 
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def look_up(record: Mapping[str, Any], *path: str) -> Any:
-    """What stands at a path in a record; None where it is missing: what a version did not write is not known."""
+    """The value at a path in a record; None where it is missing, as what a version did not write."""
     value: Any = record
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -87,7 +87,7 @@ def look_up(record: Mapping[str, Any], *path: str) -> Any:
 def _name_phase(line: EpochRecord, recipe: RecipeFacts, epochs: int) -> str | None:
     """The phase of an epoch, by its line of metrics; None where there are no gates.
 
-    Lines of earlier versions do not say it: gates that are frozen there were held open in the first epochs, and
+    Earlier versions did not write it: gates that are frozen there were held open in the first epochs, and
     decided after that.
     """
     if not line.get("gates"):

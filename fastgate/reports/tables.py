@@ -1,6 +1,6 @@
 """Results in the terminal: every table fits 80 columns as long as its numbers have their usual lengths.
 
-A dash is what is not known or does not apply.
+A dash stands for what is not known or does not apply.
 """
 
 import os
@@ -83,7 +83,7 @@ def _range(quartiles: Sequence[float]) -> str:
 
 
 def _print_training(summary: Summary, console: Console) -> None:
-    """What training each network took in all, next to the unpruned one."""
+    """What training each network took in total, compared with the unpruned one."""
     rows = summary["rows"]
     trained = {name: row for name, row in rows.items() if "seconds_training" in row}
     if not trained:

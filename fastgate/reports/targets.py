@@ -1,4 +1,4 @@
-"""What share of the network's cost was asked for, and what the compact network came to."""
+"""What share of the network's cost was asked for, and what the compact network reached."""
 
 from fastgate.reports.recipes import RecipeFacts
 from fastgate.reports.runs import look_up
@@ -11,7 +11,7 @@ _COSTS = {"macs": ("macs", "MACs"), "params": ("parameters", "parameters"), "lat
 def share_reached(recipe: RecipeFacts, rows: Rows) -> float | None:
     """The compact network's share of the unpruned one's cost, the one that the target is of; None where unknown.
 
-    A share of latency is the one measured at the end, not what the search went by.
+    A share of latency is the one measured at the end, not the one that the search aimed at.
     """
     field, _ = _COSTS[recipe.cost]
     small, whole = look_up(rows, "compact", field), look_up(rows, "unpruned", field)

@@ -1,4 +1,4 @@
-"""Whether measured times can be trusted: their spread over the rounds, and who else used the machine."""
+"""Whether measured times can be trusted: their spread over the rounds, and the load of the machine."""
 
 from collections.abc import Mapping
 from typing import Any

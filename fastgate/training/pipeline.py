@@ -56,22 +56,22 @@ from fastgate.training.spending import sum_joules
 from fastgate.training.trainer import Trainer
 
 _EVALUATION_BATCH, _LATENCY_BATCH = 500, 256
-# of larger images fewer, as many pixels in all: a batch lives in memory with everything that is computed from it
+# larger images go in smaller batches of as many pixels: a batch is in memory together with all its activations
 _SIDE = 64
 
 
 def _bounded(batch_size: int, data: Data) -> int:
-    """A batch size that need not be what it is, or what the data set's images are small enough for."""
+    """A batch size that results do not depend on, reduced where the data set's images are large."""
     _, height, width = data.image_size
     return max(1, min(batch_size, batch_size * _SIDE**2 // (height * width)))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lies and what it works on.
+    """A run: its recipe, its folder, its data and its device.
 
     Attributes:
-        control: what kind of control of another run this one is.
+        control: which kind of control of another run this is; None for a run of its own.
         command: the command line that started it, for its `config.json`; None where there was none.
         logger: where its metrics go besides `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
         model: the network without gates, in place of the recipe's.
@@ -90,7 +90,7 @@ class Run:
     count_flops: bool = False
 
     def load_data(self) -> Data:
-        """The run's data set, on its device; own images normalised as the network's weights want them."""
+        """The run's data set, on its device; own images normalised as the network's pretrained weights expect."""
         options = self.recipe.data
         wanted: dict[str, Any] = {}
         with distributed.first_of_node():
@@ -207,7 +207,7 @@ def start_trainer(run: Run, data: Data, *, resume: bool) -> Trainer:
 
 
 class Outcome(NamedTuple):
-    """What a run comes to: its summary, and the network in its `model.safetensors`."""
+    """What a run results in: its summary, and the network in its `model.safetensors`."""
 
     summary: Summary
     network: nn.Module
@@ -232,8 +232,8 @@ def finish(run: Run, data: Data | None = None, *, resume: bool = False) -> Outco
     by_name = [kind for kind in run.recipe.run.controls if kind.startswith("equal-")]
     if run.model is not None and by_name:
         raise ValueError(
-            f"control: {by_name[0]} is for networks by name, whose depth and widths can be chosen, got a network; "
-            "leave it out, or train a smaller network of your own as another run"
+            f"control: {by_name[0]} needs a network given by name, whose depth and widths can be chosen, got a network "
+            "object; leave it out, or train a smaller network of your own in another run"
         )
     with locked(run.folder):
         return _finish(run, data, resume=resume)
@@ -270,7 +270,7 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     networks = {kind: control.model for kind, control in controls.items()}
     if "unpruned" not in networks:
         plain = change(run.recipe, gating="none", control="none")
-        networks["unpruned"], _ = _build(replace(run, recipe=plain), data)  # it is timed
+        networks["unpruned"], _ = _build(replace(run, recipe=plain), data)  # only to be timed
     own = {**({"gated": trainer.model} if gated else {}), "compact": small}
     networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
     summary = processes.from_main(
@@ -280,7 +280,7 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
 
 
 def _build(run: Run, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
-    """The run's network, and what is to be said of it."""
+    """The run's network, and notes on it for the user."""
     plain: nn.Module | None = run.model
     notes: tuple[str, ...] = ()
     if plain is not None:
@@ -298,13 +298,13 @@ def train_control(
     """Train a control of a run, see :data:`~fastgate.training.recipe.CONTROLS`, in a folder inside the run's.
 
     Args:
-        kind: of control.
+        kind: which control.
         run: the gated run.
         data: its data.
         decisions: what its search found.
         compact: its compact network.
         gated: its trainer, at the end.
-        resume: go on with what is in the folder, if anything is.
+        resume: continue the control that is in the folder, if there is one.
     """
     folder = run.folder / f"{CONTROL_PREFIX}{kind}"
     wanted = macs(compact, data.image_size)
@@ -318,7 +318,7 @@ def train_control(
 
     recipe = run.recipe
     resume = resume and processes.from_main((folder / CONFIG).exists)
-    if not resume:  # what was measured for one that goes on is in its folder
+    if not resume:  # a resumed control has its measured recipe in its folder
         spent = gated.macs_training / (wanted * _images_trained(gated, run))
         recipe = control_recipe(kind, recipe, find, training=spent)
     control = replace(run, recipe=open_folder(folder, recipe, resume=resume), folder=folder, control=kind)
@@ -345,7 +345,7 @@ def _save_network(network: nn.Module, run: Run, data: Data) -> None:
 
 
 def describe_data(data: Data) -> Preprocessing:
-    """What whoever uses the network has to know of its images, as plain data."""
+    """What users of the network have to know about its images."""
     return {
         "dataset": data.name,
         "image_size": list(data.image_size),

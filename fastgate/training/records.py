@@ -103,7 +103,7 @@ Rows = Mapping[str, Row]
 
 
 class Preprocessing(TypedDict, total=False):
-    """What whoever uses a network has to know of its images: `mean` and `std` per channel, of images scaled to 0..1.
+    """What users of a network have to know about its images: `mean` and `std` per channel, of images scaled to 0..1.
 
     `class_names` are by label, None where the data set has none.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run: what its files are called, and its `config.json`."""
+"""The folder of a run: the names of its files, and how they are written and read."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ CONTROL_PREFIX = "control-"
 
 
 def write_config(folder: Path, recipe: Recipe, *, control: str | None = None, command: str | None = None) -> None:
-    """Make the folder of a new run, with what it is."""
+    """Create the folder of a new run, with its `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     content: Config = {
         "recipe": recipe_to_dict(recipe),
@@ -82,10 +82,10 @@ def read_json(path: Path) -> Any:
 
 
 def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
-    """The recipe in force: that of a new run, or the one in its folder where it goes on.
+    """The recipe in force: the one given, or for a resumed run the one in its folder.
 
     Raises:
-        ValueError: a new run in a folder that holds one, or nothing to go on with.
+        ValueError: a new run in a folder that holds one, or nothing to resume.
     """
 
     def find_recipe() -> Recipe:
@@ -93,8 +93,8 @@ def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
             return read_config(folder)
         if (folder / CONFIG).exists():
             raise ValueError(
-                f"{folder}: expected a new or empty folder, got one that holds a run; go on with --resume, or choose "
-                "another --output"
+                f"{folder}: expected a new or empty folder, got one that holds a run; resume it with --resume, or "
+                "choose another --output"
             )
         return recipe
 

@@ -1,4 +1,4 @@
-"""Seconds and joules of an epoch, kept over interruptions, and of a run; of all its processes together."""
+"""Seconds and joules of an epoch, kept across interruptions, and of a run; of all its processes together."""
 
 import platform
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Spending:
         microjoules: an integer, so that parts add up exactly; None if unknown.
         error_bound_joules: of the sum; None if unknown.
         source: where the joules come from; see :class:`fastgate.energy.Energy`.
-        warnings: what the meter said, each once.
+        warnings: those of the meter, each once.
         per_device: joules by device, None where unknown or while its counter has not moved.
     """
 

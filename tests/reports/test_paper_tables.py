@@ -85,7 +85,7 @@ def test_what_is_missing_says_why() -> None:
     text = printed(result)
     assert "ours: none, see below" in text and "ours: none yet" in text
     assert "plain ResNet, MACs of STE (CIFAR-10): no plain network within 2%." in text
-    assert "1 runs are still to come: the same command goes on with them." in text
+    assert "Runs still to come: 1; the same command continues with them." in text
 
 
 def test_quoted_rows_say_whose_they_are() -> None:
