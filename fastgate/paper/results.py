@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastgate import schedules
+from fastgate.paper.baselines import NaivePoint
 from fastgate.paper.targets import Plan, Row
 
 FORMAT, VERSION = "fastgate-paper", 1
@@ -19,7 +20,7 @@ _MAP_EPOCHS = 50
 
 
 def collect(
-    plan: Plan, measured: Mapping[str, Mapping[str, Any]], naive: list[dict[str, Any]] | None = None
+    plan: Plan, measured: Mapping[str, Mapping[str, Any]], naive: list[NaivePoint] | None = None
 ) -> dict[str, Any]:
     """A table's result so far.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastgate.paper.baselines import measure_naive
+from fastgate.paper.baselines import NaivePoint, measure_naive
 from fastgate.paper.measures import measure_run
 from fastgate.paper.recipes import PlannedRun
 from fastgate.paper.results import collect
@@ -111,7 +111,7 @@ def _finish(planned: PlannedRun, place: Place, measured: Mapping[str, Mapping[st
     return measure_run(folder, summary)
 
 
-def _naive_points(planned: PlannedRun, place: Place) -> list[dict[str, Any]]:
+def _naive_points(planned: PlannedRun, place: Place) -> list[NaivePoint]:
     run = place.run(planned, planned.recipe)
     dataset = run.load_data()
     model = load(run.folder / NETWORK).to(run.device).to(memory_format=torch.channels_last)
