@@ -29,7 +29,7 @@ for epoch in range(epochs):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    search.refresh(loader)  # running statistics of the network as it is now: before an evaluation
+    search.refresh(loader)  # recompute running statistics before an evaluation
     model.eval()
     with torch.no_grad():
         accuracy = sum(float((model(x).argmax(1) == y).float().mean()) for x, y in test_loader)

@@ -264,10 +264,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     fg.save(small_resnet(), tmp_path / "other.safetensors")
     for arguments, said in (
         ((run,), "--onnx, --pt2: expected a file to write, got neither"),
-        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16: expected --onnx beside them"),
+        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16: expected --onnx as well"),
         (
             (tmp_path / "other.safetensors", "--onnx", onnx),
-            "does not say the size of its images; pass --input-size C,H,W",
+            "does not contain the image size; pass --input-size C,H,W",
         ),
         ((tmp_path / "other.safetensors", "--onnx", onnx, "--input-size", "3,x"), "--input-size: expected C,H,W"),
     ):
