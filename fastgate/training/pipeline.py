@@ -319,7 +319,7 @@ def train_control(
     recipe = run.recipe
     resume = resume and processes.from_main((folder / CONFIG).exists)
     if not resume:  # a resumed control has its measured recipe in its folder
-        spent = gated.macs_training / (wanted * _images_trained(gated, run))
+        spent = gated.macs_spent / (wanted * _images_trained(gated, run))
         recipe = control_recipe(kind, recipe, find, training=spent)
     control = replace(run, recipe=open_folder(folder, recipe, resume=resume), folder=folder, control=kind)
     trainer = start_trainer(control, data, resume=resume)
@@ -379,7 +379,7 @@ def _write_summary(
             history = trainers[name].records
             row["open_ratio"] = history[-1]["open_ratio"]
             row["validation_accuracy"] = history[-1]["eval"]["accuracy"] if "validation" in data.splits else None
-            row["macs_training"] = trainers[name].macs_training
+            row["macs_training"] = trainers[name].macs_spent
             row["seconds_training"] = sum(line["seconds"]["train"] for line in history)
             row["joules_training"], row["joules_evaluation"] = sum_joules(history, "train"), sum_joules(history, "eval")
     summary: Summary = {

@@ -165,7 +165,7 @@ class Trainer:
         return self.training_step.sums
 
     @property
-    def macs_training(self) -> int:
+    def macs_spent(self) -> int:
         """MACs of all forward passes in training so far; 0 where those of the network are unknown."""
         return self._totals["macs"]
 
