@@ -101,17 +101,25 @@ STUDIES = {
         },
         seeds=(1,),
     ),
-    # claim 1: from weights of other classes, on 10,000 images
+    # claim 1: from weights of other classes, on 10,000 images; the rate at which the plain network from scratch is best
+    # (of 0.05, 0.1, 0.2: 66, 70, 71 % on 2,500 validation images; fine-tuning is as good at 0.1, 84 %)
     "weights": Study(
-        {**_COMMON, "dataset": "cifar10", "train_images": 10_000, "epochs": 10, "weights": "resnet20"},
+        {
+            **_COMMON,
+            "dataset": "cifar10",
+            "train_images": 10_000,
+            "epochs": 10,
+            "weights": "resnet20",
+            "learning_rate": 0.2,
+        },
         {
             "unpruned": _PLAIN,
-            "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
             "layer-50": {**_LAYER, "target": 0.5, "control": _ALL},
             "channel-50": {**_CHANNEL, "target": 0.5, "control": "equal-macs,random"},
             "both-50": {**_BOTH, "target": 0.5},
             "layer-35": {**_LAYER, "target": 0.35, "control": "equal-macs"},
             "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
+            "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
         },
     ),
     "weights-resnet18": Study(
