@@ -85,7 +85,7 @@ def test_env_in_a_fresh_process() -> None:
 
 def test_tune_says_that_a_cpu_has_nothing_to_measure() -> None:
     result = run_cli("tune", "--network", "resnet8", "--device", "cpu")
-    assert (result.returncode, result.stdout.count("a rule says")) == (0, 1), result.stderr
+    assert (result.returncode, result.stdout.count("a fixed rule")) == (0, 1), result.stderr
 
 
 def foreign_network(folder: Path) -> Path:
