@@ -111,7 +111,7 @@ def foreign_network(folder: Path) -> Path:
             id="missing-data",
         ),
         pytest.param(["train", "--preset", "demo", "--device", "tpu"], "device: expected auto, cpu", id="device"),
-        pytest.param(["train", "--preset", "demo", "--device", "cuda:99"], "'cuda:99' is not there", id="cuda-99"),
+        pytest.param(["train", "--preset", "demo", "--device", "cuda:99"], "'cuda:99' does not exist", id="cuda-99"),
         pytest.param(["train", "--resume"], "--resume: expected the run folder in --output", id="resume-what"),
         pytest.param(["evaluate", "nowhere.safetensors"], "expected a network file", id="no-network"),
         pytest.param(["compact", "nowhere.pt"], "expected a checkpoint written by fastgate train", id="no-checkpoint"),
