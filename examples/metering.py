@@ -1,4 +1,4 @@
-"""Joules of any work: `python examples/metering.py`. Where nothing can be metered it says why."""
+"""Meter the energy of any code: `python examples/metering.py`. If nothing can be metered, it says why."""
 
 import torch
 import torchvision

@@ -53,7 +53,7 @@ for epoch in range(options.epochs):
         loss.backward()
         optimizer.step()
     schedule.step()
-    search.refresh(loader)  # running statistics of the network as it is now: before an evaluation
+    search.refresh(loader)  # recompute running statistics before an evaluation
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in val_loader)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastgate as fg
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-weights = sys.argv[2] if len(sys.argv) > 2 else ""  # of the network with its own classifier; timm loads them
+weights = sys.argv[2] if len(sys.argv) > 2 else ""  # a checkpoint of this network with 10 classes, loaded by timm
 torch.manual_seed(1)
 pixels, labels = load_digits(return_X_y=True)
 images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8).repeat(1, 3, 2, 2) / 8 - 1

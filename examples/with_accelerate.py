@@ -27,7 +27,7 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 search = fg.GateSearch(model, (3, 8, 8), optimizer, epochs=epochs, config=fg.SearchConfig(target=0.5))
 
 for epoch in range(epochs):
-    if search.begin_epoch(epoch, loader):  # something left the network: what wraps it has to know
+    if search.begin_epoch(epoch, loader):  # the network was pruned: wrap it again
         model = accelerator.prepare(search.model)
     model.train()
     for i, (x, y) in enumerate(loader):

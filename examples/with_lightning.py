@@ -1,4 +1,4 @@
-"""Prune in Lightning: one callback, and the module stays as it is. `python examples/with_lightning.py`."""
+"""Prune in Lightning with one callback; the module does not change. `python examples/with_lightning.py`."""
 
 import sys
 
@@ -15,19 +15,19 @@ epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 
 
 class Digits(pl.LightningModule):
-    """A module as it was before."""
+    """An ordinary module, without any pruning code."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = torchvision.models.resnet18(num_classes=10)
 
     def training_step(self, batch, index):
-        """Cross-entropy; the callback adds what the gates need."""
+        """Cross-entropy; the callback adds the gate losses."""
         x, y = batch
         return torch.nn.functional.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self):
-        """SGD, as before."""
+        """SGD, as usual."""
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 

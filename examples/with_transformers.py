@@ -1,4 +1,4 @@
-"""Prune in Hugging Face's Trainer: one callback. `python examples/with_transformers.py`."""
+"""Prune in Hugging Face's Trainer with one callback: `python examples/with_transformers.py`."""
 
 import sys
 
@@ -14,14 +14,14 @@ epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 
 
 class Classifier(torch.nn.Module):
-    """A torchvision network that is called as the Trainer calls models."""
+    """A torchvision network with the call signature that the Trainer expects."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = torchvision.models.resnet18(num_classes=10)
 
     def forward(self, pixel_values, labels=None):
-        """Logits, and their loss where there are labels."""
+        """Return the logits, and the loss if there are labels."""
         logits = self.net(pixel_values)
         loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
         return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors
 
 __version__ = "0.1.0"
 
-# where the public names are: each is imported when first used, so that `fastgate.energy` needs no torch
+# the module of each public name; names are imported on first use, so that `fastgate.energy` does not need torch
 _HOMES = {
     "fastgate": ("energy", "functional", "losses", "models", "schedules"),
     "fastgate.api": ("train",),
@@ -48,7 +48,7 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 (the test of the public names compares it with the imports above)
+__all__ = sorted(_HOME)  # noqa: PLE0605 (a test compares it with the imports above)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def main() -> Any:
-    """Run the command line; where what it needs is not installed, say so in one line."""
+    """Run the command line; if a dependency is missing, print a one-line error."""
     try:
         from fastgate.cli import main as run
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The calls of a gate that a loss is about: all of one step, whether the network ran once or several times in it."""
+"""Records the calls of a gate that a loss covers: all calls of a step, however often the network ran in it."""
 
 import threading
 import weakref
@@ -13,7 +13,7 @@ from fastgate.ops.dispatch import transforms_active
 
 
 class _Call(torch.autograd.Function):
-    """The identity on a call's decisions. Its node lives as long as the graph of what was computed from them."""
+    """Identity on a call's decisions. Its node lives as long as the autograd graph that uses them."""
 
     @staticmethod
     def forward(ctx: Any, decisions: Tensor) -> Tensor:
@@ -30,9 +30,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def can_be_recorded() -> bool:
-    """Whether a forward now is a call of its own, in plain eager autograd.
+    """Whether the current forward counts as a new call, in plain eager autograd.
 
-    Inside a backward pass it is a repetition for activation checkpointing; a compiler or `torch.func` keep no nodes.
+    A forward inside a backward pass is a recomputation for activation checkpointing; a compiler and `torch.func` keep
+    no nodes.
     """
     return (
         torch.is_grad_enabled()
@@ -43,21 +44,21 @@ def can_be_recorded() -> bool:
 
 
 class Calls:
-    """Decisions of the calls since the last loss, as far as their graph is still there.
+    """Decisions of the calls since the last loss whose graph still exists.
 
-    Nodes are held weakly: a forward whose outputs are dropped costs no memory and does not count. The replicas of
-    `nn.DataParallel` share the object with their module, from several threads.
+    Nodes are held weakly: a forward whose outputs are dropped uses no memory and does not count. The replicas of
+    `nn.DataParallel` share this object with their module, from several threads.
     """
 
     def __init__(self) -> None:
-        self.latest: Tensor | None = None  # the decisions that the last call handed out
+        self.latest: Tensor | None = None  # the decisions that the last call returned
         self._nodes: list[weakref.ref[Any]] = []
-        self._counted = False  # by a loss: the next call begins a new step
+        self._counted = False  # by a loss: the next call starts a new step
         self._lock = threading.Lock()
 
     def add(self, decisions: Tensor) -> Tensor:
-        """Record a call, by decisions with graph; they are to be used as they are returned."""
-        # hooks that do nothing: those of activation checkpointing would run the forward pass again for what is saved
+        """Record a call by its decisions (with graph); use the returned tensor in their place."""
+        # no-op hooks: those of activation checkpointing would recompute the forward for the saved tensors
         with saved_tensors_hooks(_as_it_is, _as_it_is):
             decisions = _Call.apply(decisions)
         with self._lock:
@@ -66,7 +67,7 @@ class Calls:
         return decisions
 
     def decisions(self) -> list[Tensor]:
-        """With graph, in the order of the calls; empty where the last call's graph is gone or has been used."""
+        """Recorded decisions with graph, in call order; empty if the last call's graph has been freed."""
         found: list[Tensor] = []
         for reference in self._nodes:
             node = reference()
@@ -75,5 +76,5 @@ class Calls:
         return found
 
     def count(self) -> None:
-        """A loss has taken the decisions."""
+        """Note that a loss has used the decisions."""
         self._counted = True

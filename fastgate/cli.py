@@ -52,12 +52,12 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
 app.add_typer(energy, name="energy")
 
-DataRoot = Annotated[str | None, typer.Option(help="folder with the CIFAR files; default: FASTGATE_DATA")]
+DataRoot = Annotated[str | None, typer.Option(help="folder with the CIFAR files; default: $FASTGATE_DATA")]
 Download = Annotated[bool, typer.Option("--download", help="let torchvision download CIFAR into the data root")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto is the GPU if there is one")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; auto uses the GPU if there is one")]
 
 
-# what a bad request raises, and what an extra that is not installed does
+# raised for invalid requests and for missing extras
 _ASKED_WRONG = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
@@ -79,17 +79,17 @@ def common(
 def train(
     preset: Annotated[str | None, typer.Option(help=f"one of {', '.join(PRESETS)}")] = None,
     output: Annotated[Path | None, typer.Option(help="run folder; default: runs/<preset>-<time>")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --output")] = False,
-    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="print every option's value and stop")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the run in --output")] = False,
+    show_recipe: Annotated[bool, typer.Option("--show-recipe", help="print all option values and exit")] = False,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
-    logger: Annotated[str, typer.Option(help="where metrics go besides metrics.jsonl: none or tensorboard")] = "none",
+    logger: Annotated[str, typer.Option(help="logger besides metrics.jsonl: none or tensorboard")] = "none",
     **overrides: str | None,
 ) -> None:
-    """Train a network with gates, decide, compact, check, save, and print the table.
+    """Train and prune a network: train with gates, compact, verify, save, and print a summary.
 
-    The options of the recipe, in six groups below, replace what the preset says.
+    The recipe options, in the six groups below, override the preset.
     """
     from fastgate.reports.figures import draw_energy
     from fastgate.reports.tables import print_summary
@@ -120,18 +120,18 @@ def train(
         return
     folder = processes.from_main(lambda: output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
     if resume and (folder / SUMMARY).exists() and processes.is_main():
-        typer.echo(f"{folder}: this run is finished; nothing of it is trained again", err=True)
+        typer.echo(f"{folder}: this run is already finished; nothing is trained again", err=True)
     command = shlex.join(["fastgate", *sys.argv[1:]])
     run = Run(recipe, folder, data_root, download, resolve_device(device), command=command, logger=logger)
     try:
         summary = train_run(run, resume=resume)
-    except (Interrupted, KeyboardInterrupt):  # the second comes from deciding or measuring, after a checkpoint
+    except (Interrupted, KeyboardInterrupt):  # KeyboardInterrupt: while deciding or measuring, after a checkpoint
         program = "fastgate" if processes.count() == 1 else "torchrun ... -m fastgate"
         options = f" --data-root {data_root}" if data_root else ""
         options += f" --logger {logger}" if logger != "none" else ""
         if processes.is_main():
             again = f"{program} train --output {folder} --resume{options}"
-            typer.echo(f"stopped; everything is saved. Go on with: {again}", err=True)
+            typer.echo(f"stopped; everything is saved. Resume with: {again}", err=True)
         raise typer.Exit(130) from None
     if not processes.is_main():
         return
@@ -141,12 +141,12 @@ def train(
     if gated:
         curves |= {kind: folder / f"{CONTROL_PREFIX}{kind}" for kind in recipe.run.controls}
     if draw_energy(curves, folder / "energy.png"):
-        typer.echo(f"energy over the epochs: {folder / 'energy.png'}")
+        typer.echo(f"energy per epoch: {folder / 'energy.png'}")
     typer.echo(f"run folder: {folder}")
 
 
 def _describe_recipe(recipe: Recipe) -> str:
-    """Every option's value, by section; the options of the command line spell it the same way."""
+    """List the value of every option by section, spelled as on the command line."""
     values = list_values(recipe)
     width = max(map(len, values)) + 2
     lines: list[str] = []
@@ -164,7 +164,7 @@ def _spell(value: Any) -> str:
 
 
 def _train_signature() -> inspect.Signature:
-    """`train`'s own options, then those of the recipe: an option added there is one here."""
+    """Signature with `train`'s own options, then the recipe's; new recipe options appear automatically."""
     own = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]
     extra = [
         inspect.Parameter(
@@ -201,9 +201,9 @@ app.command()(train)
 @app.command()
 def evaluate(
     network: Annotated[
-        Path, typer.Argument(help="a .safetensors or .onnx file, or a run folder that holds model.safetensors")
+        Path, typer.Argument(help="a .safetensors or .onnx file, or a run folder with model.safetensors")
     ],
-    dataset: Annotated[str | None, typer.Option(help="default: the data set it was trained on")] = None,
+    dataset: Annotated[str | None, typer.Option(help="default: the data set the network was trained on")] = None,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
@@ -218,7 +218,7 @@ def evaluate(
     model: torch.nn.Module
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu"):
-            raise ValueError(f"--device: expected cpu, where onnxruntime runs ONNX files, got {device}")
+            raise ValueError(f"--device: expected cpu, on which ONNX files are run, got {device}")
         model, where = OnnxNetwork(path), torch.device("cpu")
         metadata = model.metadata
     else:
@@ -251,14 +251,14 @@ def _data_of(
     download: bool,
     device: torch.device,
 ) -> tuple[str, "Data"]:
-    """The data set that a network file was trained on, or another one prepared for it; and its name."""
+    """Name and data of the data set that a network was trained on, or of another one preprocessed in the same way."""
     from fastgate.training.data import load_data
 
     known = json.loads(metadata.get("data", "{}"))
     if dataset is None and "recipe" in metadata:
         dataset = recipe_from_dict(json.loads(metadata["recipe"])).data.dataset
     if dataset is None:
-        raise ValueError(f"{path}: it does not say what it was trained on; pass --dataset")
+        raise ValueError(f"{path}: the file does not name its training data; pass --dataset")
     wanted: dict[str, Any] = {}
     if dataset.startswith("folder:") and known:
         wanted = {"image_size": known["image_size"][1], "mean": known["mean"], "std": known["std"]}
@@ -269,9 +269,9 @@ def _data_of(
 def compact(
     source: Annotated[Path, typer.Argument(help="a run folder, or its checkpoint.pt")],
     output: Annotated[Path, typer.Option(help="the .safetensors file to write")] = Path("model.safetensors"),
-    decisions: Annotated[Path | None, typer.Option(help="decisions.json to freeze live gates with")] = None,
+    decisions: Annotated[Path | None, typer.Option(help="decisions.json with which to freeze live gates")] = None,
 ) -> None:
-    """Turn a gated checkpoint into a compact network; its gates must be frozen or gone, or --decisions given."""
+    """Turn a gated checkpoint into a compact network; live gates need --decisions."""
     from fastgate.training.networks import load_network
 
     checkpoint = source / "checkpoint.pt" if source.is_dir() else source
@@ -283,25 +283,25 @@ def compact(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="a .safetensors file, or a run folder that holds model.safetensors")],
+    source: Annotated[Path, typer.Argument(help="a .safetensors file, or a run folder with model.safetensors")],
     onnx: Annotated[Path | None, typer.Option(help="the .onnx file to write")] = None,
-    pt2: Annotated[Path | None, typer.Option(help="the file for torch.export.load to write")] = None,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="for any number of images; else one")] = False,
-    opset: Annotated[int | None, typer.Option(help="of ONNX; default: the exporter's own")] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", help="the ONNX file in half precision")] = False,
+    pt2: Annotated[Path | None, typer.Option(help="the .pt2 file to write, for torch.export.load")] = None,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any batch size; default: one image")] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; default: the exporter's own")] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="write the ONNX file in half precision")] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="the ONNX file in 8-bit integers, calibrated on training images; see --check")
+        bool, typer.Option("--int8", help="quantize the ONNX file to int8, and measure its accuracy")
     ] = False,
     fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms into the layers before them")] = False,
-    check: Annotated[bool, typer.Option("--check", help="compare on test images too, and time one image")] = False,
+    check: Annotated[bool, typer.Option("--check", help="also compare on test images, and time one image")] = False,
     input_size: Annotated[
-        str | None, typer.Option(help="C,H,W of an image, where the file does not say it, such as 3,224,224")
+        str | None, typer.Option(help="C,H,W of an image such as 3,224,224, if the file does not contain it")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="for --check, --int8; default: what it was trained on")] = None,
+    dataset: Annotated[str | None, typer.Option(help="for --check, --int8; default: the training data set")] = None,
     data_root: DataRoot = None,
     download: Download = False,
 ) -> None:
-    """Write a saved network as ONNX, or as an exported program of PyTorch, once the file computes the same."""
+    """Export a saved network to ONNX or to a PyTorch exported program; the file is verified before it is written."""
     from fastgate.pruning.export import ExportedNetwork, OnnxNetwork, compare_runtimes, export_onnx, export_pt2
     from fastgate.pruning.export import fuse as fuse_network
     from fastgate.reports.tables import print_exported
@@ -310,9 +310,9 @@ def export(
     if onnx is None and pt2 is None:
         raise ValueError("--onnx, --pt2: expected a file to write, got neither")
     if onnx is None and (opset is not None or fp16 or int8):
-        raise ValueError("--opset, --fp16, --int8: expected --onnx beside them, as they are about that file")
+        raise ValueError("--opset, --fp16, --int8: expected --onnx as well, as they apply to that file only")
     if fp16 and int8:
-        raise ValueError("--fp16, --int8: expected one of them, got both")
+        raise ValueError("--fp16, --int8: expected at most one of them, got both")
     path = _network_file(source)
     model, metadata = load(path), read_metadata(path)
     size = json.loads(metadata.get("data", "{}")).get("image_size") if input_size is None else _parse_size(input_size)
@@ -320,7 +320,7 @@ def export(
         _, data = _data_of(path, metadata, dataset, data_root, download, torch.device("cpu"))
         images = next(iter(data.evaluation("test", 256)))[0]
     elif size is None:
-        raise ValueError(f"{path}: it does not say the size of its images; pass --input-size C,H,W, or --check")
+        raise ValueError(f"{path}: the file does not contain the image size; pass --input-size C,H,W, or --check")
     else:
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     example = images[: 2 if dynamic_batch else 1]
@@ -342,7 +342,7 @@ def export(
     if pt2 is not None:
         differences[str(pt2)] = export_pt2(model, example, pt2, dynamic_batch=dynamic_batch)
         networks["torch.export"] = ExportedNetwork(pt2)
-    # one by one, as files of a fixed size take them: 64 are enough
+    # files of a fixed batch size take one image at a time: 64 are enough
     checked = compare_runtimes(networks, images[:64], one_by_one=not dynamic_batch) if check or int8 else {}
     if int8:
         for name, network in networks.items():
@@ -359,10 +359,10 @@ def _parse_size(text: str) -> list[int]:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="run folders; those that differ by the seed are taken together")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders; runs that differ only by seed are grouped")],
     output: Annotated[Path | None, typer.Option(help="also write the numbers to this .json file")] = None,
 ) -> None:
-    """Print finished runs and their controls side by side: mean and spread over the seeds, last epoch."""
+    """Print finished runs and their controls side by side: mean and spread over seeds, at the last epoch."""
     from fastgate.reports.comparison import compare_runs
     from fastgate.reports.tables import print_comparison
 
@@ -375,10 +375,10 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, all of one data set", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, all on the same data set", metavar="RUN...")],
     output: Annotated[Path | None, typer.Option(help="the page; default: report.html in the first run")] = None,
 ) -> None:
-    """Write one HTML page on one run or several: tables, curves, gates, conditions. It needs no network."""
+    """Write one HTML page about one or more runs: tables, curves, gates, conditions. It works offline."""
     from fastgate.reports.html import write_report
 
     typer.echo(f"wrote {write_report(runs, output)}")
@@ -388,17 +388,17 @@ def report(
 def reproduce(
     target: Annotated[str, typer.Argument(help="table2, ... table6, figure4, figure5 or figure6")],
     scale: Annotated[
-        str, typer.Option(help="smoke (digits, minutes), short (CIFAR, few epochs) or full (as the paper prints it)")
+        str, typer.Option(help="smoke (digits, minutes), short (CIFAR, few epochs) or full (as in the paper)")
     ] = "smoke",
     output: Annotated[Path | None, typer.Option(help="default: runs/paper-<scale>; tables share runs")] = None,
     data_root: DataRoot = None,
     download: Download = False,
     device: Device = "auto",
-    epochs: Annotated[str | None, typer.Option(help="of every run, instead of the scale's")] = None,
-    network: Annotated[str | None, typer.Option(help="of every run, instead of the scale's")] = None,
-    precision: Annotated[str | None, typer.Option(help="of every run: fp32, fp16, bf16 or auto")] = None,
+    epochs: Annotated[str | None, typer.Option(help="epochs of every run; default: the scale's")] = None,
+    network: Annotated[str | None, typer.Option(help="network of every run; default: the scale's")] = None,
+    precision: Annotated[str | None, typer.Option(help="precision of every run: fp32, fp16, bf16 or auto")] = None,
 ) -> None:
-    """Run or resume what a table or figure of the paper needs, and print the paper's rows beside ours."""
+    """Run or resume the training runs behind a table or figure of the paper; print the paper's rows next to ours."""
     from fastgate.paper.runs import Place
     from fastgate.paper.runs import reproduce as reproduce_target
     from fastgate.paper.targets import plan_target
@@ -415,7 +415,7 @@ def reproduce(
             done = len(plan.runs) - result["unfinished"]
             typer.echo(f"{target}: {done} of {len(plan.runs)} runs done; so far: {file}", err=True)
     except (Interrupted, KeyboardInterrupt):
-        typer.echo("stopped; everything is saved. Go on with the same command", err=True)
+        typer.echo("stopped; everything is saved. Resume with the same command", err=True)
         raise typer.Exit(130) from None
     print_result(result)
     typer.echo(f"wrote {folder / target}.json, .md and .png")
@@ -423,9 +423,9 @@ def reproduce(
 
 @energy.command()
 def probe(
-    seconds: Annotated[float, typer.Option(help="how long to watch the devices; leave the machine idle meanwhile")] = 5,
+    seconds: Annotated[float, typer.Option(help="how long to observe the devices; leave the machine idle")] = 5,
 ) -> None:
-    """Print as JSON what can be metered here: devices, counters and their tick, power, idle watts, a cross-check."""
+    """Print as JSON what can be metered: devices, counters and update intervals, idle power, a consistency check."""
     from fastgate.energy.probe import probe as probe_energy
 
     typer.echo(json.dumps(probe_energy(seconds), indent=2))
@@ -440,9 +440,9 @@ def tune(
     precision: Annotated[str, typer.Option(help=f"one of {', '.join(PRECISIONS)}")] = "auto",
     device: Device = "auto",
 ) -> None:
-    """Measure now, on this GPU, which kernels a network is to use, in training and in inference; print the table.
+    """Measure which kernels are fastest for a network on this GPU, in training and inference, and print a table.
 
-    What is known already is not measured again. Without this each is measured when it is first called.
+    Stored measurements are reused. Without this command, each kind of call is measured when it first runs.
     """
     from rich.progress import track
 
@@ -456,7 +456,7 @@ def tune(
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     where = torch.device(resolve_device(device))
     if where.type != "cuda":
-        typer.echo("nothing to measure on a CPU: there a rule says where closed channels are left out")
+        typer.echo("nothing to measure on a CPU: a fixed rule decides there when closed channels are skipped")
         return
     shape = (3, image_size, image_size)
     recipe = make_recipe(network=network, gating=gating, batch_size=batch_size, precision=precision)
@@ -467,18 +467,18 @@ def tune(
     with torch.autocast(where.type, dtype, enabled=dtype is not torch.float32):
         tuned = tune_model(model, images, progress=lambda kinds: track(kinds, "measuring", transient=True))
     print_choices(tuned)
-    typer.echo(f"kept in {choices.folder()}")
+    typer.echo(f"stored in {choices.folder()}")
 
 
 @app.command()
 def env() -> None:
-    """Print versions, processor, GPUs and where measured choices of kernels are kept, as JSON."""
+    """Print versions, processor, GPUs and the location of stored kernel choices as JSON."""
     kept = {"folder": str(choices.folder()), "count": choices.kept()}
     typer.echo(json.dumps({**describe_environment(), "choices": kept}, indent=2))
 
 
 def main() -> Any:
-    """Run the command line: a bad request is one line on the standard error stream and exit code 2.
+    """Run the command line; an invalid request prints one line to standard error and exits with code 2.
 
     FASTGATE_TRACEBACK=1 shows the full traceback instead.
     """

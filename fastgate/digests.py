@@ -1,4 +1,4 @@
-"""What a file says, in one number: a damaged one does not have the number that it was written with."""
+"""Checksums of file contents, by which damaged files are detected."""
 
 import hashlib
 import json
@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEY = "sha256"  # under which every file keeps its digest
+KEY = "sha256"  # the key under which every file stores its digest
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of tensors, plain values and containers of these, the same in every process, in hexadecimal.
+    """Hexadecimal SHA-256 of tensors, plain values and containers of these; the same in every process.
 
-    Of tensors dtype, shape and values count to the bit, wherever they are and however they lie in memory; of mappings
-    not the order.
+    For tensors, it covers dtype, shape and the exact values, but neither device nor memory layout; for mappings, not
+    the order.
 
     Raises:
-        TypeError: another kind of value.
+        TypeError: any other kind of value.
     """
-    # what torch.load takes as weights
+    # the types that torch.load accepts with weights_only
     found = hashlib.sha256()
     _feed(found, value)
     return found.hexdigest()
 
 
 def _feed(found: Any, value: Any) -> None:
-    # every part says what it is and how much of it follows: no two values are written alike
+    # every part is prefixed with its type and size, so that no two values are encoded alike
     if isinstance(value, Tensor):
         found.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -55,7 +55,7 @@ def _feed(found: Any, value: Any) -> None:
 
 
 def check_digest(path: object, value: Any, wanted: object) -> None:
-    """Compare the digest of what was read from a file with the one that it was written with.
+    """Compare the digest of a file's contents with the one stored when it was written.
 
     Raises:
         ValueError: they differ.
@@ -63,5 +63,5 @@ def check_digest(path: object, value: Any, wanted: object) -> None:
     if digest(value) != wanted:
         raise ValueError(
             f"{path}: its contents are not what was written (their checksum differs): the file is damaged or was "
-            "changed; take a copy of it, or make it anew"
+            "changed; use a backup copy, or create it again"
         )

@@ -1,4 +1,4 @@
-"""What this machine and installation are: for result files, reports and bug reports. Run `python -m fastgate.env`."""
+"""Description of this machine and installation for results, reports and bug reports: `python -m fastgate.env`."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ _PACKAGES = ("fastgate", "torch", "triton", "torchvision", "numpy", "fvcore", "s
 
 
 def package_version(package: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
+    """The installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -21,7 +21,7 @@ def package_version(package: str) -> str | None:
 
 @cache
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as reported by the system."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, processor, threads and GPUs as plain values; None where a package is not installed."""
+    """Versions, processor, threads and GPUs as plain values; None for packages that are not installed."""
     import torch
 
     gpus = []

@@ -1,8 +1,8 @@
-"""From logits to binary decisions, each with its own gradient.
+"""Estimators that turn logits into binary decisions, each with its own gradient.
 
 Every estimator takes logits of any shape (batch first) and returns 0./1. of the same shape and dtype, with graph.
-`straight_through` is the paper's; `gumbel` its comparison of Tables 3 and 4; `bernoulli` and `mean_threshold` are the
-two readings of Table 4's third row and serve ablations only.
+`straight_through` is the paper's; `gumbel` its comparison in Tables 3 and 4; `bernoulli` and `mean_threshold` are two
+interpretations of Table 4's third row, for ablations only.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastgate.ops.synchronization import all_mean, rand_like
 
 
 def straight_through(logits: Tensor, window: str = "clipped") -> Tensor:
-    """1 where logit > 0, else 0 (Eq. 4); the gradient passes where `window` lets it (Eq. 5).
+    """1 where logit > 0, else 0 (Eq. 4); `window` says where the gradient passes (Eq. 5).
 
     The windows are those of :func:`fastgate.functional.gate_head`.
     """
@@ -32,7 +32,7 @@ def gumbel(logits: Tensor, temperature: float = 1.0, training: bool = True) -> T
     """Binary Gumbel-softmax with one logit (Jang et al., 2016; https://arxiv.org/abs/1611.01144).
 
     Training: soft = sigmoid((logit + g1 - g2) / temperature) with g1, g2 ~ Gumbel(0, 1); the value is 1 where
-    soft > 0.5, the gradient is that of soft. Evaluation: 1 where logit > 0, without noise.
+    soft > 0.5, and the gradient is that of soft. Evaluation: 1 where logit > 0, without noise.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
@@ -58,8 +58,8 @@ def bernoulli(logits: Tensor, training: bool = True) -> Tensor:
 def mean_threshold(logits: Tensor, window: str = "clipped") -> Tensor:
     """1 where the logit exceeds its mean over the batch (section 5.4 read literally); straight-through gradient.
 
-    The decision of a sample depends on the other samples, in evaluation too: an ablation, not a way to prune. The mean
-    is a constant for the gradient.
+    A sample's decision depends on the other samples, in evaluation too: use it for ablations, not for pruning. The
+    mean is treated as a constant in backward.
     """
     return straight_through(logits - all_mean(logits.mean(0, keepdim=True).detach()), window)
 
@@ -73,14 +73,14 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
 
 
 def check_estimator(name: str) -> str:
-    """Return `name`, or raise a `ValueError` that lists the known estimators."""
+    """Return `name` if it is a known estimator; otherwise raise a `ValueError` that lists them."""
     if name not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {name!r}")
     return name
 
 
 def estimate(name: str, logits: Tensor, *, window: str, temperature: float, training: bool) -> Tensor:
-    """Apply the estimator called `name` with those of the options that it takes."""
+    """Apply the estimator called `name` with the options that it accepts."""
     if name == "gumbel":
         return gumbel(logits, temperature, training)
     if name == "bernoulli":

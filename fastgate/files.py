@@ -1,4 +1,4 @@
-"""Files that a kill at any moment leaves whole: written under a temporary name, then renamed."""
+"""Atomic file writes: a file is written under a temporary name, then renamed, so that a kill leaves it whole."""
 
 import os
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any, BinaryIO, cast
 
 
 class NotWritten(OSError):
-    """A file could not be written, as on a full disk; what was there before is still there, whole."""
+    """A file could not be written, for example on a full disk; the previous file is intact."""
 
 
 class _Noting:
-    """An unbuffered file that writes all it is given and remembers why it could not: torch.save says only that."""
+    """An unbuffered file that writes all data and keeps the error if it cannot, which torch.save does not report."""
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
@@ -34,19 +34,19 @@ class _Noting:
 
 
 def write_atomically(path: str | os.PathLike[str], write: str | Callable[[BinaryIO], Any]) -> None:
-    """Write a text, or what `write(file)` puts into a binary file, to `path`: all of it or nothing.
+    """Write a text, or what `write(file)` writes to a binary file, atomically to `path`.
 
-    The data reaches the disk before the new name does, and a failed write leaves no temporary file behind.
+    The data is on disk before the file is renamed, and a failed write leaves no temporary file behind.
 
     Raises:
-        NotWritten: the disk is full, or writing failed otherwise.
-        OSError: there is no place for the file: no such folder, no right to write there.
+        NotWritten: the disk is full, or writing failed for another reason.
+        OSError: the file cannot be created: no such folder, or no permission.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     noting: _Noting | None = None
     try:
-        # unbuffered: closing must not try once more to write what failed
+        # unbuffered: closing must not retry a failed write
         with temporary.open("wb", buffering=0) as file:
             noting = _Noting(file)
             if isinstance(write, str):
@@ -60,13 +60,13 @@ def write_atomically(path: str | os.PathLike[str], write: str | Callable[[Binary
         cause = error if noting is None or noting.error is None else noting.error
         if noting is not None and isinstance(cause, OSError):
             raise NotWritten(
-                f"{path}: it could not be written ({cause.strerror or cause}); what was there before is kept"
+                f"{path}: it could not be written ({cause.strerror or cause}); the previous file is kept"
             ) from error
         raise
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder; those of others that are alive stay."""
+    """Remove the temporary files that killed processes left in a folder; keep those of other running processes."""
     for path in folder.glob(".*.tmp"):
         owner = path.name.split(".")[-2]
         if owner.isdecimal() and (int(owner) == os.getpid() or not _is_alive(int(owner))):
@@ -74,12 +74,12 @@ def remove_left_behind(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name != "posix":  # where asking would end it
+    if os.name != "posix":  # on Windows os.kill would terminate it
         return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # somebody else's
+    except (OSError, OverflowError):  # another user's process
         return True
     return True

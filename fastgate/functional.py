@@ -1,6 +1,6 @@
 """The operations as functions, in the style of `torch.nn.functional`.
 
-Each checks its arguments, chooses an implementation (`impl`, or `FASTGATE_IMPL` where `impl="auto"`) and calls it.
+Each checks its arguments, selects an implementation (`impl`, or `FASTGATE_IMPL` if `impl="auto"`) and calls it.
 """
 
 import os
@@ -64,29 +64,29 @@ def gate_head(
     Args:
         x: features `[N, C, H, W]`, any floating dtype, NCHW or channels_last.
         fc1_weight: `[hidden, C]` (pooled) or `[hidden, C*H*W]` (flattened); with one layer, `hidden` is `out`. The head
-            computes in this tensor's dtype.
+            is computed in this dtype.
         fc1_bias: `[hidden]` or None.
         bn_weight: `[hidden]` or None, as in `torch.nn.functional.batch_norm`; so are the next three.
         bn_bias: `[hidden]` or None.
-        running_mean: `[hidden]`, updated in place when training; None where none are kept.
+        running_mean: `[hidden]`, updated in place when training; None if running statistics are not tracked.
         running_var: `[hidden]`, updated in place when training (with the unbiased variance).
         fc2_weight: `[out, hidden]`, or None for a head of one layer.
         fc2_bias: `[out]` or None.
-        training: use batch statistics and update the running ones; else use the running ones.
-        momentum: weight of the new statistics in the running ones.
+        training: use batch statistics and update the running statistics; otherwise use the running statistics.
+        momentum: weight of the new statistics in the running update.
         eps: added to the variance.
         window: where the gradient of a decision passes: `"clipped"` (Eq. 5), `"restoring"` or `"identity"`.
-        pooled: means of x over H and W, `[N, C]` in the dtype of `fc1_weight`, where its producer has them (see
-            `return_pooled` of :func:`gated_residual`): x is then not read, and its gradient flows through them.
+        pooled: means of x over H and W, `[N, C]` in the dtype of `fc1_weight`, if already computed (see
+            `return_pooled` of :func:`gated_residual`). x is then not read, and its gradient flows through them.
         impl: `"auto"`, `"triton"` (pooled heads of two layers) or `"torch"`.
 
     Returns:
         decisions and logits, both `[N, out]` in the dtype of `fc1_weight`.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown window or implementation, one sample in training (its
-            batch variance is undefined).
-        TypeError: `x` is not a floating-point tensor, or the parameters are not of one dtype.
+        ValueError: mismatched shapes or devices, an unknown window or implementation, or a single sample in training
+            (its batch variance is undefined).
+        TypeError: `x` is not a floating-point tensor, or the parameters have different dtypes.
     """
     check_window(window)
     if x.dim() != 4:
@@ -95,7 +95,7 @@ def gate_head(
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}; convert the images first")
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     if pixels == 0 and pooled is None:
-        raise ValueError(f"x: expected maps of a pixel or more, got {list(x.shape)}; their means are not defined")
+        raise ValueError(f"x: expected at least one pixel, got {list(x.shape)}, over which means are undefined")
     if fc1_weight.dim() != 2 or fc1_weight.shape[1] not in (channels, channels * pixels):
         raise ValueError(
             f"fc1_weight: expected [hidden, {channels}] (pooled) or [hidden, {channels * pixels}] (flattened) for x of "
@@ -124,8 +124,8 @@ def gate_head(
             raise ValueError("running_mean, running_var: expected tensors when training=False, got None")
         if training and x.shape[0] * batch_norm_processes() < 2:
             raise ValueError(
-                f"x: expected at least 2 samples in training (batch statistics), got {x.shape[0]}; drop the last short "
-                "batch"
+                f"x: expected at least 2 samples in training (batch statistics), got {x.shape[0]}; use drop_last=True "
+                "in the DataLoader"
             )
     for name, vector, size in (
         ("fc1_bias", fc1_bias, hidden),
@@ -198,13 +198,13 @@ def gated_residual(
         gate: 0 or 1 per sample (`[N]` or `[N, 1, 1, 1]`) or per channel (`[N, C]` or `[N, C, 1, 1]`).
         relu: apply the ReLU; without it y = shortcut + gate * branch.
         return_pooled: also return the means of y over H and W, float32 or wider, for the next gate head.
-        impl: `"auto"`, `"triton"` (a closed branch is not read, so its NaN and infinities stay there) or `"torch"`.
+        impl: `"auto"`, `"triton"` (a closed branch is not read, so its NaN and infinities do not spread) or `"torch"`.
 
     Returns:
         y `[N, C, H, W]`, or (y, means `[N, C]`).
 
     Raises:
-        ValueError: shapes or devices that do not fit, or an unknown implementation.
+        ValueError: mismatched shapes or devices, or an unknown implementation.
     """
     if shortcut.dim() != 4 or branch.shape != shortcut.shape:
         raise ValueError(
@@ -242,35 +242,36 @@ def gated_conv2d(
     write_closed: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """Convolve only what gates leave open: conv2d(x * in_gate, weight) * out_gate.
+    """Convolution that can skip closed channels and samples: conv2d(x * in_gate, weight) * out_gate.
 
-    Gates hold 0 and 1; other values are not checked unless `FASTGATE_CHECKED=1` is set (which waits for the device) and
-    have no defined result. Gradients are exact, those of gates included: an input gate's is <dz, x>, z the gated input,
-    for closed channels too. Where a gate does not require grad, what it closes costs nothing in backward either.
+    Gates contain only 0 and 1; results for other values are undefined, and they are detected only if
+    `FASTGATE_CHECKED=1` is set (which synchronizes with the device). Gradients are exact, including those of gates: an
+    input gate's is <dz, x>, z the gated input, for closed channels too. If a gate does not require grad, its closed
+    channels and samples are skipped in backward as well.
 
     Args:
         x: `[N, C_in, H, W]`, NCHW or channels_last.
         weight: `[C_out, C_in, kh, kw]`, the dtype and device of x.
         in_gate: per sample (`[N]` or `[N, 1]`), per sample and channel (`[N, C_in]`), or per channel for the whole
-            batch (`[C_in]` or `[1, C_in]`); all also with two trailing dimensions of 1. None gates nothing.
+            batch (`[C_in]` or `[1, C_in]`); each may have two trailing dimensions of 1. None: no gate.
         out_gate: the same for the output, with `C_out`.
-        stride: of both dimensions.
-        padding: zeros on every side.
-        write_closed: write zeros where `out_gate` is closed. With False the values there are unspecified: `"triton"`
-            leaves the memory as it was, NaN included, and saves writing it, so select what is open instead of
-            multiplying by the gate. Gradients are the same either way: they do not depend on closed outputs, and a
-            gradient that arrives for one counts only for the gate that closed it, where that requires grad.
-        impl: `"triton"` (closed input is zeroed whatever it holds, so its NaN and infinities stay there, as do those of
-            gradients of closed output; those of the weight do not), `"torch"` (dense), or
-            `"auto"`: on CUDA what was measured fastest there (:mod:`fastgate.ops.choices`), each gradient for itself;
-            on a CPU a convolution of the open channels or samples alone, where that pays and gates are constant.
+        stride: stride in both dimensions.
+        padding: zero padding on every side.
+        write_closed: write zeros where `out_gate` is closed. If False, the values there are unspecified: `"triton"`
+            leaves the memory uninitialized (possibly NaN) to save writes, so select the open values instead of
+            multiplying by the gate. Gradients are the same either way: they do not depend on closed outputs, and the
+            gradient of a closed output contributes only to the gradient of its gate, if that requires grad.
+        impl: `"triton"` (closed inputs count as zero, so their NaN and infinities do not spread, nor do those in
+            gradients of closed outputs; those in the weight do), `"torch"` (dense), or
+            `"auto"`: on CUDA the fastest in measurements (:mod:`fastgate.ops.choices`), chosen separately for each
+            gradient; on a CPU, a convolution of the open channels or samples only, if that pays off and the gates are
+            constant.
 
     Returns:
         `[N, C_out, H', W']` in the dtype of x; H' = (H + 2 padding - kh) // stride + 1.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a gate of N = C values that could mean either, an unknown
-            implementation.
+        ValueError: mismatched shapes or devices, an ambiguous gate of N = C values, or an unknown implementation.
         TypeError: x or a gate is not a floating-point tensor.
     """
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
@@ -286,8 +287,8 @@ def gated_conv2d(
         raise ValueError(f"stride, padding: expected at least 1 and at least 0, got {stride} and {padding}")
     if min(x.shape[d] + 2 * padding - weight.shape[d] for d in (2, 3)) < 0:
         raise ValueError(
-            f"x: expected maps of at least the kernel's {list(weight.shape[2:])} with padding {padding}, got "
-            f"{list(x.shape[2:])}"
+            f"x: expected a height and width of at least the kernel size {list(weight.shape[2:])} with padding "
+            f"{padding}, got {list(x.shape[2:])}"
         )
     ins = _gate_rows("in_gate", in_gate, x, x.shape[1])
     outs = _gate_rows("out_gate", out_gate, x, weight.shape[0])
@@ -313,7 +314,7 @@ def gated_conv2d(
 
 
 def _unless_empty(impl: str, *tensors: Tensor) -> str:
-    """What is asked for, where there is anything to compute: no kernel can be launched for nothing."""
+    """The requested implementation, or "torch" if a tensor is empty: no kernel can be launched on nothing."""
     requested_impl(impl)
     return impl if all(tensor.numel() for tensor in tensors) else "torch"
 

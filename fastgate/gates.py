@@ -1,4 +1,4 @@
-"""The gating modules: per-sample binary decisions for a residual layer or for its channels.
+"""Gate modules: per-sample binary decisions for a residual layer or for its channels.
 
 Method: Zhi et al., "A New Baseline for GreenAI", Table 1 (https://arxiv.org/abs/2302.10798).
 """
@@ -18,17 +18,17 @@ from fastgate.ops.dispatch import IMPLEMENTATIONS
 from fastgate.ops.gate_head import check_window
 from fastgate.ops.synchronization import batch_norm_processes, synchronized
 
-# in `Gate.stored`: this gate is not frozen. So far from 0 and 1 that averages of model states (an exponential moving
-# one, rounded to integers in every step) pass through numbers that mean nothing; with -1 they came to rest at 0, closed
+# value of `Gate.stored` while a gate is live. It is far from 0 and 1, so that averages of model states (an exponential
+# moving average, rounded to integers in every step) pass through invalid values; from -1 they converged to 0, closed
 LIVE = 127
-LIVE_BEFORE = -1  # what earlier versions wrote
+LIVE_BEFORE = -1  # written by earlier versions
 
 # std of the last layer's weights when init_logit is set: at unit-scale features every logit starts near init_logit,
 # inside the window |logit| <= 1, where the straight-through gradient is not cut off
 INIT_STD = 0.01
 
 
-# a gate's head: by its layers' names, the forwards that compute as it does; tensors that it reads
+# layers of a gate's head and the forward methods whose computation it reproduces; the tensors that it reads
 _HEAD_FORWARDS = {
     "fc1": (nn.Linear.forward,),
     "bn": (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward),
@@ -38,7 +38,7 @@ _COMPUTED = {"weight", "bias"}
 
 
 class _Seen(NamedTuple):
-    """A state of the buffer `stored`, by the tensor and its version."""
+    """A state of the buffer `stored`, identified by the tensor and its version."""
 
     tensor: Tensor
     version: int
@@ -48,7 +48,7 @@ class _Seen(NamedTuple):
 
 
 class _Probe(NamedTuple):
-    """The buffer's values on their way to the host."""
+    """The buffer's values in transfer to the host."""
 
     seen: _Seen
     values: Tensor
@@ -68,7 +68,7 @@ def _is_capturing() -> bool:
 
 
 def _send_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
-    """A copy on its way to the host, and what tells whether it is there; None where there is no such way."""
+    """Start an asynchronous copy to the host; return it and a query for its completion, or None if not on CUDA."""
     if not tensor.is_cuda:
         return None
     values, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -77,39 +77,38 @@ def _send_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
 
 
 class Gate(nn.Module):
-    """What layer and channel gates share: the head, the decisions of the last forward, and the frozen state.
+    """Base class of layer and channel gates: the head, the decisions of the last forward, and the frozen state.
 
     Use :class:`LayerGate` or :class:`ChannelGate`.
 
-    In training the head's batch norm takes the statistics of the batch, of all processes where it has been converted to
-    `nn.SyncBatchNorm`. Those of a single sample are undefined: it is decided on with the running ones, which it leaves
-    as they are.
+    In training, the head's batch norm uses batch statistics, over all processes if it has been converted to
+    `nn.SyncBatchNorm`. For a single sample these are undefined, so the running statistics are used and not updated.
 
-    A decision is nan where its logit is: never closed without a word.
+    A NaN logit gives a NaN decision, so that it never closes a gate silently.
 
     Attributes:
-        logits: of the last forward, `[N, gates]` (`[N]` for a layer gate), with graph; None when frozen.
-        decisions: of the last forward, the same shape, 0./1., with graph.
-        calls: what the gate losses count: every call in training since the last loss.
-        stored: int8 buffer `[gates]`: 127 while the gate is live, else the frozen decision 0 or 1. In `state_dict`. It
-            alone says whether the gate is frozen, whoever writes it (a checkpoint loader, a broadcast, a moving
-            average). On an accelerator a forward does not wait to read it: until its new values have arrived, it takes
-            them there. What is written there past PyTorch's version counter (`.data`, `torch.distributed.broadcast`)
-            changes live to frozen or back with the next `train()` or `eval()`.
+        logits: logits of the last forward, `[N, gates]` (`[N]` for a layer gate), with graph; None when frozen.
+        decisions: decisions of the last forward, same shape, 0./1., with graph.
+        calls: the calls that the gate losses cover: every call in training since the last loss.
+        stored: int8 buffer `[gates]`, in `state_dict`: 127 while the gate is live, otherwise the frozen decision 0 or
+            1. It alone determines whether the gate is frozen, whoever writes it (a checkpoint loader, a broadcast, a
+            moving average). On an accelerator a forward does not wait for its values to reach the host: until then it
+            uses them on the device. Writes that bypass PyTorch's version counter (`.data`,
+            `torch.distributed.broadcast`) freeze or unfreeze the gate at the next `train()` or `eval()`.
     """
 
     logits: Tensor | None = None
     decisions: Tensor | None = None
     stored: Tensor
     calls: Calls
-    # what `stored` said when it was last read; plain, for forwards that may not wait and for compilers
+    # state of `stored` when it was last read, as plain bools for forwards that must not wait and for compilers
     _frozen = False
     _all_open = False  # frozen with nothing closed
     _seen: _Seen | None = None
     _probe: _Probe | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Gate":
-        """Also for copies, pickles and files, which do not call `__init__`: every gate has calls of its own."""
+        """Give every gate its own `calls`, copies and unpickled gates included, which do not call `__init__`."""
         gate = super().__new__(cls)
         gate.__dict__["calls"] = Calls()
         return gate
@@ -166,17 +165,17 @@ class Gate(nn.Module):
             raise ValueError(f"x: expected [N, {self.in_channels}, H, W], got {list(x.shape)}")
         if self.spatial_size is not None and tuple(x.shape[2:]) != self.spatial_size:
             raise ValueError(
-                f"x: expected maps of {self.spatial_size} (this gate flattens its input), got {tuple(x.shape[2:])}; "
-                "use spatial_size=None for a gate that takes any size"
+                f"x: expected a spatial size of {self.spatial_size} (this gate flattens its input), got "
+                f"{tuple(x.shape[2:])}; use spatial_size=None for a gate that accepts any size"
             )
         dtype = self.fc1.weight.dtype
         known = self._knows()
         if not known and self._exchanges():
-            known = self._read()  # processes that learn it at different times would wait for each other
+            known = self._read()  # processes that learned it at different times would deadlock
         logits = None
         if known and self._frozen:
             frozen = (self.stored != 0).to(dtype)
-            if torch.compiler.is_compiling():  # what was known then may be so no longer: not closed without a word
+            if torch.compiler.is_compiling():  # the compile-time state may be outdated: NaN, not silently closed
                 frozen = torch.where(self._is_decided(), frozen, torch.nan)
             decisions = frozen.expand(x.shape[0], -1)
         else:
@@ -195,7 +194,7 @@ class Gate(nn.Module):
         return (self.stored == 0) | (self.stored == 1)
 
     def _exchanges(self) -> bool:
-        """Whether the head takes statistics over several processes."""
+        """Whether the head synchronizes batch statistics across processes."""
         return batch_norm_processes() > 1 or (
             self.depth == 2 and isinstance(self.bn, nn.SyncBatchNorm) and self.bn.training
         )
@@ -216,14 +215,14 @@ class Gate(nn.Module):
         return logits, decisions
 
     def _check_head(self) -> None:
-        """The head reads its layers' tensors and calls none of them: refuse what would not be seen."""
+        """Reject modified head layers: the head reads their tensors without calling them and would miss the change."""
         for name, forward in _HEAD_FORWARDS.items():
             layer = getattr(self, name, None)
-            # a hook that computes a tensor (weight norm, pruning) leaves it as a plain attribute
+            # a hook that computes a tensor (weight norm, pruning) stores it as a plain attribute
             if layer is not None and (type(layer).forward not in forward or not _COMPUTED.isdisjoint(vars(layer))):
                 raise ValueError(
-                    f"{name}: expected a gate's head as fastgate built it, got a {type(layer).__name__} that a tool "
-                    "for quantization, pruning or the like has changed; leave gates out of that (gate.qconfig = None "
+                    f"{name}: expected a gate head as built by fastgate, got a {type(layer).__name__} that a "
+                    "quantization, pruning or similar tool has changed; exclude gates from it (gate.qconfig = None "
                     "for torch.ao.quantization)"
                 )
 
@@ -271,12 +270,12 @@ class Gate(nn.Module):
 
     @property
     def known_frozen(self) -> bool:
-        """Whether the gate is known to be frozen without waiting for a device, for use in a forward."""
+        """Whether the gate is known to be frozen, without synchronizing with a device; for use in a forward."""
         return self._knows() and self._frozen
 
     @property
     def known_all_open(self) -> bool:
-        """Whether it is known to be frozen with nothing closed; False for a compiler, which cannot watch the buffer."""
+        """Whether the gate is known to be frozen fully open; False when compiling, as the buffer cannot be watched."""
         return not torch.compiler.is_compiling() and self._knows() and self._all_open
 
     @property
@@ -287,7 +286,7 @@ class Gate(nn.Module):
         return self.stored == 1
 
     def freeze(self, open: Tensor) -> None:
-        """Store a decision, bool `[gates]` (or a scalar for one gate): from now on every sample gets it."""
+        """Freeze the gate to a decision for all samples, bool `[gates]` (or a scalar for one gate)."""
         if open.dtype != torch.bool:
             raise TypeError(f"open: expected a bool tensor, got {open.dtype}; compare with a threshold first")
         if open.shape != (self.gates,) and not (open.numel() == 1 and self.gates == 1):
@@ -296,15 +295,15 @@ class Gate(nn.Module):
         self._remember(_Seen(self.stored, _version(self.stored)), open)
 
     def unfreeze(self) -> None:
-        """Let the head decide again."""
+        """Make the gate live: its head decides again."""
         self.stored.fill_(LIVE)
         self._remember(_Seen(self.stored, _version(self.stored)), torch.tensor(LIVE))
 
     def _knows(self) -> bool:
-        """Whether `_frozen` and `_all_open` are what the buffer says, which is read where nothing has to be waited for.
+        """Whether `_frozen` and `_all_open` are up to date; the buffer is read if that needs no synchronization.
 
-        A compiled forward goes by what was known when it was compiled, which is right for a live gate whatever the
-        buffer says; for a frozen one see :meth:`train`.
+        A compiled forward uses the state at compile time, which is correct for a live gate whatever the buffer holds;
+        for a frozen gate see :meth:`train`.
         """
         if torch.compiler.is_compiling():
             return self._frozen
@@ -313,7 +312,7 @@ class Gate(nn.Module):
             return self._read()
         if self._seen is not None and self._seen.is_that_of(stored):
             return True
-        if _is_capturing():  # where nothing may be asked of the device
+        if _is_capturing():  # no transfers or synchronization during capture
             return False
         if self._probe is None or not self._probe.seen.is_that_of(stored):
             sent = _send_to_host(stored)
@@ -324,14 +323,14 @@ class Gate(nn.Module):
         return False
 
     def _learn(self) -> None:
-        """Read the buffer if it is not known, and wait for that."""
+        """Read the buffer if its state is not known, synchronizing with the device."""
         if not torch.compiler.is_compiling() and (
             _is_on_host(self.stored) or self._seen is None or not self._seen.is_that_of(self.stored)
         ):
             self._read()
 
     def _read(self) -> bool:
-        """Read the buffer; False where there are no values to read (meta and fake tensors, under vmap)."""
+        """Read the buffer; False if it has no values to read (meta and fake tensors, under vmap)."""
         seen = _Seen(self.stored, _version(self.stored))
         try:
             self._remember(seen, self.stored)
@@ -343,27 +342,27 @@ class Gate(nn.Module):
         states = set(values.flatten().tolist())
         if odd := states - {0, 1, LIVE, LIVE_BEFORE}:
             warnings.warn(
-                f"a gate's stored state is {odd.pop()}, an average of a live and a frozen one, and is taken as live; "
-                "copy the buffers of a model instead of averaging them, then freeze",
+                f"a gate's stored state is {odd.pop()}, an average of live and frozen states, and counts as live; "
+                "copy a model's buffers instead of averaging them, then freeze",
                 stacklevel=2,
             )
         self._seen, self._probe = seen, None
         self._frozen, self._all_open = states <= {0, 1}, states == {1}
 
     def train(self, mode: bool = True) -> "Gate":
-        """Set the mode, as of every module; it is also when the buffer is read, however it was written."""
+        """Set the mode, as for every module, and re-read the buffer, however it was written."""
         self._read()
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # what is at hand is remembered here, so that a forward need not wait for a device to learn it
+        # remember values that are on the host already, so that a forward need not synchronize to read them
         values = state_dict.get(prefix + "stored")
         if values is not None and _is_on_host(values) and values.shape == self.stored.shape:
             self._remember(_Seen(self.stored, _version(self.stored)), values)
 
     def __getstate__(self) -> dict[str, Any]:
-        # the last forward's tensors carry a graph, which can be neither copied nor pickled
+        # the last forward's tensors have a graph, which can be neither copied nor pickled
         left = ("calls", "logits", "decisions", "_seen", "_probe")
         return {name: value for name, value in super().__getstate__().items() if name not in left}
 
@@ -376,7 +375,7 @@ class Gate(nn.Module):
 class LayerGate(Gate):
     """Decides for each sample whether a residual layer is computed (Table 1, left; Eq. 4 and 5).
 
-    logit = fc2(relu(bn(fc1(mean over H, W of x)))), decision = 1 where logit > 0. Multiply it onto the branch:
+    logit = fc2(relu(bn(fc1(mean over H, W of x)))), decision = 1 where logit > 0. Multiply the branch by it:
     `y = relu(x + gate(x) * f(x))`.
 
     Args:
@@ -384,12 +383,12 @@ class LayerGate(Gate):
         hidden_features: width of the head.
         estimator: `"straight_through"`, `"gumbel"`, `"bernoulli"` or `"mean_threshold"`.
         window: where the straight-through gradient passes: `"restoring"`, `"clipped"` (the paper's) or `"identity"`.
-        init_logit: start with every logit near this value; None keeps PyTorch's default initialisation, which starts
-            about half of the gates closed.
-        temperature: of the Gumbel estimator.
+        init_logit: initialize every logit near this value; None keeps PyTorch's default initialization, in which about
+            half of the gates start closed.
+        temperature: temperature of the Gumbel estimator.
         impl: implementation of the head, `"auto"`, `"triton"` or `"torch"`.
 
-    `forward(x)` returns `[N, 1, 1, 1]` of 0./1. in x.dtype and keeps `.logits` and `.decisions`, `[N]`, with graph.
+    `forward(x)` returns `[N, 1, 1, 1]` of 0./1. in x.dtype and stores `.logits` and `.decisions`, `[N]`, with graph.
     """
 
     def __init__(
@@ -418,16 +417,16 @@ class LayerGate(Gate):
 
 
 class ChannelGate(Gate):
-    """Decides for each sample and channel whether the channel is kept (Table 1, right; Eq. 9 asks for one per channel).
+    """Decides for each sample and channel whether the channel is kept (Table 1, right; one output per channel, Eq. 9).
 
     Args:
         in_channels: C of the input x `[N, C, H, W]`.
         out_channels: number of gated channels; default `in_channels`.
         hidden_features: width of the head (depth 2).
-        depth: dense layers: 2 is fc1 -> bn -> ReLU -> fc2, 1 is fc1 alone.
-        spatial_size: None pools x over H and W; `(H, W)` flattens it as the paper does, which costs C*H*W*hidden
+        depth: number of dense layers: 2 is fc1 -> bn -> ReLU -> fc2, 1 is fc1 alone.
+        spatial_size: None pools x over H and W; `(H, W)` flattens it as the paper does, which needs C*H*W*hidden
             weights and ties the gate to that size.
-        estimator: see :class:`LayerGate`, as are the other options.
+        estimator: see :class:`LayerGate`, also for the remaining options.
 
     `forward(x)` returns `[N, out_channels, 1, 1]`; `.logits` and `.decisions` are `[N, out_channels]`, with graph.
     """
@@ -463,8 +462,8 @@ class ChannelGate(Gate):
 def named_gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:
     """Yield (name, gate) for every gate of the model, like `named_modules`, in forward order.
 
-    Forward order is registration order: that of the networks here and of every network whose blocks are registered in
-    the order they run.
+    More exactly, in registration order, which is forward order for the networks here and for every network whose blocks
+    are registered in the order they run.
     """
     for name, module in model.named_modules():
         if isinstance(module, Gate):

@@ -1,11 +1,11 @@
-"""Losses on gate decisions: scalars with graph, computed from the decisions of the step's forwards.
+"""Losses on gate decisions: scalars with graph, computed from the decisions in the forwards of a step.
 
-Each takes a model, an iterable of gates, or the means that :func:`gate_means` gave for one of them (so that several
-losses share them). The paper's objective is Eq. 10: task + lambda_polar * polarization + lambda_act * activation.
+Each takes a model, an iterable of gates, or the result of :func:`gate_means` (so that several losses share it). The
+paper's objective is Eq. 10: task + lambda_polar * polarization + lambda_act * activation.
 
-In a run whose gates become final, `final` holds their decisions: name -> `[gates]`, bool or float. A gate in it counts
-with that decision as a constant, whether it is frozen or has left the network, so that a loss stays one over all gates
-of the run. Without it a loss is about the gates it is given.
+If gates become final during a run, pass their decisions as `final`: name -> `[gates]`, bool or float. These gates count
+as constants, whether they are frozen or have been removed from the network, so that the loss still covers all gates of
+the run. Without `final`, a loss covers only the gates it is given.
 """
 
 import math
@@ -22,12 +22,12 @@ GateSource = nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]] | Mapping[s
 
 
 class GateMeans(dict[str, Tensor]):
-    """Mean decisions by gate, `[gates]` each, as parts of one vector.
+    """Mean decisions by gate, `[gates]` each, as views of one vector.
 
-    The losses work on the vector: on a GPU some small operations per gate would cost more than the gate's block.
+    The losses use the vector: on a GPU, a few small operations per gate would cost more than the gate's block.
 
     Attributes:
-        joined: all of them, `[all gates]`.
+        joined: all means, `[all gates]`.
     """
 
     def __init__(self, means: Mapping[str, Tensor]) -> None:
@@ -36,7 +36,7 @@ class GateMeans(dict[str, Tensor]):
         super().__init__(zip(means, parts, strict=True))
 
     def over_gates(self, values: Tensor) -> Tensor:
-        """The mean over gates of the mean over a gate's channels, of values `[all gates]`."""
+        """Mean over gates of the mean over each gate's channels, for values `[all gates]`."""
         sizes = [len(mean) for mean in self.values()]
         if len(set(sizes)) == 1:
             return values.mean()
@@ -48,21 +48,21 @@ def gate_means(
 ) -> GateMeans:
     """Mean decision of each gate over its calls: name -> `[gates]`, float32 or wider, with graph.
 
-    In training these are all calls since the last loss, every row of each (a siamese network calls its gates twice in a
-    step, one that folds clips into the batch has more rows than samples); else it is the last forward. Under
-    :func:`fastgate.ops.synchronization.synchronized` they are those of all processes.
+    In training, the mean covers every row of all calls since the last loss (a siamese network calls its gates twice per
+    step; one that folds clips into the batch has more rows than samples); otherwise, of the last forward. Under
+    :func:`fastgate.ops.synchronization.synchronized` it covers all processes.
 
-    An iterable holds gates, then named by position ("0", "1", ...), or the pairs of `named_gates`.
+    An iterable contains either gates, which are named by position ("0", "1", ...), or pairs as from `named_gates`.
 
     Args:
-        gates: a model, an iterable of gates, or means to add final decisions to.
-        final: decisions of gates that are final, see :mod:`fastgate.losses`; on the gates' device nothing is copied.
-        order: the names of all gates, in the order that the means shall have, so that sums over them round alike
-            whichever gates have left; None: that of `gates`, then of `final`.
+        gates: a model, an iterable of gates, or means to which final decisions are added.
+        final: decisions of final gates, see :mod:`fastgate.losses`; not copied if on the gates' device.
+        order: names of all gates in the order of the result, so that sums round alike whichever gates have been
+            removed; None: the order of `gates`, then of `final`.
 
     Raises:
-        ValueError: there is no gate, or one has not run yet; a live gate in training whose decisions have no graph any
-            more, so that a loss would not train it; an order of other gates.
+        ValueError: there are no gates, or one has not run yet; the graph of a live gate in training is gone, so that a
+            loss would not train it; `order` names other gates.
     """
     means = gates if isinstance(gates, Mapping) else _means(gates)
     if final:
@@ -76,8 +76,8 @@ def gate_means(
 def _ordered(means: Mapping[str, Tensor], names: list[str], what: str) -> GateMeans:
     if set(names) != means.keys():
         raise ValueError(
-            f"{what}: expected the gates {', '.join(means)}, got {', '.join(names)}; name all of this model, and those "
-            "that have left it in final="
+            f"{what}: expected the gates {', '.join(means)}, got {', '.join(names)}; name all gates of this model, and "
+            "pass those removed from it as final="
         )
     if isinstance(means, GateMeans) and names == list(means):
         return means
@@ -91,7 +91,7 @@ def _means(gates: nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]]) -> Ma
         return {}
     decisions = {name: _rows(name, gate) for name, gate in named.items()}
     first = next(iter(decisions.values()))
-    exact = torch.promote_types(first.dtype, torch.float32)  # costs are weighed in it: those of a network overflow fp16
+    exact = torch.promote_types(first.dtype, torch.float32)  # a network's costs would overflow fp16
     if len({(len(rows), rows.dtype, rows.device) for rows in decisions.values()}) > 1:
         return GateMeans(
             {name: all_mean(rows.mean(0, dtype=exact).to(first.device)) for name, rows in decisions.items()}
@@ -101,7 +101,7 @@ def _means(gates: nn.Module | Iterable[Gate] | Iterable[tuple[str, Gate]]) -> Ma
 
 
 def _rows(name: str, gate: Gate) -> Tensor:
-    """The decisions that a loss is about now, `[rows, gates]`."""
+    """The decisions that a loss covers now, `[rows, gates]`."""
     calls = gate.calls.decisions()
     if calls:
         if torch.is_grad_enabled():
@@ -111,33 +111,33 @@ def _rows(name: str, gate: Gate) -> Tensor:
     last = gate.decisions
     learns = gate.training and torch.is_grad_enabled() and any(p.requires_grad for p in gate.parameters())
     if last is None:
-        raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before its gate losses")
+        raise ValueError(f"gate {name!r} has no decisions yet; run the model's forward before the gate losses")
     if (learns and last is gate.calls.latest) or escaped(last):
         raise ValueError(
-            f"gate {name!r}: expected decisions with a graph, got those of an earlier forward, whose graph is gone; "
-            "run the model's forward before its gate losses"
+            f"gate {name!r}: expected decisions with a graph, got those of an earlier forward whose graph has been "
+            "freed; run the model's forward before the gate losses"
         )
     if learns and not last.requires_grad and not gate.frozen:
         raise ValueError(
-            f"gate {name!r}: expected decisions with a graph, got some without (of a forward under torch.no_grad, of "
-            "fastgate.decide, of reentrant checkpointing), so that a loss would train nothing; run the model's forward "
-            "with gradients before its gate losses, with use_reentrant=False if it is checkpointed"
+            f"gate {name!r}: expected decisions with a graph, got some without one (from torch.no_grad, "
+            "fastgate.decide or reentrant checkpointing), so that a loss would train nothing; run the model's forward "
+            "with gradients before the gate losses, with use_reentrant=False if it is checkpointed"
         )
     return last.reshape(-1, gate.gates)
 
 
 def polarization(gates: GateSource, *, final: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Disagreement of the samples: mean over gates of g (1 - g), g the mean decision (Eq. 8; Eq. 9 for channels).
+    """Disagreement between samples: mean over gates of g (1 - g), g the mean decision (Eq. 8; Eq. 9 for channels).
 
-    0 where all samples agree, at most 0.25. For channels the mean over a gate's channels comes first. The mini-batch
-    mean stands for the mean over the data. `final`: see :mod:`fastgate.losses`.
+    0 if all samples agree, at most 0.25. For channel gates, the mean over a gate's channels is taken first. The
+    mini-batch mean approximates the mean over the data. `final`: see :mod:`fastgate.losses`.
     """
     means = gate_means(gates, final=final)
     return means.over_gates(means.joined * (1 - means.joined))
 
 
 def activation(gates: GateSource, *, final: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Mean over gates of the mean decision (Eq. 11); for channels the mean over a gate's channels comes first.
+    """Mean decision over all gates (Eq. 11); for channel gates, the mean over a gate's channels is taken first.
 
     `final`: see :mod:`fastgate.losses`.
     """
@@ -153,26 +153,26 @@ def budget(
     total: float | None = None,
     final: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """(share - target)^2 * (total / switchable)^2: how far the network's cost is from a share of the whole network's.
+    """Squared distance of the network's cost from a target: (share - target)^2 * (total / switchable)^2.
 
-    share = 1 - sum(costs * (1 - g)) / total, g the mean decisions (of channels in a gated layer times that layer's):
-    what the network costs, ungated layers included, of what it costs with every gate open. The factor, with switchable
-    = sum(costs), measures the distance in what gates can switch: from everything open to everything closed it is 1,
-    however much is not gated.
+    share = 1 - sum(costs * (1 - g)) / total is the current fraction of the cost with every gate open, ungated layers
+    included; g are the mean decisions (for channels in a gated layer, multiplied by the layer's). The factor, with
+    switchable = sum(costs), scales the distance to the gated part of the cost: from everything open to everything
+    closed it is 1, however much is not gated.
 
     Args:
         gates: a model, an iterable of gates, or their means.
-        target: wanted share of the whole network's cost, as for :func:`fastgate.decide`. A tensor (scalar, on the
-            gates' device) is taken as it is: to check it would mean to wait for the device.
-        costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) alike, and nothing
-            else costs anything.
-        total: what the whole network costs with every gate open, in the units of the costs; None: `costs.total`.
-        final: decisions of gates that are final, see :mod:`fastgate.losses`; sums are then in the order of the costs.
+        target: desired fraction of the whole network's cost, as for :func:`fastgate.decide`. A tensor (scalar, on the
+            gates' device) is not checked, since that would synchronize with the device.
+        costs: name -> `[gates]`, from :func:`fastgate.gate_costs`; None weighs every gate (channel) equally and counts
+            nothing else.
+        total: cost of the whole network with every gate open, in the units of `costs`; None: `costs.total`.
+        final: decisions of final gates, see :mod:`fastgate.losses`; sums are then in the order of `costs`.
 
     Raises:
-        ValueError: a target outside 0 to 1 or less than what is not gated (the message names the range; not checked
-            where that would mean to wait for the device); costs of other gates than the model's; costs that do not say
-            what the whole network costs, or less than they sum up to.
+        ValueError: a target outside 0 to 1 or below the ungated fraction (the message names the range; not checked if
+            that would synchronize with the device); costs of gates other than the model's; costs without a total, or
+            with a total below their sum.
     """
     if not isinstance(target, Tensor) and not 0 <= target <= 1:
         raise ValueError(f"target: expected a fraction between 0 and 1, got {target}")
@@ -187,23 +187,23 @@ def budget(
         whole = getattr(costs, "total", None) if total is None else total
         if whole is None:
             raise ValueError(
-                "total: expected what the whole network costs, of which the target is a share, got costs that do not "
-                "say it; use fastgate.gate_costs(model, inputs) as it is, or pass total=fastgate.macs(model, inputs)"
+                "total: expected the cost of the whole network, to which the target is relative, got costs without a "
+                "total; pass the result of fastgate.gate_costs(model, inputs), or total=fastgate.macs(model, inputs)"
             )
     if not isinstance(target, Tensor) and _readable(switchable):
         switchable = float(switchable)
         if whole < switchable and total is not None:  # measured times may overlap
             raise ValueError(
-                f"total: expected at least the {switchable:.0f} that gates switch, got {total}; give the cost of the "
-                "whole network for the same inputs, in the units of the costs"
+                f"total: expected at least {switchable:.0f}, the sum of the gates' costs, got {total}; pass the cost "
+                "of the whole network for the same inputs, in the units of the costs"
             )
         lowest = (whole - switchable) / whole
         if target < lowest:
             raise ValueError(
-                f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's cost (less is not gated), "
-                f"got {target}"
+                f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's cost (the rest is not "
+                f"gated), got {target}"
             )
-    # both as shares of what is switchable: exactly the target where everything is
+    # both relative to the switchable cost: exactly the target if everything is switchable
     wanted = target - (1 - target) * ((whole - switchable) / switchable)
     return ((means.joined * weights).sum() / switchable - wanted) ** 2
 
@@ -215,29 +215,29 @@ def capacity(
     total: float | None = None,
     final: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """1 - open share of the parameters that gates switch: what of the network's capacity is given up.
+    """Fraction of the gated parameters that is closed: the loss of capacity.
 
-    Beside :func:`budget` it prefers, of gates that cost the same, those that hold more parameters.
+    Used together with :func:`budget`: among gates of equal cost, it favours keeping those with more parameters.
 
     Args:
         gates: a model, an iterable of gates, or their means.
         parameters: name -> `[gates]`, from `fastgate.gate_costs(model, inputs, "params")`.
-        total: sum(parameters), where the caller knows it.
-        final: decisions of gates that are final, see :mod:`fastgate.losses`; sums are then in the parameters' order.
+        total: sum(parameters), if the caller knows it.
+        final: decisions of final gates, see :mod:`fastgate.losses`; sums are then in the order of `parameters`.
 
     Raises:
-        ValueError: parameters of other gates than the model's.
+        ValueError: parameters of gates other than the model's.
     """
     means, weights, switchable = _weigh(gate_means(gates, final=final), parameters, final is not None)
     return 1 - (means.joined * weights).sum() / (switchable if total is None else total)
 
 
 def under_layers(means: Mapping[str, Tensor], within: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Decisions of channels times that of the layer they are in, for a closed layer closes its channels.
+    """Multiply the decisions of channels by that of their layer, since a closed layer closes its channels.
 
     Args:
         means: (mean) decisions by gate, `[gates]`, float or bool.
-        within: of channel gates, the layer gate around them; see :class:`fastgate.pruning.costs.Costs`.
+        within: for each channel gate, the layer gate around it; see :class:`fastgate.pruning.costs.Costs`.
     """
     if not within:
         return means
@@ -245,11 +245,11 @@ def under_layers(means: Mapping[str, Tensor], within: Mapping[str, str]) -> Mapp
 
 
 def _weigh(means: GateMeans, costs: Mapping[str, Tensor], reorder: bool) -> tuple[GateMeans, Tensor, float | Tensor]:
-    """The means, in the costs' order if asked for; the costs beside them, `[all gates]`; and the sum of these."""
+    """Return the means (in the costs' order if `reorder`), the matching costs `[all gates]`, and the costs' sum."""
     if {name: len(cost) for name, cost in costs.items()} != {name: len(mean) for name, mean in means.items()}:
         raise ValueError(
-            f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)} or other sizes; compute them for "
-            "this model with fastgate.gate_costs(model, inputs)"
+            f"costs: expected the gates {', '.join(means)}, got {', '.join(costs)}, or gates of other sizes; compute "
+            "them for this model with fastgate.gate_costs(model, inputs)"
         )
     if reorder:
         means = _ordered(means, list(costs), "costs")
@@ -261,5 +261,5 @@ def _weigh(means: GateMeans, costs: Mapping[str, Tensor], reorder: bool) -> tupl
 
 
 def _readable(value: float | Tensor) -> bool:
-    """Whether the value can be had without waiting for a device or leaving a compiled graph."""
+    """Whether the value can be read without synchronizing with a device or breaking a compiled graph."""
     return not isinstance(value, Tensor) or (value.device.type == "cpu" and not torch.compiler.is_compiling())

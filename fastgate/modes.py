@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, with every module's own mode restored afterwards."""
+"""Temporary eval mode that restores every module's own mode afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put the models into eval mode; on leaving, each module gets its own mode back (a batch norm held in eval stays).
+    """Put the models into eval mode and restore each module's own mode on exit (a frozen batch norm stays in eval).
 
     `model.train(was_training)` would overwrite the modes of the children.
     """

@@ -1,4 +1,4 @@
-"""What an optimizer is given of a gated network."""
+"""Parameter groups of a gated network for an optimizer."""
 
 from typing import Any
 
@@ -7,20 +7,24 @@ from torch import nn
 from fastgate.gates import named_gates
 
 
-def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameters of a gated network for an optimizer: gate heads are a group with a weight decay of their own.
+def parameter_groups(
+    model: nn.Module, gate_weight_decay: float = 0.0, *, gate_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Return optimizer parameter groups in which gate heads have their own weight decay and learning rate.
 
-    Weight decay pulls the weights of a head, and with them its logits, towards 0, which is where a gate opens or
-    closes: what the samples agree on would not last.
+    Weight decay pulls a head's weights, and with them its logits, towards 0, the threshold at which a gate opens or
+    closes, and so undoes decisions on which the samples agree.
 
         optimizer = torch.optim.AdamW(fastgate.parameter_groups(model), lr=1e-3, weight_decay=0.05)
 
     Args:
         model: a network, with gates or without.
-        gate_weight_decay: of the gate heads; all other parameters have the optimizer's.
+        gate_weight_decay: weight decay of the gate heads; all other parameters use the optimizer's.
+        gate_lr: learning rate of the gate heads; None uses the optimizer's. At the low rates of fine-tuning gates do
+            not learn the target; give them what training from scratch would take, such as 0.1 with SGD.
 
     Returns:
-        One group or two, the network's first, without parameters that are not trained.
+        One or two groups, the network's first; parameters that do not require grad are left out.
     """
     heads = {parameter for _, gate in named_gates(model) for parameter in gate.parameters()}
     groups: list[dict[str, Any]] = [
@@ -30,4 +34,6 @@ def parameter_groups(model: nn.Module, gate_weight_decay: float = 0.0) -> list[d
             "weight_decay": gate_weight_decay,
         },
     ]
+    if gate_lr is not None:
+        groups[1]["lr"] = gate_lr
     return [group for group in groups if group["params"]]

@@ -1,8 +1,8 @@
-"""The processes of a run (`torch.distributed`): their number, what only one of them does, and what they add up.
+"""Helpers for the processes of a run (`torch.distributed`): rank, main-process work, and reductions.
 
-Everything here is for one process what its name says with nobody else around; nothing then touches
-`torch.distributed`. Who lets the processes join is another's matter: :mod:`fastgate.training.distributed`, or the
-user's own trainer. What changes inside a network is in :mod:`fastgate.ops.synchronization`.
+With a single process, every function does the trivial thing without using `torch.distributed`. Initializing the process
+group is left to :mod:`fastgate.training.distributed` or to the user's own trainer. Synchronization inside a network is
+in :mod:`fastgate.ops.synchronization`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,17 +21,17 @@ def count() -> int:
 
 
 def rank() -> int:
-    """This process' number, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the main process, which writes files and prints."""
     return rank() == 0
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, where alone it is called; what it raises is raised everywhere."""
+    """Call `make` in the main process only and return its result in all; an exception is raised in all."""
     if count() == 1:
         return make()
     made: list[Any] = [None, None]
@@ -48,7 +48,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait() -> None:
-    """Wait for all processes to come here."""
+    """Wait until all processes have reached this point."""
     any_process(False)
 
 
@@ -58,7 +58,7 @@ def any_process(flag: bool) -> bool:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of x over the processes, without gradient, on x's device."""
+    """Sum of x over the processes, without gradient, on x's device."""
     if count() == 1:
         return x
     exchanged = x.to(_exchange_device(x), copy=True)
@@ -67,14 +67,14 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def _exchange_device(x: Tensor) -> torch.device:
-    """Where the processes can exchange x: a group of NCCL alone knows GPUs only."""
+    """Device on which the processes can exchange x: a group with only NCCL supports only GPUs."""
     if f"{x.device.type}:" in dist.get_backend_config():
         return x.device
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def average(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means over the processes by name, float tensors of any shapes."""
+    """Mean over the processes of each named float tensor, of any shape."""
     if count() == 1 or not values:
         return dict(values)
     flat = all_sum(torch.cat([value.reshape(-1) for value in values.values()])) / count()
@@ -83,7 +83,7 @@ def average(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, by their numbers; plain objects."""
+    """The values of all processes, in rank order; plain objects."""
     values: list[Any] = [value] * count()
     if count() > 1:
         dist.all_gather_object(values, value)
@@ -91,7 +91,7 @@ def gather(value: T) -> list[T]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process the main one's buffers, running statistics of batch norms among them."""
+    """Broadcast the main process's buffers, such as running statistics of batch norms, to all processes."""
     for buffer in model.buffers() if count() > 1 else ():
         received = buffer.to(_exchange_device(buffer), copy=True, memory_format=torch.contiguous_format)
         dist.broadcast(received, 0)

@@ -1,4 +1,4 @@
-"""Values over training: numbers that step or ramp at given epochs, written as short strings."""
+"""Schedules: values that step or ramp at given epochs, written as short strings."""
 
 import math
 import re
@@ -10,10 +10,10 @@ _POINT = re.compile(r"\s*([0-9.eE+-]+)\s*:\s*([0-9.eE+-]+)\s*")
 
 @dataclass(frozen=True)
 class Piecewise:
-    """A value over epochs given by points (epoch, value), steps or straight lines between them.
+    """A schedule defined by points (epoch, value), constant or linear between them.
 
     Steps: the value of the last point at or before the epoch; before the first point, the first value.
-    Linear: interpolated between points, constant outside them.
+    Linear: interpolated between the points, constant outside them.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -27,7 +27,7 @@ class Piecewise:
             raise ValueError(f"points: expected at least one, with increasing epochs, got {self.points}")
 
     def __call__(self, epoch: float) -> float:
-        """The value at an epoch (a fraction of an epoch counts)."""
+        """The value at an epoch, which may be fractional."""
         if epoch <= self.points[0][0]:
             return self.points[0][1]
         for (start, low), (end, high) in pairwise(self.points):
@@ -37,7 +37,7 @@ class Piecewise:
 
 
 def parse(value: float | str) -> Piecewise:
-    """Read a schedule: a number, steps "0:0, 125:2, 190:3", or a ramp "10:1 -> 50:0.5".
+    """Parse a schedule: a number, steps "0:0, 125:2, 190:3", or a ramp "10:1 -> 50:0.5".
 
     The paper's rising lambda (Table 5) is "0:0, 125:2, 190:3".
 

@@ -1,4 +1,4 @@
-"""Standard streams whose readers may go away: what is said to nobody is lost, and nothing else happens."""
+"""Standard streams that survive a closed reader: output that nobody reads is discarded without an error."""
 
 import errno
 import io
@@ -6,12 +6,12 @@ import os
 import sys
 from typing import Any, TextIO
 
-# the reader of a pipe is gone, the terminal is closed
+# broken pipe, closed terminal
 _GONE = (errno.EPIPE, errno.EIO)
 
 
 class _Unbroken(io.FileIO):
-    """A file that goes on as /dev/null when its reader goes away."""
+    """A file that turns into /dev/null when its reader is gone."""
 
     def write(self, data: Any) -> Any:
         try:
@@ -26,11 +26,11 @@ class _Unbroken(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let this process go on when its standard output or error stream is closed, now or later (`| head`)."""
+    """Keep this process running when its stdout or stderr is closed, now or later (`| head`)."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed from the start: the next file that is opened would take its place
+        except OSError:  # closed from the start: the next opened file would get its descriptor
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)

@@ -1,4 +1,4 @@
-"""Choosing ahead of time which kernels a network uses on this device: see :mod:`fastgate.ops.choices`."""
+"""Ahead-of-time choice of the kernels that a network uses on this device: see :mod:`fastgate.ops.choices`."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -12,15 +12,15 @@ from fastgate.ops import choices
 from fastgate.ops.choices import Choice, Kind
 from fastgate.values import Forward
 
-# goes through the kinds of calls that are to be measured; shows how far it is, if it likes
+# iterates over the kinds of calls to measure, and may display progress
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
-# what is chosen first may change what is called next: means of a map travel from a kernel to the next gate head
+# an early choice may change later calls: a kernel can pass pooled means on to the next gate head
 _PASSES = 3
 
 
 class Tuned(NamedTuple):
-    """A kind of call that a network makes, and what was found for it: times in microseconds, candidates by name."""
+    """A kind of call that a network makes, and its measured choice: times in microseconds, by candidate."""
 
     kind: Kind
     choice: Choice
@@ -34,22 +34,22 @@ def tune(
     forward: Forward | None = None,
     progress: Progress = iter,
 ) -> list[Tuned]:
-    """Measure the operations that the model calls, on its device, now instead of when each is first called.
+    """Measure the operations that the model calls, ahead of time instead of at each one's first call.
 
-    A copy of the model runs forward on the inputs, in train mode backward as well, under the autocast of the caller.
-    Each kind of call that nothing is known of is then compared with PyTorch and timed, and remembered on disk. The
-    model, its gradients and random numbers stay as they are.
+    A copy of the model runs a forward on the inputs, and in train mode a backward, under the caller's autocast. Each
+    kind of call without a stored choice is then checked against PyTorch, timed, and stored on disk. The model, its
+    gradients and the random number generator state do not change.
 
     Args:
-        model: on a CUDA device; on another one nothing is measured, as rules decide there.
-        inputs: as the model is called: a tensor, a tuple of positional or a mapping of keyword arguments. Sizes count,
-            values do not.
-        modes: of training or of inference, or both.
-        forward: calls the model where its inputs do not say how: (model, inputs) -> outputs.
-        progress: wraps the sequence of kinds to be measured, as `rich.progress.track` does.
+        model: a model on a CUDA device; on other devices fixed rules decide, and nothing is measured.
+        inputs: example inputs: a tensor, a tuple of positional or a mapping of keyword arguments. Their sizes matter,
+            their values do not.
+        modes: `"train"`, `"eval"`, or both.
+        forward: `(model, inputs) -> outputs`, for networks with another calling convention.
+        progress: wraps the sequence of kinds to measure, as `rich.progress.track` does.
 
     Returns:
-        what was found, now or before, for each kind of call in the order of the first ones, with the choices made.
+        the choice for each kind of call, measured now or earlier, in the order of first calls.
 
     Raises:
         ValueError: an unknown mode.
@@ -73,7 +73,7 @@ def tune(
 
 
 def _calls(model: nn.Module, inputs: Any, modes: Sequence[str], forward: Forward | None) -> list[Kind]:
-    """The kinds of calls that a model, which may be changed, makes."""
+    """The kinds of calls that a model makes; the model may be modified."""
     with choices.collecting() as kinds:
         for mode in modes:
             model.train(mode == "train")

@@ -1,4 +1,4 @@
-"""Nested inputs and outputs of networks: calling a model with them, and how far two of them are apart."""
+"""Nested inputs and outputs of networks: calling a model with them, and comparing two of them."""
 
 import copy
 import dataclasses
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# how a network is called where its inputs do not say it: (model, inputs) -> outputs
+# calls a network with a special calling convention: (model, inputs) -> outputs
 Forward = Callable[[nn.Module, Any], Any]
 
 _EXACT = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def call(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
-    """Call the model with a mapping as keyword arguments, a plain tuple as positional ones, all else as the only one.
+    """Call the model: a mapping gives keyword arguments, a plain tuple positional ones, anything else one argument.
 
-    A list is one argument that is a list: the images of a detection network. `forward(model, inputs)` comes first.
+    A list is a single argument, such as the images of a detection network. If `forward` is given,
+    `forward(model, inputs)` is called instead.
     """
     if forward is not None:
         return forward(model, inputs)
@@ -31,9 +32,9 @@ def call(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
 
 
 def to_device_of(model: nn.Module, values: Any, *, copied: bool = False) -> Any:
-    """The values with every tensor on the model's device; `copied`: in memory of its own, so that no model changes it.
+    """Move every tensor in nested values to the model's device; `copied`: into new memory that no model can change.
 
-    Tensors are found in mappings, lists, tuples and dataclasses; anything else with a method `to` moves itself.
+    Tensors are found in mappings, lists, tuples and dataclasses; other objects are moved by their method `to`, if any.
     """
     device = device_of(model)
 
@@ -49,7 +50,7 @@ def to_device_of(model: nn.Module, values: Any, *, copied: bool = False) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where the model's first parameter or buffer is that holds data; None for a model without any."""
+    """Device of the model's first parameter or buffer that holds data; None if the model has neither."""
     tensors = [*model.parameters(), *model.buffers()]
     return next((tensor.device for tensor in tensors if not tensor.is_meta), tensors[0].device if tensors else None)
 
@@ -68,13 +69,13 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def with_tensors(values: Any, tensors: Iterable[Tensor]) -> Any:
-    """The nested values with these tensors in the places of :func:`tensors_in`."""
+    """Replace the tensors in nested values, in the order of :func:`tensors_in`."""
     rest = iter(tensors)
     return _map(values, lambda leaf: next(rest) if isinstance(leaf, Tensor) else leaf)
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same containers with `change` of everything in them that is no container."""
+    """Apply `change` to every leaf and keep the containers."""
     if isinstance(value, Mapping):
         mapped: Any = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
         for key, item in value.items():
@@ -95,14 +96,14 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def difference(expected: Any, got: Any) -> float:
-    """Largest absolute difference of two nested values of one structure.
+    """Largest absolute difference between two nested values of the same structure.
 
-    Floating-point and complex numbers differ by their distance. Integers, bools and strings are equal or infinitely far
-    apart: a class index has no distance. NaN and infinities differ infinitely from everything but themselves; numbers
-    that are NaN in both are left out, with a warning.
+    Floating-point and complex numbers differ by their distance. Unequal integers, bools and strings differ infinitely,
+    as a class index has no distance. NaN and infinities differ infinitely from everything but themselves; numbers that
+    are NaN in both are skipped, with a warning.
 
     Raises:
-        ValueError: unlike structures or shapes, something that cannot be compared, or no number that could be.
+        ValueError: different structures or shapes, values that cannot be compared, or no numbers to compare.
     """
     worst, compared, unknown = 0.0, 0, 0
     for path, a, b in _pairs(expected, got, "outputs"):
@@ -129,7 +130,7 @@ def difference(expected: Any, got: Any) -> float:
 
 
 def _pairs(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves of both values side by side, with where they are; numbers with a fraction as tensors."""
+    """Yield the leaves of both values in pairs, with their paths; floats and complex numbers as tensors."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if a.keys() != b.keys():
             raise ValueError(f"{path}: expected the same keys, got {_listed(a)} and {_listed(b)}")
@@ -151,11 +152,11 @@ def _pairs(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
         for field in dataclasses.fields(a):
             yield from _pairs(getattr(a, field.name), getattr(b, field.name), f"{path}.{field.name}")
     elif type(a) is not type(b):
-        raise ValueError(f"{path}: expected values of one kind, got {type(a).__name__} and {type(b).__name__}")
+        raise ValueError(f"{path}: expected values of the same type, got {type(a).__name__} and {type(b).__name__}")
     else:
         raise ValueError(
-            f"{path}: cannot compare two {type(a).__name__}; use forward=, a function (model, inputs) that returns "
-            "tensors, or containers of them"
+            f"{path}: cannot compare two values of type {type(a).__name__}; use forward=, a function (model, inputs) "
+            "that returns tensors, or containers of them"
         )
 
 
@@ -164,7 +165,7 @@ def _listed(mapping: Mapping[Any, Any]) -> str:
 
 
 def _tensor_difference(path: str, a: Tensor, b: Tensor) -> tuple[float, int]:
-    """(largest absolute difference, how many numbers are NaN in both and left out)."""
+    """(largest absolute difference, count of numbers that are NaN in both and skipped)."""
     if a.shape != b.shape:
         raise ValueError(f"{path}: expected the same shape, got {list(a.shape)} and {list(b.shape)}")
     a, b = _dense(a), _dense(b).to(a.device)
@@ -179,7 +180,7 @@ def _tensor_difference(path: str, a: Tensor, b: Tensor) -> tuple[float, int]:
     a, b = a.to(dtype), b.to(dtype)
     both_nan = a.isnan() & b.isnan()
     apart = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    apart = apart.masked_fill((a == b) | both_nan, 0.0)  # an infinity less itself is NaN
+    apart = apart.masked_fill((a == b) | both_nan, 0.0)  # inf - inf is NaN
     return float(apart.max()), int(both_nan.sum())
 
 

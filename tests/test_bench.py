@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 import fastgate as fg
-from bench import input_pipeline, report
+from bench import input_pipeline, report, worth
 from bench.record_gates import read_gates, record_gates
 from bench.scaling import add_run
 from bench.test_gated_conv import Convolution, make_gate
+from fastgate.reports.comparison import compare_runs
 from fastgate.training.callbacks import Checkpoints
 from fastgate.training.data import Batches
 from fastgate.training.networks import load_network
@@ -171,3 +172,16 @@ def test_scaling_adds_a_run_of_two_processes_to_its_file(tmp_path: Path) -> None
     assert runs.keys() == {"2", "4"} == json.loads(file.read_text())["runs"].keys()
     with pytest.raises(ValueError, match=r"expected runs of .*'steps': 2.*choose another --output"):
         add_run(file, {**content["options"], "steps": 2}, 1, {"rows": rows})
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in worth.RESULTS.glob("*/table.md")))
+def test_tables_of_the_search_are_those_of_its_runs(study: str, tmp_path: Path) -> None:
+    results = worth.read_results(study)
+    worth.write_table(results, tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == (worth.RESULTS / study / "table.md").read_text()
+    # `fastgate compare` reads the runs: its mean is the table's
+    for way in {result.way for result in results}:
+        (group,) = compare_runs(sorted((worth.RESULTS / study / way).glob("seed*")))["groups"]
+        own = next(result for result in results if result.name == way)
+        networks = group["networks"]
+        assert networks["compact" if "compact" in networks else "unpruned"]["macs"]["mean"] == own.mean("macs")

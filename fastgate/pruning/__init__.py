@@ -1,1 +1,1 @@
-"""Decide, freeze, compact, save: from a gated network to a plain one."""
+"""Decide, freeze, compact, save: the steps from a gated network to a plain one."""

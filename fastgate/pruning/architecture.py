@@ -1,4 +1,4 @@
-"""The architecture of a network as JSON values, and back: classes by name, attributes as plain data, no code."""
+"""Describes a network's architecture as JSON and rebuilds it: classes by name, attributes as plain data, no code."""
 
 import dataclasses
 import importlib
@@ -17,11 +17,11 @@ from torch.nn.utils import parametrize
 from fastgate.models.gated import Closed, Cut, GatedModule, gated_class, plain_class
 from fastgate.pruning.reads import Reads
 
-# modules are rebuilt from these packages; classes of the user's own are named in load(..., classes=...)
+# modules are rebuilt from these packages; user-defined classes are passed to load(..., classes=...)
 _PACKAGES = ("fastgate", "torch.nn", "torchvision", "timm")
 
-# Modules of torch.nn without children, whose constructors compute nothing but shapes: from these files of torch.nn. No
-# file may call another constructor: some load weights, ask a hub, or make as many layers as they are told to.
+# files of torch.nn with modules that have no children and whose constructors only compute shapes. No other constructor
+# may be called by a file: some load weights, contact a hub, or create any number of layers.
 _CONSTRUCTED = frozenset(
     f"torch.nn.modules.{name}"
     for name in (
@@ -31,22 +31,22 @@ _CONSTRUCTED = frozenset(
 )  # fmt: skip
 _NOT_CONSTRUCTED = (nn.MultiheadAttention, nn.RNNBase, nn.modules.lazy.LazyModuleMixin)
 
-# far beyond any network: what is deeper or larger was made to keep its reader busy
+# far beyond any real network: anything deeper or larger is a denial-of-service attempt
 _MAX_DEPTH = 100
 _MAX_MODULES = 100_000
 
-# attributes that every module has; all others belong to its class
+# attributes that every module has; all others come from its class
 _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 _MISSING = object()
 
-# kinds of values that JSON lacks, by the key under which they are written
+# types of values that JSON lacks, by the key under which they are written
 _SEQUENCES = {"tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
 _MAPPINGS = {"dict": dict, "ordered_dict": OrderedDict}
 
 
 def _encode(value: Any) -> Any:
-    """A plain value as JSON, its type kept apart from like ones; raises TypeError for anything else."""
+    """Encode a plain value as JSON such that its exact type is kept; raises TypeError for anything else."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -54,7 +54,7 @@ def _encode(value: Any) -> Any:
     for key, sequence in _SEQUENCES.items():
         if type(value) is sequence:
             items = [_encode(item) for item in value]
-            # the order of a set differs from process to process and from one set to an equal one
+            # the order of a set differs between processes and between equal sets
             return {key: sorted(items, key=repr) if isinstance(value, set | frozenset) else items}
     for key, mapping in _MAPPINGS.items():
         if type(value) is mapping:
@@ -92,23 +92,23 @@ def _is_known(module_name: str) -> bool:
 
 
 def own_classes(model: nn.Module) -> set[type[nn.Module]]:
-    """The classes of a network that :func:`build` has to be given."""
+    """The classes of a network that have to be passed to :func:`build`."""
     classes = {plain_class(module) for module in model.modules()}
     return {cls for cls in classes if not _is_known(cls.__module__)}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The architecture of a module tree as JSON values, without the values of its tensors.
+    """Describe the architecture of a module tree as JSON values, without the values of its tensors.
 
-    Modules of `torch.nn` without children are described by their constructor's arguments where these give them back.
-    All others by what makes their forward: class, attributes that are plain values, own parameters and buffers, and
-    children in order. Other attributes are left out where no code of the network can read them (constructors that
-    torchvision and timm keep), and cannot be described elsewhere.
+    Modules of `torch.nn` without children are described by their constructor's arguments if these reproduce them. All
+    others are described by what determines their forward: class, plain attributes, own parameters and buffers, and
+    children in order. Other attributes are left out if no code of the network can read them (such as constructors that
+    torchvision and timm store); otherwise the network cannot be described.
 
     Raises:
         ValueError: an attribute in use that is not a plain value, a buffer outside state_dict, a forward hook.
     """
-    reads: list[Reads] = []  # found out at most once, and only where it is asked
+    reads: list[Reads] = []  # computed at most once, on demand
 
     def may_be_read(module: nn.Module, name: str) -> bool:
         if not reads:
@@ -157,13 +157,13 @@ def _at(name: str) -> str:
 
 
 def _check_describable(name: str, module: nn.Module) -> None:
-    """Refuse what a file cannot hold, warn of what it leaves out."""
+    """Reject what a file cannot store, and warn of what it leaves out."""
     cls = type(module)
     where = f"{cls.__name__}{_at(name)}"
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(
-            f"cannot describe {where}: a forward hook on it, which may change what it computes, would be lost; remove "
-            "it first (its handle's remove(), or that of the weight_norm, spectral_norm or prune it belongs to)"
+            f"cannot describe {where}: its forward hook, which may change its output, would be lost; remove the hook "
+            "first (with its handle's remove(), or the remove function of weight_norm, spectral_norm or prune)"
         )
     if parametrize.is_parametrized(module):
         raise ValueError(
@@ -175,14 +175,14 @@ def _check_describable(name: str, module: nn.Module) -> None:
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    # gates say by __getstate__ that the last forward's tensors are no part of them
+    # the __getstate__ of gates leaves out the last forward's tensors
     state = module.__getstate__() if type(module).__module__.startswith("fastgate.") else vars(module)
     hidden = {"gated"} if isinstance(module, GatedModule) else set()
     return {name: value for name, value in state.items() if name not in _BASE_ATTRIBUTES | hidden}
 
 
 def _encode_gated(gated: Closed | Cut) -> list[Any]:
-    """A gated module's description: its kind, and its fields."""
+    """Encode the description of a gated module: its kind and its fields."""
     return [type(gated).__name__, _encode(dataclasses.asdict(gated))]
 
 
@@ -192,7 +192,7 @@ def _decode_gated(value: list[Any]) -> Closed | Cut:
 
 
 def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
-    """What a module of torch.nn was constructed with, None where that does not give the same module."""
+    """Constructor arguments of a torch.nn module; None if they do not reproduce it."""
     if module._modules:
         return None
     arguments = {}
@@ -212,12 +212,12 @@ def _constructor_arguments(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _is_constructed(cls: type) -> bool:
-    """Whether a class is one of those that are described by their constructor's arguments."""
+    """Whether a class is described by its constructor's arguments."""
     return cls.__module__ in _CONSTRUCTED and not issubclass(cls, _NOT_CONSTRUCTED)
 
 
 def _argument_names(cls: type[nn.Module]) -> list[str]:
-    """What a file may say of a constructor's arguments: not the device, where memory would be taken, nor the dtype."""
+    """Constructor arguments that a file may set: neither the device, which would allocate memory, nor the dtype."""
     return [
         name
         for name, parameter in inspect.signature(cls.__init__).parameters.items()
@@ -238,7 +238,7 @@ def _shapes(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(module: nn.Module, twin: nn.Module) -> Iterator[str]:
-    """Names of what a module and its twin have not alike, children apart: attributes, kinds of tensors."""
+    """Names of attributes and kinds of tensors in which a module differs from its twin, children excluded."""
     ours, theirs = _own_attributes(module), _own_attributes(twin)
     for name in sorted({*ours, *theirs}):
         default = getattr(type(module), name, _MISSING)
@@ -260,18 +260,18 @@ def _is_plain(value: Any) -> bool:
 def _is_same(value: Any, other: Any) -> bool:
     if value is other or not (_is_plain(value) and _is_plain(other)):
         return value is other
-    return json.dumps(_encode(value)) == json.dumps(_encode(other))  # not ==: nan is the same as nan
+    return json.dumps(_encode(value)) == json.dumps(_encode(other))  # not ==: nan counts as equal to nan
 
 
 def build(description: dict[str, Any], classes: Iterable[type[nn.Module]] = ()) -> nn.Module:
-    """The module tree that :func:`describe` described, its tensors on the meta device.
+    """Rebuild a module tree from the result of :func:`describe`, with tensors on the meta device.
 
     Raises:
-        ValueError: a class that is neither of the known packages nor among `classes`.
-        AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError: what is no description.
+        ValueError: a class that is neither from the known packages nor in `classes`.
+        AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError: not a valid description.
     """
     _check_size(description)
-    with torch.device("meta"):  # nothing is drawn from the random generator, nor allocated
+    with torch.device("meta"):  # uses no random numbers and allocates no memory
         return _build(description, {_class_name(c): c for c in classes})
 
 
@@ -292,18 +292,18 @@ def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.M
     if "arguments" in description:
         arguments = description["arguments"]
         if not _is_constructed(cls):
-            raise ValueError(f"network: expected no arguments for {name}, whose constructor no file may call, got some")
+            raise ValueError(
+                f"network: expected no arguments for {name}, whose constructor must not be called, got some"
+            )
         if unknown := [key for key in arguments if key not in _argument_names(cls)]:
             raise ValueError(f"network: expected arguments of {name}, got {unknown[0]!r}")
         return _construct(cls, arguments)
-    # past whatever the class does when an attribute, a tensor or a child is given to it
+    # bypasses the class's own handling of attributes, tensors and children
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     for key, value in description["attributes"].items():
         if key in _BASE_ATTRIBUTES or hasattr(nn.Module, key):
-            raise ValueError(
-                f"network: expected attributes of a {name} of its own, got {key!r}, which every module has"
-            )
+            raise ValueError(f"network: expected attributes specific to {name}, got {key!r}, which every module has")
         vars(module)[key] = _decode(value)
 
     def empty(spec: dict[str, Any] | None) -> torch.Tensor | None:
@@ -323,21 +323,23 @@ def _build(description: dict[str, Any], own: dict[str, type[nn.Module]]) -> nn.M
 
 
 def _find_class(name: str, base: type) -> Any:
-    """A class of a known package that is derived from `base`."""
+    """Find a class of a known package that is derived from `base`."""
     module_name, _, qualname = name.partition(":")
     if not _is_known(module_name):
-        raise ValueError(f"network: its class {name} is not of {', '.join(_PACKAGES)}; pass load(path, classes=[...])")
-    if any(part.startswith("__") for part in module_name.split(".")):  # __main__ is a program
+        raise ValueError(
+            f"network: its class {name} is not from {', '.join(_PACKAGES)}; pass it as load(path, classes=[...])"
+        )
+    if any(part.startswith("__") for part in module_name.split(".")):  # importing __main__ would run a program
         raise ValueError(f"network: expected a class of a module, got {name}")
     found: Any = importlib.import_module(module_name)
     for part in qualname.split("."):
-        found = vars(found).get(part)  # getattr may run code of the module's own
+        found = vars(found).get(part)  # getattr could run the module's own code
         if found is None:
-            raise ValueError(f"network: its class {name} is not there in this version of {module_name.split('.')[0]}")
+            raise ValueError(f"network: its class {name} does not exist in this version of {module_name.split('.')[0]}")
     if not (isinstance(found, type) and issubclass(found, base)):
         kind = "modules" if base is nn.Module else base.__name__
         raise ValueError(f"network: expected a class of {kind}, got {name}")
-    if _class_name(found) != name:  # one that another package made
+    if _class_name(found) != name:  # defined elsewhere and only imported there
         raise ValueError(f"network: expected the name {_class_name(found)} of a class, got {name}")
     return found
 
@@ -350,10 +352,10 @@ def _find_dtype(name: str) -> torch.dtype:
 
 
 def check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
-    """Compare a described network with what was built from its description, module by module.
+    """Compare a described network with the one rebuilt from its description, module by module.
 
     Raises:
-        ValueError: a class or an attribute differs, but for attributes that :func:`describe` rightly left out.
+        ValueError: a class or an attribute differs, except attributes that :func:`describe` intentionally left out.
     """
     twins = dict(rebuilt.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
@@ -362,4 +364,4 @@ def check_rebuilt(model: nn.Module, rebuilt: nn.Module) -> None:
             raise ValueError(f"{type(module).__name__}{_at(name)}: another class has its name")
         for key in _differences(module, twin):
             if not (hasattr(module, key) and key not in vars(twin) and not _is_plain(getattr(module, key))):
-                raise ValueError(f"{type(module).__name__}{_at(name)}: its {key!r} does not come back")
+                raise ValueError(f"{type(module).__name__}{_at(name)}: its {key!r} is not restored")

@@ -1,4 +1,4 @@
-"""Frozen gates leave a network in training, with what they closed, and the optimizer goes on with the rest."""
+"""Pruning during training: removes frozen gates and their closed parts from a network and its optimizer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,27 +13,28 @@ from fastgate.pruning.parallel import mark_stale, wrappers_of
 
 
 def commit(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
-    """Remove from a network in training, in place, what frozen gates closed, and their heads; live gates stay live.
+    """Prune a network in training, in place: remove frozen gates and their closed parts; live gates stay live.
 
-    Closed blocks leave, closed channels are cut, an open block becomes a plain one. In eval mode the network computes
-    what it computed before: bit-equal for layer gates, up to the rounding of shorter sums for channel gates.
+    Closed blocks are removed, closed channels are cut, and an open block becomes a plain one. In eval mode the outputs
+    do not change: bit-equal for layer gates, up to the rounding of shorter sums for channel gates.
 
-    The optimizer keeps its parameter groups, without the parameters that left. Of its state, tensors of their
-    parameter's shape (momentum, Adam's moments) are cut like the parameter; everything else is kept. So training goes
-    on as that of the frozen network would. Wrappers of `DistributedDataParallel` have to be made anew: those that are
-    stale say so in their next forward. Call it between two steps: gradients of cut parameters are dropped. Losses
-    that are means over a model's gates are from then on means over those that are left.
+    The optimizer keeps its parameter groups, without the removed parameters. State tensors with their parameter's shape
+    (momentum, Adam's moments) are cut like the parameter; all other state is kept. Training therefore continues as it
+    would with the frozen network. `DistributedDataParallel` wrappers have to be created again; a stale one raises in
+    its next forward. Call it between steps: gradients of cut parameters are dropped. Losses that average over a
+    model's gates from then on average over the remaining ones.
 
     Args:
         model: a network with gates, some or all frozen.
-        optimizer: of this network's parameters, all or some; it may hold others too. None before there is one.
+        optimizer: optimizer of some or all of this network's parameters, possibly of others too; None if there is none
+            yet.
 
     Returns:
-        The same model, unless it is itself one closed block: then what is left of that.
+        The same model, unless it is itself a single closed block: then what remains of it.
 
     Raises:
-        ValueError: an optimizer of another network, parameters that are sharded, state that cannot be cut, or a frozen
-            gate whose block cannot be cut (see :func:`fastgate.compact`). Model and optimizer are then as they were.
+        ValueError: an optimizer of another network, sharded parameters, state that cannot be cut, or a frozen gate
+            whose block cannot be cut (see :func:`fastgate.compact`). Model and optimizer are then unchanged.
     """
     _check_whole(model)
     names = _names(model)
@@ -44,7 +45,7 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Modu
     shapes = {name: parameter.shape for parameter, known_as in names.items() for name in known_as}
     state = {name: entries for parameter, entries in optimizer.state.items() for name in names.get(parameter, ())}
     foreign = {parameter: entries for parameter, entries in optimizer.state.items() if parameter not in names}
-    # copies are cut first: what cannot be cut is found out before anything has changed
+    # copies are cut first, so that errors are raised before anything has changed
     left = {name: parameter.shape for name, parameter in _cut_copy(model, {}).items()}
     moved = {key: _cut_copy(model, values) for key, values in _split_state(state, shapes, left).items()}
 
@@ -71,11 +72,11 @@ def commit(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Modu
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Find out at the start of a run what :func:`commit` would stumble over in the middle of it.
+    """Check at the start of a run for errors that :func:`commit` would raise in the middle of it.
 
     Raises:
-        ValueError: gate parameters that the optimizer does not train, parameters that are sharded, an optimizer of
-            another network, or state that cannot be cut where this network's channel gates may cut.
+        ValueError: gate parameters that the optimizer does not train, sharded parameters, an optimizer of another
+            network, or state that cannot be cut along with this network's channel gates.
     """
     _check_whole(model)
     names = _names(model)
@@ -86,7 +87,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if missed:
         raise ValueError(
             f"optimizer: expected the parameters of all gates, got one without {len(missed)} tensors of the "
-            f"{len(gates)} gates; make it after fastgate.attach, for example "
+            f"{len(gates)} gates; create it after fastgate.attach, for example "
             "torch.optim.SGD(fastgate.parameter_groups(model), lr=0.1)"
         )
     if optimizer.state and any(gate.gates > 1 for gate in gates.values()):
@@ -96,7 +97,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _halved(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name in a copy of the model in which every gate of several channels has closed some of them."""
+    """Parameters by name in a pruned copy of the model in which every channel gate has closed half of its channels."""
     copied = copy_network(model)
     for _, gate in named_gates(copied):
         if gate.gates > 1:
@@ -105,7 +106,7 @@ def _halved(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _names(model: nn.Module) -> dict[Tensor, list[str]]:
-    """The names of every parameter: one that stands at several places has several, of which some may leave."""
+    """All names of every parameter: a shared one has several, some of which may be removed."""
     names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -116,8 +117,8 @@ def _check_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):  # a DTensor, of FSDP or tensor parallelism
             raise ValueError(
-                f"model: expected whole parameters, got {name!r} sharded over several processes; use "
-                "DistributedDataParallel, whose processes all hold the whole network"
+                f"model: expected unsharded parameters, got {name!r} sharded over several processes; use "
+                "DistributedDataParallel, in which every process holds the whole network"
             )
 
 
@@ -138,7 +139,7 @@ def _is_like(value: Any, shape: torch.Size) -> bool:
 def _split_state(
     state: Mapping[str, dict[str, Any]], shapes: Mapping[str, torch.Size], left: Mapping[str, torch.Size]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of their parameter's shape: key of the optimizer's state -> parameter's name -> tensor."""
+    """State tensors that have their parameter's shape: key in the optimizer's state -> parameter name -> tensor."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, entries in state.items():
         for key, value in entries.items():
@@ -153,7 +154,7 @@ def _split_state(
 
 
 def _cut_copy(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by every name of a cut copy of the model in which `values` stand in for parameters."""
+    """Parameters, under all their names, of a pruned copy of the model in which `values` replace parameters."""
     copied = copy_network(model)
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
@@ -162,10 +163,10 @@ def _cut_copy(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def unanimous(epochs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Tensor]:
-    """Gates whose every decision was the same for all samples of all these epochs, bool `[gates]` by name.
+    """Gates on whose decisions all samples of all these epochs agree, bool `[gates]` by name.
 
     Args:
-        epochs: for each epoch the mean decisions of every gate, by name.
+        epochs: for each epoch, the mean decisions of every gate by name.
     """
     if not epochs:
         return {}

@@ -1,4 +1,4 @@
-"""From a frozen gated network to a plain, physically smaller one that computes the same."""
+"""Compaction: turns a frozen gated network into a plain, physically smaller one with the same outputs."""
 
 from collections import OrderedDict
 from contextlib import suppress
@@ -16,25 +16,25 @@ from fastgate.pruning.signs import given_nonnegative
 
 
 def compact(model: nn.Module) -> nn.Module:
-    """A new plain network without the closed blocks and channels and without any gate; the input model is untouched.
+    """Return a new plain network without closed blocks, closed channels and gates; the input model does not change.
 
-    In eval mode it computes what the frozen network computes: bit-equal in fp32 for layer gates (the same operations on
-    the same tensors), up to the rounding of shorter sums for channel gates.
+    In eval mode its outputs equal those of the frozen network: bit-equal in fp32 for layer gates (the same operations
+    on the same tensors), up to the rounding of shorter sums for channel gates.
 
-    * Closed layer gate: the branch goes. What is left of an identity block is `nn.Identity` where its input is known to
-      be >= 0, so that its ReLU changes nothing; elsewhere the ReLU stays. A downsampling block keeps its shortcut. All
+    * Closed layer gate: the branch is removed. An identity block becomes `nn.Identity` if its input is known to be
+      >= 0, so that its ReLU has no effect; otherwise the ReLU stays. A downsampling block keeps its shortcut. All
       other blocks keep their names.
-    * Closed channels: rows and columns of the convolutions beside the gate go. Where no channel is left, the
-      convolution behind the gate becomes its constant (:class:`~fastgate.models.block.EmptyConv2d`); at position
-      "after" the whole branch goes.
+    * Closed channels: the corresponding rows and columns of the convolutions before and after the gate are removed. If
+      no channel is left, the convolution after the gate becomes a constant
+      (:class:`~fastgate.models.block.EmptyConv2d`); at position "after" the whole branch is removed.
 
     Raises:
         ValueError: a gate that is not frozen, or outside a residual block of this library; closed channels that cannot
-            be cut, where the network was changed since `attach` (weight norm, pruning, quantization, shared modules).
+            be cut because the network was changed after `attach` (weight norm, pruning, quantization, shared modules).
     """
     gates = dict(named_gates(model))
     if not gates:
-        raise ValueError("model: expected frozen gates, got none; a plain network is compact already")
+        raise ValueError("model: expected frozen gates, got none; a plain network is already compact")
     if live := [name for name, gate in gates.items() if not gate.frozen]:
         more = f" and {len(live) - 4} more" if len(live) > 4 else ""
         raise ValueError(
@@ -49,23 +49,23 @@ def compact(model: nn.Module) -> nn.Module:
 
 
 def cut_frozen(model: nn.Module) -> nn.Module:
-    """Remove frozen gates and what they closed from a network, in place, as :func:`compact` does; live gates stay.
+    """Remove frozen gates and their closed parts from a network in place, as :func:`compact` does; live gates stay.
 
-    Parameters that are not cut stay the same objects, and all that are left keep their names.
+    Parameters that are not cut stay the same objects, and all remaining parameters keep their names.
 
     Returns:
-        The same model, unless it is itself one closed block: then what is left of that.
+        The same model, unless it is itself a single closed block: then what remains of it.
 
     Raises:
         ValueError: a gate outside a residual block of this library, or a block that cannot be cut; the network is then
-            as it was.
+            unchanged.
     """
     blocks = gated_blocks(model)
     _check_cuts(model, blocks)
     frozen = {name: block for name, block in blocks.items() if _gate(block).frozen}
     closed = {name: block for name, block in frozen.items() if not bool(_gate(block).open.any())}
     nonnegative = given_nonnegative(model) if any(_may_drop_relu(block) for block in closed.values()) else set()
-    # channels first: names are those of the whole network until blocks leave
+    # channels first: names are those of the whole network until blocks are removed
     for name, block in frozen.items():
         gate = _gate(block)
         if isinstance(block, GatedModule):
@@ -105,7 +105,7 @@ def _block_name(gate_name: str) -> str:
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the module of this name, if what held it is still there."""
+    """Set the module of this name if its parent still exists."""
     parent, _, child = name.rpartition(".")
     with suppress(AttributeError):
         setattr(model.get_submodule(parent), child, module)
@@ -118,7 +118,7 @@ def _cut_parts(model: nn.Module, name: str, place: GatedModule) -> None:
     owner = owner_of(model, name, place)
     opened = gate.open.clone()
     if not bool(opened.any()):
-        # without any the modules between would have nothing to work on: one stays, which nothing adds up
+        # the modules in between need at least one channel: one stays, with zero weight in the sum that follows
         opened[0] = True
         empty_parts(owner, cut.parts)
     channels = opened.repeat_interleave(cut.group).nonzero().flatten()
@@ -126,7 +126,7 @@ def _cut_parts(model: nn.Module, name: str, place: GatedModule) -> None:
 
 
 def _without_module(model: nn.Module, name: str, place: GatedModule) -> nn.Module | None:
-    """What a module with a closed layer gate leaves: its shortcut, or zeros, for which what feeds it is not needed."""
+    """What remains of a module with a closed layer gate: its shortcut, or zeros; unused modules are removed."""
     closed, features = cast(Closed, place.gated), features_name(place.ungated)
     if closed.skip is not None:
         rest = _as_one([(child, getattr(place, child)) for child in closed.skip], place)
@@ -134,7 +134,7 @@ def _without_module(model: nn.Module, name: str, place: GatedModule) -> nn.Modul
     owner = owner_of(model, name, place)
     for part in closed.gone:
         if part != closed.within:
-            with suppress(AttributeError):  # what held it may have left with another gate
+            with suppress(AttributeError):  # its parent may have been removed with another gate
                 kind = plain_class(owner.get_submodule(part))
                 _put(owner, part, Zeros(features_name(kind)) if closed.zeroed else nn.Identity())
     zeros = Zeros(features, closed.others)
@@ -143,7 +143,7 @@ def _without_module(model: nn.Module, name: str, place: GatedModule) -> nn.Modul
 
 
 def _check_cuts(model: nn.Module, blocks: dict[str, Gated]) -> None:
-    """What `attach` made sure of, once more: a network may have been changed since."""
+    """Repeat the checks of `attach`, as the network may have been changed since."""
     shared = shared_modules(model)
     for name, block in blocks.items():
         gate = _gate(block)
@@ -159,7 +159,7 @@ def _check_cuts(model: nn.Module, blocks: dict[str, Gated]) -> None:
             continue
         closed = not bool(gate.open.any())
         if closed and block.gate_at == len(block.branch):
-            continue  # the whole branch goes
+            continue  # the whole branch is removed
         try:
             block.check_cut(shared)
             if closed:
@@ -183,7 +183,7 @@ def _keep_channels(block: ResidualBlock, kept: Tensor) -> None:
 
 
 def _empty_channels(block: ResidualBlock) -> None:
-    """No channel is left at the gate: the convolution behind it adds up nothing, what feeds it goes."""
+    """Handle a gate without open channels: make the convolution after it a constant, remove the modules feeding it."""
     gone = block.gone_when_empty()
     child, conv, _ = next(cut for cut in block.cut_convs() if cut[2] == 1)
     convs = [module for module in (*(getattr(block, name) for name in gone), conv) if isinstance(module, nn.Conv2d)]
@@ -193,7 +193,7 @@ def _empty_channels(block: ResidualBlock) -> None:
         empty.bias = cast(nn.Parameter, conv.bias)
     setattr(block, child, empty)
     at = block.branch.index(child)
-    # an in-place module at the start of the branch changes what the shortcut passes on
+    # an in-place module at the start of the branch also changes the shortcut's input
     kept = block.branch[:1] if len(gone) == at and _starts_in_place(block) else block.branch[: at - len(gone)]
     block.branch = kept + block.branch[at:]
     _drop_unused(block)
@@ -210,7 +210,7 @@ def _drop_unused(block: ResidualBlock) -> None:
 
 
 def _may_drop_relu(block: Gated) -> bool:
-    """Whether the ReLU of a closed block may be all that is left of it."""
+    """Whether only the ReLU of a closed block may remain."""
     if not isinstance(block, ResidualBlock):
         return False
     activation = getattr(block, block.activation_name or "", None)
@@ -218,7 +218,7 @@ def _may_drop_relu(block: Gated) -> bool:
 
 
 def _without_branch(block: ResidualBlock, input_nonnegative: bool) -> nn.Module:
-    """What the block computes without its branch, activation(shortcut(x)), as the fewest modules that do so."""
+    """The block without its branch, activation(shortcut(x)), as the fewest modules."""
     kept: list[tuple[str, nn.Module]] = []
     if block.shortcut_name is not None:
         kept.append((block.shortcut_name, getattr(block, block.shortcut_name)))
@@ -232,7 +232,7 @@ def _without_branch(block: ResidualBlock, input_nonnegative: bool) -> nn.Module:
 
 
 def _as_one(kept: list[tuple[str, nn.Module]], block: nn.Module) -> nn.Module:
-    """These modules, one after the other, in place of the block."""
+    """These modules in sequence, to replace the block."""
     for _, module in kept:
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]  # its input is no longer a fresh sum but another module's output

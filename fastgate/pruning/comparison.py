@@ -1,4 +1,4 @@
-"""Whether two networks compute the same."""
+"""Comparison of the outputs of two networks."""
 
 from typing import Any
 
@@ -10,22 +10,21 @@ from fastgate.values import Forward, call, difference, to_device_of
 
 
 def compare(masked: nn.Module, compacted: nn.Module, inputs: Any, *, forward: Forward | None = None) -> float:
-    """Largest absolute difference of the two networks' outputs on `inputs`, in eval mode; modes are restored.
+    """Largest absolute difference between two networks' outputs on `inputs`, in eval mode; modes are restored.
 
-    TF32 is off while they run, so that a difference is one of the networks and not of rounding. Each network gets a
+    TF32 is disabled meanwhile, so that differences come from the networks and not from rounding. Each network gets a
     copy of the inputs on its own device.
 
     Args:
-        masked, compacted: two networks whose outputs have one structure, of tensors and numbers in mappings, lists,
-            tuples and dataclasses, however nested.
+        masked, compacted: two networks whose outputs have the same structure: tensors and numbers in mappings, lists,
+            tuples and dataclasses, nested at will.
         inputs: a tensor; a mapping of keyword arguments; a tuple of positional arguments; anything else, such as a list
-            of images, as the only argument.
-        forward: `(model, inputs) -> outputs`, for networks that are called otherwise, or whose outputs hold more.
+            of images, is the only argument.
+        forward: `(model, inputs) -> outputs`, for networks with another calling convention or with other outputs.
 
     Returns:
-        The largest distance of two floating-point numbers; infinity where integers, bools or strings differ, or where
-        one network has a NaN or an infinity that the other has not. Numbers that are NaN in both are left out, with a
-        warning.
+        The largest absolute difference between floating-point numbers; infinity if integers, bools or strings differ,
+        or if only one network has a NaN or an infinity. Numbers that are NaN in both are skipped, with a warning.
 
     Raises:
         ValueError: outputs of different structures or shapes, outputs that cannot be compared, or nothing to compare.

@@ -1,4 +1,4 @@
-"""What a search is asked for: its target, when gates are open, live and final, and what its losses weigh."""
+"""Configuration of a search: its target, when gates are open, live and final, and its loss weights."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,12 +6,12 @@ from enum import StrEnum
 from fastgate import schedules
 from fastgate.pruning.costs import COSTS
 
-# the fields that are weights of losses, in the order of :meth:`fastgate.GateSearch.weights`
+# the loss weights, in the order of :meth:`fastgate.GateSearch.weights`
 WEIGHTS = ("polarization", "activation", "budget", "capacity")
 
 
 class Phase(StrEnum):
-    """Where a run is in its life."""
+    """The phase of a run."""
 
     OPEN = "open"  # gates are held open
     SEARCH = "search"  # gates are live
@@ -20,24 +20,24 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """When gates are open, live and final, as shares of the epochs, and what the search weighs.
+    """Configuration of a :class:`~fastgate.GateSearch`: target, phases (as fractions of the epochs) and loss weights.
 
     Weights are numbers or schedules over epochs, see :func:`fastgate.schedules.parse`.
 
     Attributes:
-        target: share of the whole network's cost that the compact network has; None for no target.
-        cost: what the target is a share of: "macs", "params", or "latency" (measured on this device).
-        open_until: gates are held open for this share of the epochs.
-        anneal_until: the target falls linearly from 1 to `target` until this share of the epochs.
-        settle_at: what is still undecided is decided at this share of the epochs; None: at the end, by `compact`.
-        commit_after: a gate is final earlier, once all samples of this many epochs agree; None: no.
+        target: cost of the compact network as a fraction of the whole network's; None for no target.
+        cost: the cost that `target` refers to: "macs", "params", or "latency" (measured on this device).
+        open_until: fraction of the epochs at which gates are released; until then they are held open.
+        anneal_until: fraction of the epochs until which the target decreases linearly from 1 to `target`.
+        settle_at: fraction of the epochs at which the remaining gates are decided; None: at the end, by `compact`.
+        commit_after: number of epochs after which a gate becomes final if all samples agree; None: never early.
         polarization, activation: weights of these losses (Eq. 10 of the paper).
         budget: weight of the squared distance from the target.
-        capacity: weight of the share of parameters that gates close.
-        round_to: channel counts of the compact network are multiples of it, or the full width; None: any.
-        compact_training: whether what final gates closed leaves the network during training.
+        capacity: weight of the fraction of parameters that gates close.
+        round_to: channel counts of the compact network are multiples of this, or the full width; None: any.
+        compact_training: whether closed parts of final gates are removed from the network during training.
 
-    Raises `ValueError` for what no search could honour.
+    Raises `ValueError` for values that no search can honour.
     """
 
     target: float | None = 0.5
@@ -59,24 +59,24 @@ class SearchConfig:
         for name in ("target", "open_until", "anneal_until", "settle_at"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
+                raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
         for name in ("commit_after", "round_to"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}: expected a positive whole number or None, got {value}")
+                raise ValueError(f"{name}: expected a positive integer or None, got {value}")
         if not self.open_until <= self.anneal_until <= (1 if self.settle_at is None else self.settle_at):
             raise ValueError(
-                "open_until, anneal_until, settle_at: expected increasing shares of the epochs, got "
+                "open_until, anneal_until, settle_at: expected increasing fractions of the epochs, got "
                 f"{self.open_until}, {self.anneal_until}, {self.settle_at}"
             )
         for name in WEIGHTS:
             value = getattr(self, name)
             schedules.parse(value)
-            # one spelling of a number, so that equal configurations are equal
+            # a canonical form, so that equal configurations compare equal
             object.__setattr__(self, name, _number(value))
 
     def target_at(self, share: float) -> float | None:
-        """The target at a share of the epochs: 1 while gates are held open, then falling linearly."""
+        """The target at a fraction of the epochs: 1 while gates are held open, then decreasing linearly."""
         if self.target is None:
             return None
         fall = self.anneal_until - self.open_until

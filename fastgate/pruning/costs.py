@@ -1,11 +1,11 @@
-"""What a network costs in MACs and FLOPs, and what each gate switches of MACs, parameters or time.
+"""Costs of a network in MACs and FLOPs, and the cost of each gate in MACs, parameters or time.
 
-One multiply-add is one MAC (and one of fvcore's FLOPs). Gate heads are not counted: they are gone from the network
-that is shipped, and the paper leaves them out too.
+One multiply-add is one MAC (and one of fvcore's FLOPs). Gate heads are not counted: they are not part of the final
+network, and the paper leaves them out too.
 
-Every function takes `inputs`: a size (C, H, W), which stands for one image of zeros; or example inputs, for exactly
-which is then counted: a tensor, a mapping of keyword arguments, a tuple of positional arguments, or anything else, such
-as a list of images, as the only argument. `forward(model, inputs)` calls networks that want to be called otherwise.
+Every function takes `inputs`: a size (C, H, W), meaning one image of zeros; or example inputs, whose exact cost is
+counted: a tensor, a mapping of keyword arguments, a tuple of positional arguments, or anything else, such as a list of
+images, as the only argument. `forward(model, inputs)` calls networks with another calling convention.
 """
 
 import copy
@@ -30,13 +30,13 @@ COSTS = ("macs", "params", "latency")
 
 
 class Costs(dict[str, Tensor]):
-    """What each gate (channel) of a network switches, `[gates]` by name, and what the whole network costs.
+    """Cost of each gate (channel) of a network, `[gates]` by name, and of the whole network.
 
     Attributes:
-        total: the network with every gate open, in the same units.
-        switchable: the sum of the costs, exact wherever they are.
-        within: of channel gates, the layer gate around them, which closes them with it (`gating="both"`): what they
-            cost is the product of both decisions.
+        total: cost of the network with every gate open, in the same units.
+        switchable: sum of the gates' costs, exact whatever device or dtype they have.
+        within: for each channel gate inside a gated layer (`gating="both"`), that layer's gate, which closes its
+            channels too: their cost counts with the product of both decisions.
     """
 
     total: int
@@ -54,44 +54,44 @@ class Costs(dict[str, Tensor]):
         return copy.copy(self)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Costs":
-        """The same costs on a device, so that losses need not copy them in every step; the sums stay exact."""
+        """Copy the costs to a device, so that losses need not do so in every step; the sums stay exact."""
         moved = self.copy()
         moved.update({name: cost.to(device, dtype) for name, cost in self.items()})
         return moved
 
     def of(self, decisions: Mapping[str, Tensor]) -> float:
-        """What the network costs with these decisions, or mean decisions, `[gates]` by name."""
+        """Cost of the network under these decisions, or mean decisions, `[gates]` by name."""
         opened = under_layers(decisions, self.within)
         return self.total - sum(float((cost * (1 - opened[name].double())).sum()) for name, cost in self.items())
 
 
 def macs(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> int:
-    """Multiply-adds of a network in eval mode, gate heads left out; a gated one counts as if every gate were open.
+    """Count the multiply-adds of a network in eval mode, with every gate open and without gate heads.
 
-    Counted are convolutions and products of matrices: linear layers, `matmul` and `einsum`, attention, recurrent
-    layers. Of what cannot be counted, such as quantized layers or operators of other libraries, a warning names the
-    operations. Masked attention counts in full, and so do products with sparse operands.
+    Convolutions and matrix products count: linear layers, `matmul` and `einsum`, attention, recurrent layers. A warning
+    names operations that cannot be counted, such as quantized layers or operators of other libraries. Masked attention
+    and products with sparse operands count in full.
 
     Args:
         model: any network.
         inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
-        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
+        forward: `(model, inputs) -> outputs`, for networks with another calling convention.
 
     Raises:
-        ValueError: integers that are not the size of an image.
+        ValueError: integers that are not an image size.
     """
     return count_macs(model, example_of(model, inputs), forward).total
 
 
 def flops(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> int:
-    """fvcore's full count in eval mode, gate heads left out and every gate open: the paper's column.
+    """Count FLOPs with fvcore in eval mode, with every gate open and without gate heads, as the paper's tables do.
 
-    One multiply-add is one FLOP, batch norm in eval mode is two per element. ResNet-110 at (3, 32, 32): 255.27 M.
-    Arguments are those of :func:`macs`. fvcore traces the network: what it does not know it leaves out without a word
-    (attention among it), and `forward` has to compute with the tensors in `inputs`. fvcore is in the extra `flops`.
+    One multiply-add is one FLOP; batch norm in eval mode is two per element. ResNet-110 at (3, 32, 32): 255.27 M.
+    The arguments are those of :func:`macs`. fvcore traces the network: it silently leaves out operations it does not
+    know, such as attention, and `forward` has to compute with the tensors in `inputs`. The extra `flops` installs it.
     """
     with warnings.catch_warnings():
-        # fvcore's import uses torch.jit.script, which recent versions of PyTorch call deprecated
+        # importing fvcore uses torch.jit.script, which is deprecated in recent versions of PyTorch
         warnings.simplefilter("ignore", category=FutureWarning)
         warnings.simplefilter("ignore", category=DeprecationWarning)
         try:
@@ -109,7 +109,7 @@ def flops(model: nn.Module, inputs: Any, *, forward: Forward | None = None) -> i
 
 
 class _Traced(nn.Module):
-    """A network as the tracer wants it: the tensors in its inputs as arguments, those in its outputs as the result."""
+    """A network in the form the tracer needs: input tensors as arguments, output tensors as a tuple."""
 
     def __init__(self, model: nn.Module, example: Any, forward: Forward | None) -> None:
         super().__init__()
@@ -120,30 +120,30 @@ class _Traced(nn.Module):
 
 
 def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> Costs:
-    """What each gate (channel) switches: gate name -> int64 `[gates]`, for one image or for example inputs.
+    """Cost that closing each gate (channel) saves: gate name -> int64 `[gates]`, for one image or for example inputs.
 
-    The attribute `total` is what the whole network costs with every gate open.
+    The attribute `total` is the cost of the whole network with every gate open.
 
-    A closed layer gate removes its block's branch (or a sum's). What channel gates in that branch switch counts for
-    these alone (`gating="both"`), so that costs add up where the channels of a closed layer are closed as well: see
-    :meth:`Costs.of`. A closed channel removes, at "middle", a row of the convolution before the gate and a column of
-    the one behind it; at "before" a column of the first convolution; at "after" a row of the last one. The compact
-    network has `macs(model)` minus the costs of everything closed, with one exception: where *all* channels of a gate
-    are closed, convolutions that now feed nothing go as well, which is more than the channels switch one by one (at
-    "after" the whole branch; at "middle" of a bottleneck its first convolution); inside a block's own modules one
-    channel is left, which is less.
+    A closed layer gate removes the branch of its block (or of its sum). Costs controlled by channel gates inside that
+    branch (`gating="both"`) count for the channel gates only, so that costs add up if the channels of a closed layer
+    count as closed too: see :meth:`Costs.of`. A closed channel removes, at "middle", a row of the convolution before
+    the gate and a column of the one after it; at "before", a column of the first convolution; at "after", a row of the
+    last one. The compact network has `macs(model)` minus the costs of everything closed, with one exception. If *all*
+    channels of a gate are closed, convolutions that no longer feed anything are removed as well, which saves more than
+    the sum of the channels (at "after" the whole branch; at "middle" of a bottleneck its first convolution); if the
+    gate is inside a block's own modules, one channel remains, which saves less.
 
     Args:
-        model: a gated network, on the device where its latency counts.
+        model: a gated network, for `"latency"` on the device to measure.
         inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
-        cost: `"macs"`; `"params"` (parameters, without those of gate heads); or `"latency"`: nanoseconds that the
-            inputs take less on this device, measured per block with its branch and without it (channel gates: with half
-            of its channels, shared out evenly).
-        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
+        cost: `"macs"`; `"params"` (parameters, without gate heads); or `"latency"`: nanoseconds saved for these inputs
+            on this device, measured per block with and without its branch (for channel gates, with half of its
+            channels, divided evenly among them).
+        forward: `(model, inputs) -> outputs`, for networks with another calling convention.
 
     Raises:
-        ValueError: another cost, a gate outside a residual block of this library or in a block that these inputs do not
-            reach, or integers that are not the size of an image.
+        ValueError: an unknown cost, a gate outside a residual block of this library or in a block that these inputs do
+            not reach, or integers that are not an image size.
     """
     _check_cost(cost)
     blocks = gated_blocks(model)
@@ -160,7 +160,7 @@ def gate_costs(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Fo
 
 
 def _closed_modules(model: nn.Module, gate: str, block: Gated) -> Iterator[nn.Module]:
-    """All modules that a closed layer gate leaves without use."""
+    """All modules that are unused when a layer gate is closed."""
     if isinstance(block, ResidualBlock):
         gone = [getattr(block, name) for name in block.branch]
     else:
@@ -172,7 +172,7 @@ def _closed_modules(model: nn.Module, gate: str, block: Gated) -> Iterator[nn.Mo
 def _costs_alone(
     model: nn.Module, blocks: Mapping[str, Gated], inputs: Any, cost: str, forward: Forward | None
 ) -> dict[str, Tensor]:
-    """What each gate switches with all others open."""
+    """Cost of each gate with all others open."""
     if cost == "latency":
         latencies = block_latencies(model, inputs, forward)
         return {
@@ -196,7 +196,7 @@ def _costs_alone(
 
 
 def total_cost(model: nn.Module, inputs: Any, cost: str = "macs", *, forward: Forward | None = None) -> int:
-    """What the network costs with every gate open and without gate heads, in the units of :func:`gate_costs`."""
+    """Cost of the network with every gate open and without gate heads, in the units of :func:`gate_costs`."""
     _check_cost(cost)
     if cost == "macs":
         return macs(model, inputs, forward=forward)
@@ -213,7 +213,7 @@ def _check_cost(cost: str) -> None:
 def _cost_of(
     model: nn.Module, gate: str, block: Gated, count: Callable[[nn.Module | None, nn.Module], int], cost: str
 ) -> Tensor:
-    """MACs or parameters that a gate (channel) switches; `count`: those of a module by who runs it (None: anyone)."""
+    """MACs or parameters controlled by a gate (channel); `count(caller, module)`: a module's (caller None: any)."""
     if isinstance(block, GatedModule):
         return _cost_of_module(model, gate, block, lambda module: count(None, module), cost)
 
@@ -221,7 +221,7 @@ def _cost_of(
         return count(block, getattr(block, name))
 
     if isinstance(block.gate, LayerGate):
-        # a module that runs twice, under one name or two, is counted with both runs
+        # `count` covers all runs of a module, even if it runs twice under one name or two
         return torch.tensor([sum(count(block, child) for child in {getattr(block, name) for name in block.branch})])
     per_channel = 0
     for name, conv, dim in block.cut_convs():
@@ -249,7 +249,7 @@ def _cost_of_module(
 
 
 def _parameters(module: nn.Module) -> int:
-    """Of a module, without those of gate heads in it."""
+    """Number of parameters of a module, without those of gate heads."""
     in_gates = {parameter for _, gate in named_gates(module) for parameter in gate.parameters()}
     return sum(parameter.numel() for parameter in module.parameters() if parameter not in in_gates)
 

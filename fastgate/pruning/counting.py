@@ -1,4 +1,4 @@
-"""Multiply-adds of a forward pass, counted operation by operation while it runs."""
+"""Counts the multiply-adds of a forward pass, operation by operation, while it runs."""
 
 import re
 import warnings
@@ -17,15 +17,15 @@ from fastgate.gates import named_gates
 from fastgate.pruning.probe import open_for_probing
 from fastgate.values import Forward, call
 
-# products of matrices and what does as much, by the names of PyTorch's operations; interpolation (upsample_bilinear2d),
-# pooling, norms and everything elementwise are none
+# names of PyTorch operations that multiply matrices or do comparable work; interpolation (upsample_bilinear2d),
+# pooling, norms and elementwise operations do not
 _PRODUCT = re.compile(
     r"mm($|_)|mv($|_)|(^|_)v?dot($|_)|matmul|conv(?!ert)|(^|_)(tri)?linear($|_)|attention|rnn|lstm|gru"
     r"|^_fft_|linalg|cholesky|solve|inverse|svd|geqrf|ormqr|cdist|pdist|euclidean_dist"
 )
-# named like products, but none; the products of fused cells are operations of their own
+# names that match but are not products; the products of fused cells are separate operations
 _NO_PRODUCT = re.compile(r"vector_norm|linalg_cross|powsum|check_errors|flatten_weight|reorder|fused_\w+_cell")
-# operators of these libraries are judged by name; ours have formulas or belong to gates
+# operators of these libraries are classified by name; ours have formulas or belong to gates
 _KNOWN = ("aten", "prim", "prims", "fastgate", "c10d", "_c10d_functional", "profiler")
 _FREE = ("torchvision::nms", "torchvision::roi_align", "torchvision::roi_pool", "torchvision::ps_roi_align")
 
@@ -34,8 +34,8 @@ class MacCount:
     """Multiply-adds of one forward pass.
 
     Attributes:
-        total: of the whole, those of gates left out.
-        calls: (caller, module) -> of the module, where the caller called it; the caller of the outermost is None.
+        total: multiply-adds of the whole network, without gates.
+        calls: (caller, module) -> multiply-adds of the module in calls by the caller; None calls the outermost module.
     """
 
     def __init__(self) -> None:
@@ -46,17 +46,17 @@ class MacCount:
 def count_macs(model: nn.Module, inputs: Any, forward: Forward | None = None) -> MacCount:
     """Count the multiply-adds of a network on these inputs, in eval mode with every gate open.
 
-    PyTorch's `FlopCounterMode` counts, with formulas for operations that it leaves out. Operations that multiply
-    matrices or are not known, and have no formula, are named in a warning: among them quantized ones. What does not
-    pass PyTorch's dispatcher, such as a Triton kernel that is launched directly, cannot be seen.
+    Uses PyTorch's `FlopCounterMode`, with additional formulas for operations that it leaves out. A warning names
+    operations without a formula that multiply matrices or are unknown, such as quantized ones. Operations that bypass
+    PyTorch's dispatcher, such as directly launched Triton kernels, cannot be counted.
     """
     found = MacCount()
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     uncounted = _Uncounted(counter.flop_registry)
     running: list[tuple[nn.Module, int]] = []
 
-    # hooks and not the counter's own attribution by name: that knows one name of a shared module, and begins with the
-    # module that is called first
+    # hooks instead of the counter's own attribution by name, which knows only one name of a shared module and starts at
+    # the module that is called first
     def enter(module: nn.Module, _: Any) -> None:
         running.append((module, counter.get_total_flops()))
 
@@ -64,21 +64,21 @@ def count_macs(model: nn.Module, inputs: Any, forward: Forward | None = None) ->
         module, before = running.pop()
         found.calls[running[-1][0] if running else None, module] += (counter.get_total_flops() - before) // 2
 
-    # attention and encoder layers are single operations in eval mode; without the fast path their parts are counted
+    # on the fast path, attention and encoder layers are single operations in eval mode; without it, parts are counted
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        # the counter's hooks are global, of which torch.compile warns; under the counter nothing is compiled
+        # torch.compile warns about the counter's global hooks; nothing is compiled under the counter
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".* when there are global hooks")
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
-                continue  # takes no hooks: what it does counts for its caller
+                continue  # does not support hooks: its operations count for its caller
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(open_for_probing(model))
-        # the outer mode sees what the counter has taken apart
+        # the outer mode sees operations after the counter has decomposed them
         stack.enter_context(uncounted)
         stack.enter_context(counter)
         call(model, inputs, forward)
@@ -97,7 +97,7 @@ def count_macs(model: nn.Module, inputs: Any, forward: Forward | None = None) ->
 
 
 class _Uncounted(TorchDispatchMode):
-    """Names the operations that run without a formula though they multiply matrices, or may do so."""
+    """Records operations without a formula that multiply matrices, or may do so."""
 
     def __init__(self, formulas: dict[Any, Any]) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Uncounted(TorchDispatchMode):
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs, two per multiply-add, of operations that `FlopCounterMode` leaves out, and of attention of any kind."""
+    """FLOP formulas (two per multiply-add) for operations that `FlopCounterMode` leaves out, and for all attention."""
     aten = torch.ops.aten
     attention = (
         aten._scaled_dot_product_flash_attention_for_cpu,
@@ -135,12 +135,12 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     }
 
 
-# Formulas take the arguments of the operation, its tensors as shapes, and `out_shape`.
+# Formulas take the operation's arguments, with tensors replaced by their shapes, and `out_shape`.
 Shape = Sequence[int]
 
 
 def _product(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """(Batches of) matrices or vectors: every entry of the first by every column of the second."""
+    """(Batches of) matrices or vectors: every entry of the first times every column of the second."""
     return 2 * prod(a) * (b[-1] if len(b) > 1 else 1)
 
 
@@ -149,23 +149,23 @@ def _added_product(_: Shape, a: Shape, b: Shape, *__: Any, **___: Any) -> int:
 
 
 def _convolution(_: Shape, weight: Shape, *__: Any, out_shape: Shape, **___: Any) -> int:
-    """Every output by the weights that it sums: of `[O, I, H, W]`, with everything open, and of `[T, I, O]`."""
+    """Every output times the weights that it sums over: `[O, I, H, W]`, with everything open, or `[T, I, O]`."""
     outputs = weight[0] if len(weight) == 4 else weight[-1]
     return 2 * prod(out_shape) * (prod(weight) // outputs)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Scores and their product with the values, `[N, heads, T, D]`; what a mask closes counts too."""
+    """Scores and their product with the values, `[N, heads, T, D]`; masked positions count too."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _recurrent(x: Shape, weights: Sequence[Shape]) -> int:
-    """Each matrix once per step and sample: x is `[T, N, F]`, or `[steps, F]` where packed."""
+    """Each matrix once per step and sample: x is `[T, N, F]`, or `[steps, F]` if packed."""
     return 2 * prod(x[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
 
 def _trilinear(a: Shape, b: Shape, c: Shape, *expand: Any, **_: Any) -> int:
-    """One multiply-add for each entry of the product of all three: in `nn.Bilinear`, one per weight and sample."""
+    """One multiply-add per entry of the product of all three: in `nn.Bilinear`, one per weight and sample."""
     shapes = [list(shape) for shape in (a, b, c)]
     for shape, dims in zip(shapes, expand[:3], strict=True):
         for dim in sorted(dims):

@@ -1,4 +1,4 @@
-"""Static decisions from per-sample gates: one evaluation pass, one open or closed per gate (channel)."""
+"""Static decisions from per-sample gates: one evaluation pass decides every gate (channel) for all samples."""
 
 import json
 import os
@@ -30,13 +30,13 @@ _WITHOUT_DIGEST = 1  # the version of files that cannot be checked for damage
 
 @dataclass(frozen=True, eq=False)
 class GateDecision:
-    """The decision of one gate; every tensor is `[gates]` on the CPU: one entry for a layer gate, else one per channel.
+    """The decision of one gate; tensors are `[gates]` on the CPU: one entry for a layer gate, else one per channel.
 
     Attributes:
-        mean: share of rows for which the gate was open, float64.
+        mean: fraction of rows for which the gate was open, float64.
         open: the decision, bool.
-        rows: how many rows the gate decided on: samples, and more where the network calls it several times for one or
-            folds other dimensions into the batch; 0 where none was asked.
+        rows: number of rows the gate decided: the number of samples, or more if the network calls the gate several
+            times or folds other dimensions into the batch; 0 if the gate was not evaluated.
     """
 
     mean: Tensor
@@ -54,16 +54,16 @@ class GateDecision:
 
     @property
     def unanimity(self) -> Tensor:
-        """Share of samples that agree with the decision, float64: 1 where all do."""
+        """Fraction of samples that agree with the decision, float64: 1 if all do."""
         return torch.where(self.open, self.mean, 1 - self.mean)
 
 
 class Decisions(Mapping[str, GateDecision]):
-    """Gate name -> :class:`GateDecision`, in forward order.
+    """Mapping of gate names to :class:`GateDecision`, in forward order.
 
     Attributes:
-        threshold: a gate is open where its mean exceeds this, unless a target asked otherwise.
-        samples: number of samples that were asked; 0 where no pass was made.
+        threshold: gates whose mean exceeds it are open, unless a target required otherwise.
+        samples: number of samples evaluated; 0 if there was no evaluation pass.
     """
 
     def __init__(self, gates: Mapping[str, GateDecision], threshold: float = 0.5, samples: int = 0) -> None:
@@ -88,7 +88,7 @@ class Decisions(Mapping[str, GateDecision]):
 
     @property
     def open_ratio(self) -> float:
-        """Share of open gates (channels) among all, the paper's "gate open ratio" as a fraction."""
+        """Fraction of open gates (channels), the paper's "gate open ratio"."""
         return float(torch.cat([gate.open for gate in self.values()]).double().mean())
 
     @property
@@ -97,7 +97,7 @@ class Decisions(Mapping[str, GateDecision]):
         return float(torch.stack([(g.mean * (1 - g.mean)).mean() for g in self.values()]).mean())
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The decisions as JSON text, also written to `path` if one is given."""
+        """Return the decisions as JSON text; also write it to `path` if given."""
         data = {
             "format": FORMAT,
             "version": VERSION,
@@ -114,11 +114,11 @@ class Decisions(Mapping[str, GateDecision]):
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> "Decisions":
-        """Read what :meth:`to_json` wrote, from its text or from a file.
+        """Read decisions written by :meth:`to_json`, from a JSON text or a file.
 
         Raises:
-            FileNotFoundError: a path where no file is.
-            ValueError: the text is not such a document, or was damaged or changed since it was written.
+            FileNotFoundError: there is no such file.
+            ValueError: not such a document, or one that was damaged or changed after it was written.
         """
         is_text = isinstance(source, str) and source.lstrip()[:1] in ("", "{", "[")
         where = "a text" if is_text else str(source)
@@ -145,7 +145,7 @@ class Decisions(Mapping[str, GateDecision]):
 
 
 def _check_version(data: Any, where: str) -> None:
-    """Refuse what is not of this library, and what is not as it was written."""
+    """Reject data of another format, and data changed after they were written."""
     version = data.get("version") if data.get("format") == FORMAT else None
     if version == _WITHOUT_DIGEST and KEY not in data:
         warnings.warn(f"{where}: decisions of an earlier version, which cannot be checked for damage", stacklevel=3)
@@ -167,7 +167,7 @@ def _check_ranges(name: str, gate: Mapping[str, Any]) -> None:
 
 
 def _shares(name: str, values: Any) -> list[float]:
-    """A list of numbers from 0 to 1."""
+    """Check that the values are numbers from 0 to 1 and return them as a list."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ValueError(f"{value!r} for {name}, which is a number from 0 to 1")
@@ -192,32 +192,31 @@ def decide(
     round_to: int | None = None,
     forward: Forward | None = None,
 ) -> Decisions:
-    """Ask every gate about every sample, in one evaluation pass, and open those whose mean exceeds `threshold`.
+    """Evaluate every gate on every sample in one pass, and open those whose mean decision exceeds `threshold`.
 
-    With a target the decisions are instead those that meet it and of these the ones that samples are most for, see
-    :func:`fastgate.pruning.targets.meet_target`. Gates that are frozen keep their decision.
+    With a target, the decisions meet it instead; among those that do, the choice that most samples support is taken,
+    see :func:`fastgate.pruning.targets.meet_target`. Frozen gates keep their decision.
 
-    The mean is over what the gate decided on: every call in a forward and every row of each. A compiled network runs
-    eagerly for that.
+    The mean covers every row of every call of a gate. A compiled network is run in eager mode for this.
 
     Args:
         model: a network with gates; its training mode is restored afterwards.
         loader: batches, moved to the model's device: the inputs, or a tuple or list whose first item is the inputs. A
-            mapping is passed as keyword arguments, labels and all; a plain tuple as positional ones; anything else,
+            mapping is passed as keyword arguments, labels included; a plain tuple as positional ones; anything else,
             such as a list of images, as the only argument.
         threshold: between 0 and 1.
-        target: wanted share of what the whole network costs, 0 to 1.
-        cost: what the target is a share of, see :func:`fastgate.gate_costs`: it is counted (`"latency"`: measured) on
-            the first batch, as a whole.
-        costs: what each gate (channel) switches, where that is known: nothing is then counted.
-        total: what the whole network costs with every gate open; None: `costs.total`.
-        round_to: channel gates: the numbers of open channels are multiples of it, or all.
-        forward: `(model, batch) -> anything`, for networks that are called otherwise; it gets the whole batch.
+        target: desired fraction of the whole network's cost, 0 to 1.
+        cost: the cost that the target refers to, see :func:`fastgate.gate_costs`; it is counted (`"latency"`: measured)
+            on the whole first batch.
+        costs: cost of each gate (channel), if known; nothing is counted then.
+        total: cost of the whole network with every gate open; None: `costs.total`.
+        round_to: for channel gates, open channel counts are multiples of this, or all channels.
+        forward: `(model, batch) -> anything`, for networks with another calling convention; it gets the whole batch.
 
     Raises:
-        ValueError: no gates, no samples, a gate that did not run or whose logits are nan, a threshold outside 0 to
-            1; a target that no decisions reach (the message names the range) or beside a threshold; costs that do not
-            say what the whole network costs; `costs`, `total` or `round_to` without a target.
+        ValueError: no gates, no samples, a gate that did not run or has NaN logits, a threshold outside 0 to 1; a
+            target that no decisions can reach (the message names the range) or that comes with a threshold; costs
+            without a total; `costs`, `total` or `round_to` without a target.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number between 0 and 1, got {threshold}")
@@ -227,9 +226,9 @@ def decide(
     if target is None:
         for name, value in {"costs": costs, "total": total, "round_to": round_to}.items():
             if value is not None:
-                raise ValueError(f"{name}: expected it beside a target, got no target; pass target=")
+                raise ValueError(f"{name}: expected it together with a target, got no target; pass target=")
     elif threshold != 0.5:
-        raise ValueError(f"threshold: expected none beside a target, which decides instead, got {threshold}")
+        raise ValueError(f"threshold: expected none with a target, which decides instead, got {threshold}")
     batches = iter(loader)
     first = list(islice(batches, 1))
     meet = None
@@ -244,14 +243,14 @@ def decide(
 def _meeting(
     target: float, costs: Mapping[str, Tensor], total: int | None, round_to: int | None
 ) -> Callable[..., Decisions]:
-    """What makes decisions meet a target; one that is out of reach is found out before any gate is asked."""
-    from fastgate.pruning.targets import check_target, meet_target  # they work on the decisions of this module
+    """Return a function that makes decisions meet the target; check first that the target can be reached."""
+    from fastgate.pruning.targets import check_target, meet_target  # circular: they use this module's decisions
 
     total = getattr(costs, "total", None) if total is None else total
     if total is None:
         raise ValueError(
-            "total: expected what the whole network costs, of which the target is a share, got costs that do not say "
-            "it; use fastgate.gate_costs(model, inputs) as it is, or pass total=fastgate.macs(model, inputs)"
+            "total: expected the cost of the whole network, to which the target is relative, got costs without a "
+            "total; pass the result of fastgate.gate_costs(model, inputs), or total=fastgate.macs(model, inputs)"
         )
     check_target(costs, target, total, round_to)
     return partial(meet_target, costs=costs, target=target, total=total, round_to=round_to)
@@ -274,8 +273,8 @@ def _ask(
             call(model, to_device_of(model, inputs), forward)
             if any(module.training for module in model.modules()):
                 raise RuntimeError(
-                    "model: expected its eval mode while its gates are asked, got training mode, which its code or "
-                    "another thread has set meanwhile; ask a copy of it"
+                    "model: expected eval mode while its gates are evaluated, got training mode, set by its code or "
+                    "another thread in the meantime; use a copy of the model"
                 )
             for name, outputs in calls.items():
                 if not outputs:
@@ -294,8 +293,8 @@ def _ask(
         mean = total.cpu() / rows[name]
         if mean.isnan().any():
             raise ValueError(
-                f"gate {name!r}: expected logits that are numbers, got nan for some samples; look for nan and "
-                "infinities in the images, in the weights, and in features of half precision"
+                f"gate {name!r}: expected logits without nan, got nan for some samples; look for nan and infinities in "
+                "the images, in the weights, and in half-precision features"
             )
         decided[name] = GateDecision(mean, mean > threshold, rows[name])
     return Decisions(decided, threshold, samples)
@@ -303,12 +302,12 @@ def _ask(
 
 @contextmanager
 def _collected(gates: Mapping[str, Gate]) -> Iterator[dict[str, list[Tensor]]]:
-    """The results of all calls of these gates that this thread makes, by name, as they come."""
+    """Collect the outputs of all calls of these gates made by this thread, by name."""
     calls: dict[str, list[Tensor]] = {name: [] for name in gates}
     asker = threading.get_ident()
 
     def collect(name: str, called: nn.Module, output: Tensor) -> None:
-        # replicas of nn.DataParallel are called from threads of their own; the gate itself by whoever else uses it
+        # nn.DataParallel calls replicas from other threads; calls of the gate itself from another thread are not ours
         if threading.get_ident() == asker or called is not gates[name]:
             calls[name].append(output)
 
@@ -324,7 +323,7 @@ def _collected(gates: Mapping[str, Gate]) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def merge_decisions(decisions: Decisions) -> Decisions:
-    """The decisions over the samples of all processes, from those over each one's own."""
+    """Merge the decisions of all processes, each made on its own samples."""
     if processes.count() == 1:
         return decisions
     samples = int(processes.all_sum(torch.tensor(decisions.samples)))
@@ -337,10 +336,10 @@ def merge_decisions(decisions: Decisions) -> Decisions:
 
 
 def freeze(model: nn.Module, decisions: Mapping[str, GateDecision]) -> nn.Module:
-    """Store the decisions in the model's gates, in place, and return the model: no gate runs its head any more.
+    """Freeze the model's gates to these decisions, in place, and return the model; gate heads no longer run.
 
     Raises:
-        ValueError: decisions of another network (other gate names or sizes); the model is then left as it was.
+        ValueError: decisions of another network (other gate names or sizes); the model is then unchanged.
     """
     gates = dict(named_gates(model))
     if gates.keys() != decisions.keys():

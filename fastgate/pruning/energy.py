@@ -1,4 +1,4 @@
-"""Measured energy of a forward pass, several networks interleaved so that a drift of the machine meets all alike."""
+"""Measured energy of forward passes, interleaved over networks so that machine drift affects all equally."""
 
 import statistics
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from fastgate.modes import eval_mode
 
 @dataclass(frozen=True)
 class InferenceEnergy:
-    """Joules per sample of one network; None, with the reason in the warnings, where they cannot be metered."""
+    """Joules per sample of one network; None, with the reason in the warnings, if they cannot be metered."""
 
     joules_per_sample: float | None
     source: str
@@ -23,9 +23,9 @@ class InferenceEnergy:
 def measure_inference(
     models: Mapping[str, nn.Module], inputs: Tensor, *, min_seconds: float = 2.0, trials: int = 3
 ) -> dict[str, InferenceEnergy]:
-    """Median joules per sample of the forward pass of each model on `inputs` [N, ...], in eval mode.
+    """Median joules per sample of each model's forward pass on `inputs` [N, ...], in eval mode.
 
-    The board that holds `inputs` is metered, or for a CPU its packages; where neither can be, no time is spent.
+    Meters the GPU that holds `inputs`, or the CPU packages; if neither can be metered, it returns immediately.
 
     Args:
         models: name -> network.

@@ -1,4 +1,4 @@
-"""The promise that a cut network computes what the frozen one computed, checked whenever something is cut."""
+"""The check that a pruned network has the same outputs as the frozen one, made whenever something is cut."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from fastgate.ops.dispatch import requested_impl
 from fastgate.pruning.comparison import compare
 from fastgate.values import Forward, call, device_of, tensors_in, to_device_of
 
-# Channel gates: a hundred roundings (a sum over fewer channels is added up in another order, once per convolution),
-# relative to the largest output. Layer gates leave the same operations on the same tensors: 0.
+# Channel gates: a hundred roundings relative to the largest output (a sum over fewer channels is computed in another
+# order, once per convolution). Layer gates leave the same operations on the same tensors: 0.
 _ROUNDINGS = 100
 
 
 class NotEqual(RuntimeError):
-    """The cut network does not compute what the frozen network computes."""
+    """The outputs of the pruned network differ from those of the frozen network."""
 
 
 def check_equal(frozen: nn.Module, cut: nn.Module, inputs: Any, forward: Forward | None = None) -> float:
-    """The largest difference of the two networks' outputs on the inputs (see :func:`fastgate.compare`), in eval mode.
+    """Largest difference between two networks' outputs in eval mode (see :func:`fastgate.compare`), checked to be small.
 
     Raises:
-        NotEqual: it is more than the rounding that the gates of `frozen` allow, and more than a network without a
-            single result (random numbers, atomic additions) differs from itself.
+        NotEqual: the difference exceeds both the rounding error that the gates of `frozen` allow and the network's own
+            nondeterminism (random numbers, atomic additions).
     """
     device = device_of(frozen)
     with torch.autocast("cpu" if device is None else device.type, enabled=False):
@@ -34,14 +34,14 @@ def check_equal(frozen: nn.Module, cut: nn.Module, inputs: Any, forward: Forward
         if not difference <= allowed and not difference <= 2 * compare(frozen, frozen, inputs, forward=forward):
             raise NotEqual(
                 f"the compact network differs from the frozen one by {difference:.3g}, expected at most "
-                f"{allowed:.3g}; this is an error in fastgate; please report it with the network and its decisions"
+                f"{allowed:.3g}; this is a bug in fastgate; please report it with the network and its decisions"
             )
     return difference
 
 
 def _allowed(frozen: nn.Module, inputs: Any, forward: Forward | None) -> float:
     gates = [gate for _, gate in named_gates(frozen)]
-    # our kernels, where they are asked for, add up in another order than the convolutions of the cut network
+    # our kernels, if requested, sum in another order than the convolutions of the pruned network
     exact = all(isinstance(gate, LayerGate) and requested_impl(gate.impl)[0] != "triton" for gate in gates)
     if exact:
         return 0.0
@@ -52,7 +52,7 @@ def _allowed(frozen: nn.Module, inputs: Any, forward: Forward | None) -> float:
 
 
 def hold_open(*models: nn.Module) -> None:
-    """Freeze the live gates of these networks open, so that no rounding of a gate's input changes what it decides."""
+    """Freeze the live gates of these networks open, so that rounding in a gate's input cannot change its decision."""
     for model in models:
         for _, gate in named_gates(model):
             if not gate.frozen:

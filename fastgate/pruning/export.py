@@ -1,4 +1,4 @@
-"""Plain networks as files for other runtimes: ONNX, checked by onnxruntime, and PyTorch's exported programs."""
+"""Export of plain networks to ONNX, checked by onnxruntime, and to PyTorch exported programs."""
 
 import importlib
 import io
@@ -25,7 +25,7 @@ from fastgate.modes import eval_mode
 from fastgate.pruning.latency import latency_quartiles
 from fastgate.values import call, difference, tensors_in, with_tensors
 
-# what may differ, as a share of the largest output: other kernels add up in another order; half precision has 11 bits
+# allowed difference relative to the largest output: other kernels sum in another order; half precision has 11 bits
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -42,37 +42,36 @@ def export_onnx(
     int8: Iterable[Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> float:
-    """Write a plain network as an ONNX file, once onnxruntime has computed the same with it; needs the extra `export`.
+    """Export a plain network to an ONNX file, verified with onnxruntime before it is written; needs extra `export`.
 
     Args:
-        model: without live or frozen gates, as :func:`fastgate.compact` returns it; it stays as it is.
-        inputs: example inputs: a tensor, a mapping of keyword arguments, or a tuple of positional ones. The file takes
-            tensors of these sizes.
-        path: of the file, a name ending in .onnx.
-        dynamic_batch: the file takes any number of samples, the first dimension of every tensor in the inputs.
-        opset: of ONNX; None: the exporter's own.
-        half: the network in fp16, inputs and outputs too.
-        int8: calibration inputs, each as `inputs` are: a few hundred samples of those that are trained on. The file
-            computes in 8-bit integers, by onnxruntime's static quantization: weights as int8 with a scale for every
-            output channel, activations as uint8 between the smallest and the largest value that calibration sees.
-            Inputs and outputs stay float32.
-        metadata: strings to keep in the file, see :class:`OnnxNetwork`.
+        model: a network without live or frozen gates, as returned by :func:`fastgate.compact`; it does not change.
+        inputs: example inputs: a tensor, a mapping of keyword arguments, or a tuple of positional ones. The file
+            accepts tensors of these sizes.
+        path: path of the file, ending in .onnx.
+        dynamic_batch: accept any batch size, the first dimension of every input tensor.
+        opset: ONNX opset; None: the exporter's own.
+        half: export the network in fp16, including inputs and outputs.
+        int8: calibration inputs, each of the form of `inputs`, a few hundred training samples in all: quantize the
+            network with onnxruntime's static quantization, weights to int8 with a scale per output channel, activations
+            to uint8 between the smallest and the largest value seen in calibration. Inputs and outputs stay float32.
+        metadata: strings to store in the file, see :class:`OnnxNetwork`.
 
     Returns:
-        The largest absolute difference between the outputs of the file and those of the network, on `inputs`. In int8
-        there is no bound on it: measure the accuracy of the file.
+        The largest absolute difference between the outputs of the file and of the network on `inputs`. With `int8` it
+        has no bound: measure the accuracy of the file.
 
     Raises:
-        ValueError: another name, a network with gates, one that PyTorch cannot export so, or whose file computes
-            something else (off by more than 1e-3 of the largest output, 5e-2 in fp16, before quantization); calibration
-            inputs that the file does not take, or none; `half` and `int8` at once.
-        ModuleNotFoundError: onnx, onnxscript or onnxruntime are not installed.
+        ValueError: a path with another suffix, a network with gates, one that PyTorch cannot export, or one whose file
+            gives other outputs (off by more than 1e-3 of the largest output, 5e-2 in fp16, before quantization);
+            calibration inputs that the file does not accept, or none; both `half` and `int8`.
+        ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
     """
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         _import(needed)
     _check_name(path, ".onnx")
     if half and int8 is not None:
-        raise ValueError("half, int8: expected one of them at most, got both")
+        raise ValueError("half, int8: expected at most one of them, got both")
     if odd := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
         raise TypeError(f"metadata: expected strings, got {type((metadata or {})[odd[0]]).__name__} as {odd[0]!r}")
     plain, example = _prepare(model, inputs, dynamic_batch)
@@ -84,17 +83,17 @@ def export_onnx(
     args, kwargs, shapes = _arguments(_cloned(examples[0]), dynamic_batch)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter's own making
+            warnings.simplefilter("ignore")  # the exporter's internal warnings
             program = torch.onnx.export(
                 plain, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
             )
     except Exception as error:
         raise _refused("ONNX", error) from error
     if program is None:
-        raise ValueError("model: PyTorch made no ONNX program of it")
+        raise ValueError("model: PyTorch did not produce an ONNX program")
     made = program.model.opset_imports[""]
     if opset is not None and made != opset:
-        raise ValueError(f"opset: expected one that the exporter can write, got {opset}; it writes {made}")
+        raise ValueError(f"opset: expected one that the exporter supports, got {opset}; it writes {made}")
     for key, value in (metadata or {}).items():
         program.model.metadata_props[key] = value
     data = program.model_proto.SerializeToString()
@@ -108,9 +107,9 @@ def export_onnx(
 
 
 def export_pt2(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> float:
-    """Write a plain network as an exported program of PyTorch (.pt2), which `torch.export.load` reads without its code.
+    """Export a plain network to a PyTorch exported program (.pt2), which `torch.export.load` reads without its code.
 
-    Arguments, result and errors are those of :func:`export_onnx`, for a name ending in .pt2.
+    Arguments, result and errors are those of :func:`export_onnx`, for a path ending in .pt2.
     """
     _check_name(path, ".pt2")
     plain, example = _prepare(model, inputs, dynamic_batch)
@@ -131,20 +130,20 @@ def export_pt2(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, d
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file as a network on the CPU, run by onnxruntime with as many threads as PyTorch has.
+    """An ONNX file as a module on the CPU, run by onnxruntime with as many threads as PyTorch uses.
 
-    `forward(*tensors) -> Tensor`, or a tuple of them. Where the file takes a fixed number of samples, more or fewer
-    than that are given to it in parts, the last one filled up with copies of its first sample. Half-precision outputs
-    come back as float32.
+    `forward(*tensors) -> Tensor`, or a tuple of them. If the file has a fixed batch size, other numbers of samples are
+    split into batches, the last one padded with copies of its first sample. Half-precision outputs are returned as
+    float32.
 
     Args:
         source: the file, or its bytes.
 
     Attributes:
-        metadata: the strings that :func:`export_onnx` put into the file.
+        metadata: the strings that :func:`export_onnx` stored in the file.
 
     Raises:
-        ValueError: no ONNX file.
+        ValueError: not an ONNX file.
         ModuleNotFoundError: onnxruntime is not installed.
     """
 
@@ -162,14 +161,14 @@ class OnnxNetwork(nn.Module):
                 source if isinstance(source, bytes) else os.fspath(source), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise ValueError(f"{name}: expected an ONNX file, got one that onnxruntime refuses: {error}") from error
+            raise ValueError(f"{name}: expected an ONNX file, got one that onnxruntime rejects: {error}") from error
         self._inputs = self._session.get_inputs()
         first = self._inputs[0].shape[0] if self._inputs[0].shape else None
         self._samples = first if isinstance(first, int) else None
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def forward(self, *tensors: Tensor) -> Any:
-        """Its outputs."""
+        """Run the network."""
         if len(tensors) != len(self._inputs):
             raise ValueError(f"tensors: expected {len(self._inputs)}, got {len(tensors)}")
         given = [
@@ -178,7 +177,7 @@ class OnnxNetwork(nn.Module):
         ]
         samples = len(given[0])
         if samples == 0:
-            raise ValueError("tensors: expected one sample at least, got none")
+            raise ValueError("tensors: expected at least one sample, got none")
         size = self._samples or samples
         parts = [
             self._run([tensor[start : start + size] for tensor in given], size) for start in range(0, samples, size)
@@ -190,7 +189,7 @@ class OnnxNetwork(nn.Module):
         return joined[0] if len(joined) == 1 else joined
 
     def _run(self, given: list[Tensor], size: int) -> list[Tensor]:
-        """The outputs for `size` samples; fewer are filled up."""
+        """Outputs for a batch of `size` samples; smaller ones are padded."""
         filled = [torch.cat([tensor, *[tensor[:1]] * (size - len(tensor))]) if size > len(tensor) else tensor
                   for tensor in given]  # fmt: skip
         feeds = {info.name: tensor.numpy() for info, tensor in zip(self._inputs, filled, strict=True)}
@@ -199,10 +198,10 @@ class OnnxNetwork(nn.Module):
 
 
 class ExportedNetwork(nn.Module):
-    """A .pt2 file as a network: `forward` takes what the network took. Its mode is eval, and stays so.
+    """A .pt2 file as a module: `forward` takes the network's arguments. It is always in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it holds no exported program.
+        FileNotFoundError, ValueError: there is no such file, or it is not an exported program.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -212,23 +211,23 @@ class ExportedNetwork(nn.Module):
         try:
             program = torch.export.load(path).module()
         except Exception as error:  # a damaged one can fail in any way
-            raise ValueError(f"{path}: expected a .pt2 file, got one that PyTorch refuses: {error}") from error
-        self._program = (program,)  # in a tuple: as a child it would refuse eval()
+            raise ValueError(f"{path}: expected a .pt2 file, got one that PyTorch rejects: {error}") from error
+        self._program = (program,)  # in a tuple: as a child module it would raise on eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Its outputs."""
+        """Run the network."""
         return self._program[0](*args, **kwargs)
 
 
 def compare_runtimes(
     networks: Mapping[str, nn.Module], images: Tensor, *, one_by_one: bool
 ) -> dict[str, dict[str, float]]:
-    """What the same network does in several runtimes: largest difference from the first one, milliseconds of an image.
+    """Compare a network in several runtimes: largest difference from the first, and milliseconds per image.
 
     Args:
-        networks: by name; all on the CPU.
+        networks: networks by name, all on the CPU.
         images: `[N, C, H, W]`.
-        one_by_one: each takes a single image; else also all of them.
+        one_by_one: run images one at a time, for networks with a fixed batch size of 1; otherwise all at once.
     """
     batches = images.split(1) if one_by_one else (images,)
     with torch.no_grad():
@@ -244,18 +243,18 @@ def compare_runtimes(
 
 
 def fuse(model: nn.Module, inputs: Any) -> nn.Module:
-    """A copy for inference whose batch norms are folded into the convolutions or linear layers before them.
+    """Return a copy for inference with batch norms folded into the convolutions or linear layers before them.
 
-    By PyTorch's own :func:`torch.nn.utils.fuse_conv_bn_eval`. Folded are `nn.BatchNorm`s that alone read what a
-    convolution or linear layer computes; they become `nn.Identity`. Others, and those of timm that are
-    activations too, stay. The copy is in eval mode and does not train on as the network would.
+    Uses PyTorch's :func:`torch.nn.utils.fuse_conv_bn_eval`. An `nn.BatchNorm` is folded, and becomes `nn.Identity`, if
+    it is the only consumer of its convolution's or linear layer's output. Others stay, including timm's combined
+    norm-activation layers. The copy is in eval mode and not suited to further training.
 
     Args:
-        model: a network without gates, as :func:`fastgate.compact` returns it.
+        model: a network without gates, as returned by :func:`fastgate.compact`.
         inputs: example inputs; see :func:`export_onnx`.
 
     Raises:
-        ValueError: a network with gates, or one that would compute something else, as its own code uses a weight.
+        ValueError: a network with gates, or one whose outputs would change because its own code uses a weight.
     """
     copied, example = _prepare(model, inputs, dynamic_batch=False)
     expected = _outputs(copied, example)
@@ -269,13 +268,13 @@ def fuse(model: nn.Module, inputs: Any) -> nn.Module:
         copied.set_submodule(norm, nn.Identity())
     try:
         _check(expected, _outputs(copied, example), _TOLERANCE)
-    except Exception as error:  # the network's own code may ask a batch norm for what it has no more
+    except Exception as error:  # the network's own code may access attributes of a removed batch norm
         raise ValueError(f"model: its batch norms cannot be folded, as other code uses them ({error})") from error
     return copied
 
 
 def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
-    """(layer, batch norm) names of what can be folded."""
+    """Names (layer, batch norm) of the pairs that can be folded."""
     modules = dict(model.named_modules())
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     once = {name for name in names if sum(step.name == name for step in recording.steps) == 1}
@@ -290,7 +289,7 @@ def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
             runs_as(norm, *_BATCH_NORMS)
             and norm.running_mean is not None
             and runs_as(layer, *_CONVOLUTIONS, nn.Linear)
-            and "weight" in layer._parameters  # not computed from others
+            and "weight" in layer._parameters  # not computed from other tensors
             and not any(m._forward_hooks or m._forward_pre_hooks for m in (layer, norm))
             and (not isinstance(layer, nn.Linear) or step.inputs[0].tensor.dim() == 2)
             and step.inputs[0].readers == [step]
@@ -302,27 +301,27 @@ def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
 
 
 def _prepare(model: nn.Module, inputs: Any, dynamic_batch: bool) -> tuple[nn.Module, Any]:
-    """A copy on the CPU in eval mode, and its inputs there: two samples at least for a batch of any size."""
+    """A copy on the CPU in eval mode, and its inputs there; at least two samples if the batch size is dynamic."""
     if gates := [name for name, _ in named_gates(model)]:
         raise ValueError(
-            f"model: expected a network without gates, got one with {len(gates)}, {gates[0]!r} the first; compact it "
-            "first with fastgate.compact"
+            f"model: expected a network without gates, got one with {len(gates)}, the first of them {gates[0]!r}; call "
+            "fastgate.compact first"
         )
     given = tensors_in(inputs)
     if not given or any(tensor.is_meta or not tensor.numel() for tensor in given):
         what = "one without a value" if given else "none"
-        raise ValueError(f"inputs: expected example inputs with tensors, of one sample at least, got {what}")
+        raise ValueError(f"inputs: expected example inputs with tensors of at least one sample, got {what}")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model: expected a network with values, got one on the meta device")
     tensors = [tensor.detach().cpu().clone() for tensor in given]
-    if dynamic_batch and len(tensors[0]) < 2:  # a single sample would be taken for a fixed size
+    if dynamic_batch and len(tensors[0]) < 2:  # the exporter would specialize on a size of 1
         tensors = [torch.cat([tensor, tensor]) for tensor in tensors]
     copied = copy_network(model).cpu().eval().requires_grad_(False)
     return copied, with_tensors(inputs, tensors)
 
 
 def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Positional and keyword arguments, and which of their sizes are free."""
+    """Positional and keyword arguments, and their dynamic shapes."""
     batch = torch.export.Dim("batch")
 
     def shapes(value: Any) -> Any:
@@ -339,7 +338,7 @@ def _arguments(example: Any, dynamic_batch: bool) -> tuple[tuple[Any, ...], dict
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    """What the network makes of the example, which stays as it is."""
+    """Outputs of the network for the example, which does not change."""
     with torch.no_grad():
         return [tensor.clone() for tensor in tensors_in(call(model, _cloned(example)))]
 
@@ -358,13 +357,13 @@ def _check_name(path: str | os.PathLike[str], suffix: str) -> None:
 
 
 def _check(expected: list[Tensor], got: Any, tolerance: float) -> float:
-    """How far the outputs of a file are from the network's."""
+    """Difference between the outputs of a file and of the network; raises `ValueError` above the tolerance."""
     found = difference(expected, tensors_in(got))
     largest = max((float(tensor.abs().max()) for tensor in expected if tensor.is_floating_point()), default=0.0)
     if not found <= tolerance * max(largest, 1e-6):
         raise ValueError(
-            f"model: the exported network computes something else: off by {found:.3g} where outputs are up to "
-            f"{largest:.3g}; nothing was written"
+            f"model: the outputs of the exported network differ by {found:.3g}, with outputs of up to {largest:.3g}; "
+            "nothing was written"
         )
     return found
 
@@ -374,7 +373,7 @@ def _check_onnx(data: bytes, examples: list[Any], expected: list[list[Tensor]], 
     try:
         exported = OnnxNetwork(data)
     except ValueError as error:
-        raise ValueError(f"model: onnxruntime cannot run what was exported of it ({_first_line(error)})") from error
+        raise ValueError(f"model: onnxruntime cannot run the exported network ({_first_line(error)})") from error
     return max(
         _check(wanted, exported(*tensors_in(each)), tolerance) for wanted, each in zip(expected, examples, strict=True)
     )
@@ -432,11 +431,11 @@ def _halved(tensor: Tensor) -> Tensor:
 
 def _refused(what: str, error: Exception) -> ValueError:
     cause = error.__cause__ or error
-    return ValueError(f"model: PyTorch cannot make {what} of it: {_first_line(cause)}")
+    return ValueError(f"model: PyTorch cannot export it as {what}: {_first_line(cause)}")
 
 
 def _first_line(error: BaseException) -> str:
-    """Of a message that may have many, and colours."""
+    """First line of an error message, without terminal colours."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

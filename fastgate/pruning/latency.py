@@ -1,4 +1,4 @@
-"""Measured time of a forward pass, several networks interleaved so that a drift of the machine meets all alike."""
+"""Measured time of forward passes, interleaved over networks so that machine drift affects all equally."""
 
 import statistics
 import time
@@ -18,14 +18,14 @@ from fastgate.pruning.compaction import cut_frozen
 from fastgate.pruning.probe import check_reached, example_of, open_for_probing
 from fastgate.values import Forward, call, tensors_in, to_device_of
 
-# rounds for differences between blocks: 100 of a block of ResNet-20 take 0.1 s
+# rounds for differences between blocks: 100 rounds of a ResNet-20 block take 0.1 s
 _BLOCK_ROUNDS = 100
 
 
 def measure_latency(
     models: Mapping[str, nn.Module], inputs: Any, forward: Forward | None = None, *, rounds: int = 30, warmup: int = 3
 ) -> dict[str, float]:
-    """Median seconds of one forward pass of each model: what :func:`latency_quartiles` has in the middle."""
+    """Median seconds of one forward pass of each model, see :func:`latency_quartiles`."""
     quartiles = latency_quartiles(models, inputs, forward, rounds=rounds, warmup=warmup)
     return {name: median for name, (_, median, _) in quartiles.items()}
 
@@ -35,15 +35,15 @@ def latency_quartiles(
 ) -> dict[str, tuple[float, float, float]]:
     """Lower quartile, median and upper quartile of the seconds of one forward pass of each model on `inputs`.
 
-    In eval mode; modes are restored. Every round times each model once, in turn. On a GPU a pass ends when the device
-    has finished it.
+    Models run in eval mode; modes are restored. Every round times each model once, in turn. On a GPU, a pass ends when
+    the device has finished it.
 
     Args:
         models: name -> network.
-        inputs: of every model, on its device; how a model is called with them says :func:`fastgate.values.call`.
-        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
-        rounds: passes timed of each model.
-        warmup: passes before that.
+        inputs: inputs of every model, on its device; passed as by :func:`fastgate.values.call`.
+        forward: `(model, inputs) -> outputs`, for networks with another calling convention.
+        rounds: timed passes per model.
+        warmup: untimed passes before these.
 
     Raises:
         ValueError: no rounds.
@@ -72,11 +72,11 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def block_latencies(model: nn.Module, inputs: Any, forward: Forward | None = None) -> list[int]:
-    """Nanoseconds that the inputs (or one image) take less per closed gate (channel), of every block in forward order.
+    """Nanoseconds saved per closed gate (channel) for these inputs (or one image), by block in forward order.
 
-    Measured on the model's device: the block as it is left with everything open, and with its branch gone (channel
-    gates: with half of the channels gone). Blocks of the same modules on the same sizes share one measurement. At
-    least 1, so that a smaller network never counts as slower.
+    Measured on the model's device: the compacted block with everything open, and without its branch (for channel gates,
+    with half of its channels). Blocks with the same modules and sizes share a measurement. The result is at least 1, so
+    that a smaller network never counts as slower.
 
     Raises:
         ValueError: a gated block that these inputs do not reach.
@@ -121,13 +121,13 @@ def _owner(model: nn.Module, name: str, block: Gated) -> nn.Module:
 
 
 def open_latency(model: nn.Module, inputs: Any, forward: Forward | None = None) -> int:
-    """Nanoseconds that the inputs (or one image) take through the network without gates."""
+    """Nanoseconds of a forward pass of the network without gates for these inputs (or one image)."""
     plain = _cut_copy(model, {})
     return round(measure_latency({"open": plain}, example_of(plain, inputs), forward)["open"] * 1e9)
 
 
 def _cut_copy(model: nn.Module, closed: Mapping[str, int]) -> nn.Module:
-    """A copy without gates, and without the first so many channels of these gates (1: the branch of a layer gate)."""
+    """A pruned copy without gates; `closed`: gate name -> number of leading channels cut (1: a layer gate's branch)."""
     copied = copy_network(model)
     for name, gate in named_gates(copied):
         gate.freeze(torch.arange(gate.gates) >= closed.get(name, 0))

@@ -1,4 +1,4 @@
-"""Mean decisions of gates over the steps of an epoch, added up where the gates are."""
+"""Mean decisions of gates over the steps of an epoch, accumulated on the gates' device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class EpochMeans:
-    """Adds up vectors of mean decisions without waiting for their device.
+    """Accumulates vectors of mean decisions without synchronizing with their device.
 
-    It adds in place, to the same tensors in every epoch: a step that was captured in a CUDA graph does it again.
+    It adds in place, to the same tensors in every epoch, so that a step captured in a CUDA graph can be replayed.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class EpochMeans:
 
     @torch.no_grad()
     def add(self, means: Tensor) -> None:
-        """Add a step's means, of all gates in a row."""
+        """Add a step's means, concatenated over all gates."""
         if self._sum is None or self._steps is None:
             self._sum, self._steps = torch.zeros_like(means), torch.zeros((), device=means.device)
         if self._sum.device != means.device:
@@ -29,25 +29,25 @@ class EpochMeans:
 
     @property
     def empty(self) -> bool:
-        """Whether no step has been added since the last :meth:`clear`; waits for the device."""
+        """Whether no step has been added since the last :meth:`clear`; synchronizes with the device."""
         return self._steps is None or not bool(self._steps)
 
     def split(self, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """The means so far, a vector of each of these sizes, float64 on the CPU."""
+        """The means so far, split into vectors of these sizes, float64 on the CPU."""
         if self._sum is None or self._steps is None:
             raise ValueError("means: expected a step, got none yet")
         return (self._sum / self._steps).cpu().double().split(list(sizes))
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Reset the sums."""
         if self._sum is not None and self._steps is not None:
             self._sum.zero_()
             self._steps.zero_()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         return {"sum": self._sum, "steps": self._steps}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Restore the result of :meth:`state`."""
         self._sum, self._steps = (None if x is None else x.clone() for x in (state["sum"], state["steps"]))

@@ -1,4 +1,4 @@
-"""Networks inside `DistributedDataParallel`: its gradient buckets are those of the parameters it was made with."""
+"""Pruning inside `DistributedDataParallel`, whose gradient buckets belong to the parameters at its creation."""
 
 import gc
 from typing import Any
@@ -11,11 +11,11 @@ from fastgate.models.hooks import move_hooks
 
 
 class StaleWrapper(RuntimeError):
-    """A wrapper of a network that has been cut since: it would not average the gradients of what is there now."""
+    """A wrapper of a network that was pruned after wrapping: it would not average the gradients of new parameters."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network itself, out of `DistributedDataParallel`, `nn.DataParallel` and `torch.compile`."""
+    """Unwrap a network from `DistributedDataParallel`, `nn.DataParallel` and `torch.compile`."""
     while True:
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -26,7 +26,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
-    """Every wrapper in this process that holds the network or a network that it is a part of."""
+    """All wrappers in this process that contain the network, directly or inside another network."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
@@ -34,7 +34,7 @@ def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
 
 
 def mark_stale(wrapper: DistributedDataParallel) -> None:
-    """Let the wrapper's next forward say that it is stale; without that processes would drift apart without a word."""
+    """Make the wrapper's next forward raise; otherwise the processes would silently diverge."""
     if getattr(wrapper, "_fastgate_stale", None) is None:
         wrapper._fastgate_stale = wrapper.register_forward_pre_hook(_refuse, prepend=True)  # type: ignore[assignment]
 
@@ -42,16 +42,16 @@ def mark_stale(wrapper: DistributedDataParallel) -> None:
 def _refuse(wrapper: nn.Module, inputs: Any) -> None:
     raise StaleWrapper(
         "DistributedDataParallel: expected a wrapper of the network as it is, got one made before frozen gates left "
-        "it, which would not average the gradients of the parameters that are new; wrap the network again after "
+        "it, which would not average the gradients of new parameters; wrap the network again after "
         "begin_epoch or commit has returned names, for example model = DistributedDataParallel(model.module), or "
         "model = accelerator.prepare(accelerator.unwrap_model(model))"
     )
 
 
 def renew(wrapper: DistributedDataParallel) -> None:
-    """Make a wrapper anew, in place and with its settings, for the parameters that its network has now.
+    """Reinitialize a wrapper in place, with its settings, for the current parameters of its network.
 
-    All processes do it together. For trainers that keep the wrapper where nobody else can replace it.
+    All processes must call it. It serves trainers that keep the wrapper where it cannot be replaced.
     """
     settings = {
         "device_ids": wrapper.device_ids,

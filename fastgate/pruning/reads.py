@@ -1,4 +1,4 @@
-"""Which attributes the code of a network can read, found in its source: nothing is run."""
+"""Static analysis of which attributes the code of a network can read; nothing is executed."""
 
 import ast
 import contextlib
@@ -13,28 +13,28 @@ from typing import Any
 
 from torch import nn
 
-# what is no part of using a network: a forward pass, training, methods of its own
+# methods that are not part of using a network (forward passes, training, its own methods)
 _NOT_IN_USE = frozenset(("__init__", "__repr__", "extra_repr", "__setstate__", "__getstate__", "__dir__"))
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What one function mentions."""
+    """Names that occur in one function."""
 
-    attributes: frozenset[str]  # x.name, and strings that may be handed to getattr
+    attributes: frozenset[str]  # x.name, and strings that may be passed to getattr
     names: frozenset[str]  # global and local names
     dotted: frozenset[tuple[str, str]]  # (name, attribute) of name.attribute
-    computed: bool  # it reads attributes by names that are not written there,
-    computed_own: bool  # or only those of its own first argument, self
+    computed: bool  # it reads attributes by computed names,
+    computed_own: bool  # or does so only for its own first argument, self
 
 
 class Reads:
     """The attributes that a network's code may read.
 
-    It starts from what makes a module run (forward, special methods, and others that `nn.Module` has), in classes from
-    outside `packages` from every method that is not private, and follows all methods and functions that these mention.
-    It does not tell objects apart: `x.name` reads `name` of everything. Where a name is computed, or there is no
-    source, everything counts as read. So what is not read here is not read.
+    The analysis starts from the methods that run a module (forward, special methods, and others of `nn.Module`), and in
+    classes from outside `packages` from every public method. It follows all methods and functions that these mention. It
+    does not distinguish objects: `x.name` reads `name` of every object. If a name is computed or source is missing,
+    every attribute counts as read. The result is conservative: an attribute not reported as read is never read.
     """
 
     def __init__(self, model: nn.Module, packages: Container[str]) -> None:
@@ -67,7 +67,7 @@ class Reads:
             pending += ((None, other) for other in _mentioned_functions(function, source))
 
     def may_read(self, module: nn.Module, name: str) -> bool:
-        """Whether some code of the network may read this attribute of this module of it."""
+        """Whether any code of the network may read this attribute of this module."""
         return self._everything or name in self._names or not self._whole_classes.isdisjoint(type(module).__mro__)
 
     def _reach(self, name: str) -> Iterator[tuple[type | None, FunctionType]]:
@@ -91,7 +91,7 @@ def _functions_of(value: Any) -> Iterator[FunctionType]:
 
 
 def _mentioned_functions(function: FunctionType, source: _Source) -> Iterator[FunctionType]:
-    """Functions, and methods of plain classes, of the function's globals: it may hand them the module."""
+    """Functions, and methods of plain classes, in the function's globals, to which it may pass the module."""
     scope = function.__globals__
     values = [scope[name] for name in source.names if name in scope]
     values += [
@@ -104,7 +104,7 @@ def _mentioned_functions(function: FunctionType, source: _Source) -> Iterator[Fu
             values.append(cell.cell_contents)
     for value in values:
         package = (getattr(value, "__module__", None) or "").partition(".")[0]
-        # these know nothing of attributes that other packages' modules have
+        # these packages do not know attributes of other packages' modules
         if package in ("torch", "numpy", "fastgate") or package in sys.stdlib_module_names:
             continue
         if isinstance(value, type) and not issubclass(value, nn.Module):

@@ -1,12 +1,13 @@
 """The search for the gates to keep, inside any training loop.
 
-It knows a network, its optimizer and a number of epochs. Gates are held open at first (*open*), then live while the
-target falls to what was asked for (*search*): one that all samples agree on becomes *final* and what it closed leaves
-the network and the optimizer. At a set epoch the rest is decided so that the target is met (*settled*), and a plain,
-smaller network trains on.
+It needs a network, its optimizer and the number of epochs. Gates are first held open (*open*), then live while the
+target decreases to its final value (*search*). A gate on which all samples agree becomes *final*: if closed, its block
+or channel is removed from the network and the optimizer. At a set epoch the remaining gates are decided so that the
+target is met (*settled*), and training continues on a plain, smaller network.
 """
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,12 +36,15 @@ from fastgate.pruning.targets import check_target, meet_target, within_reach
 from fastgate.values import Forward, device_of, tensors_in, with_tensors
 
 _STATE_VERSION = 1
-# as far back as a running average of PyTorch's momentum (0.1) looks
+# the time constant of a running average with PyTorch's default momentum (0.1)
 _STATISTICS_BATCHES = 10
+# share of the network's cost that may be closed against most samples without a warning: where gates learned the target
+# none was, where they did not a quarter (bench/results/finetune/channel)
+_OVERRULED = 0.1
 
 
 class GateSearch:
-    """The life of a network's gates over a run; see the module.
+    """Controls a network's gates over a training run: holds them open, trains them, decides them, prunes the network.
 
         search = fastgate.GateSearch(model, example_inputs, optimizer, epochs=90)
         for epoch in range(90):
@@ -50,30 +54,30 @@ class GateSearch:
                 ...
         small = search.compact(loader)
 
-    Under `DistributedDataParallel` all processes make the same calls; gate means and decisions are those of all
-    samples. Where :meth:`begin_epoch` returns names, wrap the network again: a wrapper that is stale says so.
+    Under `DistributedDataParallel` all processes make the same calls; gate means and decisions cover all samples. If
+    :meth:`begin_epoch` returns names, wrap the network again; a stale wrapper raises an error.
 
     Args:
-        model: a network with gates, or a wrapper of one; it and the optimizer are cut in place.
+        model: a network with gates, or a wrapper of one; it and the optimizer are pruned in place.
         example_inputs: (C, H, W) of one image, or example inputs: see :mod:`fastgate.pruning.costs`.
-        optimizer: that trains the network and its gates; see :func:`fastgate.parameter_groups`. None where it is made
-            later, see :meth:`use`.
-        epochs: of the whole run.
+        optimizer: the optimizer of the network and its gates, see :func:`fastgate.parameter_groups`; None if it is
+            created later, see :meth:`use`.
+        epochs: total number of epochs.
         config: default `SearchConfig()`.
-        forward: `(model, inputs) -> outputs`, for networks that are called otherwise; it gets whole batches.
+        forward: `(model, inputs) -> outputs`, for networks with another calling convention; it gets whole batches.
 
     Attributes:
         gates: all gates of the run, by name, in forward order.
-        final: decisions that are final, bool `[gates]`, by name.
-        epoch: that has begun last; -1 before the first.
-        costs: what the target is a share of: each gate's (channel's) cost, int64 `[gates]` by name, and the `total`.
-        macs: of one example with every gate open; `gate_macs` of each gate (channel).
-        macs_training: of one example in the network as it is now; closed branches of live gates are computed too.
-        difference: the largest one that cutting the network has made to its outputs.
+        final: final decisions, bool `[gates]`, by name.
+        epoch: the epoch begun last; -1 before the first.
+        costs: the cost that the target refers to: per gate (channel), int64 `[gates]` by name, and in `total`.
+        macs: MACs of one example with every gate open; `gate_macs`: those of each gate (channel).
+        macs_training: MACs of one example in the current network, including the closed branches of live gates.
+        difference: largest absolute difference in outputs that pruning has caused so far.
 
     Raises:
-        ValueError: no gates, an optimizer made before the gates were added, parameters that are sharded over processes,
-            or a target that no decisions reach.
+        ValueError: no gates, an optimizer created before the gates were added, parameters sharded over processes, or a
+            target that no decisions can reach.
     """
 
     def __init__(
@@ -105,23 +109,23 @@ class GateSearch:
         self._weights = [schedules.parse(getattr(self.config, name)) for name in WEIGHTS]
         self._recent: deque[dict[str, list[float]]] = deque(maxlen=self.config.commit_after or 1)
         self._epoch_means = EpochMeans()
-        self._settled_means: dict[str, Tensor] = {}  # what the samples said when the rest was decided
+        self._settled_means: dict[str, Tensor] = {}  # mean decisions at the time the gates were decided
         self._samples = 0
         self._checked_state = False
-        self._awaited: bool | None = None  # whether a wrapper waits for gradients of heads that do not run
+        self._awaited: bool | None = None  # whether a DDP wrapper expects gradients of heads that do not run
         self._on_device: dict[str, Mapping[str, Tensor]] = {}
         self.macs = self.macs_training = macs(self.model, self._example, forward=forward)
         self.gate_macs = gate_costs(self.model, self._example, forward=forward)
         self._parameters = gate_costs(self.model, self._example, "params", forward=forward)
-        # measured costs differ from process to process
+        # measured costs differ between processes
         measured = self.config.cost == "latency"
         self._set_costs(processes.from_main(self._measure) if measured else self._measure())
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
-        """Cut this optimizer with the network; it may be inside a wrapper, as of accelerate.
+        """Set the optimizer to prune along with the network; it may be wrapped, for example by accelerate.
 
         Raises:
-            ValueError: it does not train all gates, or is that of another network.
+            ValueError: it does not train all gates, or belongs to another network.
         """
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -139,11 +143,11 @@ class GateSearch:
         if self.config.target is not None:
             check_target(costs, self.config.target, costs.total, self.config.round_to)
 
-    # ---- what is known -----------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     @property
     def phase(self) -> Phase:
-        """Where the run is."""
+        """The current phase."""
         if len(self.final) == len(self.gates):
             return Phase.SETTLED
         return Phase.OPEN if self.epoch < self._released_at else Phase.SEARCH
@@ -160,58 +164,58 @@ class GateSearch:
 
     @property
     def configuration(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Which gates are final, and which of the others held open: while it stays, every step is the same."""
+        """The final gates and the gates held open; while these do not change, every step does the same work."""
         return frozenset(self.final), frozenset(name for name, gate in self.live.items() if gate.frozen)
 
     @property
     def decisions(self) -> Decisions:
-        """The final decisions, with what the samples said where they were asked."""
+        """The final decisions, with mean decisions over the samples where these were evaluated."""
         gates = {
             name: GateDecision(self._settled_means.get(name, opened.double()), opened)
             for name, opened in ((name, self.final[name]) for name in self.gates if name in self.final)
         }
         return Decisions(gates, samples=self._samples)
 
-    # ---- the life of a run -------------------------------------------------------------------------------------------
+    # ---- epochs ------------------------------------------------------------------------------------------------------
 
     def begin_epoch(
         self, epoch: int, calibration: Iterable[Any] | None = None, *, forward: Forward | None = None
     ) -> list[str]:
-        """Hold gates open, let them live, or make decisions final, as the epoch asks for; call it before each epoch.
+        """Begin an epoch: hold gates open, release them, or make decisions final. Call it before each epoch.
 
-        Model and optimizer may be cut in place. The same epoch again (a run resumed in the middle of it) does nothing.
-        Random numbers that the calibration data take are given back.
+        Model and optimizer may be pruned in place. Calling it again for the same epoch (a run resumed in the middle of
+        it) does nothing. The random number generator state is restored after reading calibration data.
 
         Args:
             epoch: from 0.
-            calibration: batches to decide over, see :func:`fastgate.decide`; each process its own part. Needed in the
-                epoch in which the rest is decided.
-            forward: in place of the search's own.
+            calibration: batches to decide on, see :func:`fastgate.decide`; each process passes its own part. Required
+                in the epoch in which the remaining gates are decided.
+            forward: replaces the `forward` of the search.
 
         Returns:
-            Names of the gates that have become final.
+            Names of the gates that became final.
 
         Raises:
-            ValueError: an epoch left out, one whose loss had no part of the search, no calibration data where they are
-                needed, or an optimizer whose state cannot be cut. Nothing has changed then.
-            NotEqual: the cut network computes something else.
+            ValueError: an epoch was skipped, the last epoch's loss did not include the search's, calibration data are
+                missing, or the optimizer's state cannot be cut. Nothing has changed then.
+            NotEqual: the pruned network's outputs differ.
         """
         if epoch == self.epoch:
             return []
         if epoch != self.epoch + 1:
             raise ValueError(
                 f"epoch: expected {max(self.epoch, 0)} or {self.epoch + 1}, got {epoch}; call begin_epoch before every "
-                "epoch, and load_state_dict before the first one of a run that goes on"
+                "epoch, and load_state_dict before the first one of a resumed run"
             )
         self._check_learned()
         settles = self._settles_at(epoch)
         if settles and calibration is None:
             raise ValueError(
-                f"calibration: expected batches in epoch {epoch}, in which the rest of the gates is decided, got none; "
+                f"calibration: expected batches in epoch {epoch}, in which the remaining gates are decided, got none; "
                 "pass a loader of training images"
             )
         if self.optimizer is None:
-            raise ValueError("optimizer: expected one before the first epoch, got none; give it to use(optimizer)")
+            raise ValueError("optimizer: expected one before the first epoch, got none; set it with use(optimizer)")
         if not self._checked_state and self.optimizer.state and self.config.compact_training:
             check_optimizer(self.model, self.optimizer)
             self._checked_state = True
@@ -228,7 +232,8 @@ class GateSearch:
         try:
             if settles:
                 decisions = self._decide(batches, forward)
-        except BaseException:  # what was asked told nothing: the epoch has not begun
+                self._warn_if_overruled(decisions)
+        except BaseException:  # deciding failed: the epoch has not begun
             for gate in held:
                 gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
             raise
@@ -244,6 +249,21 @@ class GateSearch:
                 batches.first = next(iter(calibration), None)
         return self._finalize(decisions, batches.first, forward)
 
+    def _warn_if_overruled(self, decisions: Decisions) -> None:
+        """Gates that learned the target need little closing for it; where they did not, the choice is arbitrary."""
+        if self.config.target is None:
+            return
+        votes = {name: gate.open | (gate.mean > 0.5) for name, gate in decisions.items()}
+        found = self.costs.of({name: gate.open for name, gate in decisions.items()})
+        overruled = (self.costs.of(votes) - found) / self.costs.total
+        if overruled > _OVERRULED:
+            warnings.warn(
+                f"the gates did not learn the target: {overruled:.0%} of the network's cost had to be closed although "
+                "most samples held it open; let the search last longer (settle_at, epochs), or its gates learn faster "
+                "(parameter_groups(gate_lr=), --gate-lr-factor)",
+                stacklevel=4,
+            )
+
     def _settles_at(self, epoch: int) -> bool:
         settle_at = self.config.settle_at
         return self.phase is not Phase.SETTLED and settle_at is not None and epoch >= round(settle_at * self.epochs)
@@ -251,22 +271,22 @@ class GateSearch:
     def _check_learned(self) -> None:
         if self.phase is Phase.SEARCH and self.epoch >= 0 and self._epoch_means.empty:
             raise ValueError(
-                f"loss: epoch {self.epoch} had none of this search, so that its gates learned nothing; add "
-                "search.loss(progress) to the loss of every step"
+                f"loss: expected search.loss(progress) in epoch {self.epoch}, got none, so that its gates learned "
+                "nothing; add it to the loss of every step"
             )
 
     def _end_epoch(self) -> None:
-        """Note the epoch's mean decisions, for :meth:`_find_unanimous`."""
+        """Record the epoch's mean decisions for :meth:`_find_unanimous`."""
         if self.phase is Phase.SEARCH and self.epoch >= 0:
             self._recent.append({name: mean.tolist() for name, mean in self._means().items()})
         self._epoch_means.clear()
         self._awaited = None
 
     def _find_unanimous(self, epoch: int) -> Decisions:
-        """Decisions that all samples of the last `commit_after` epochs agree on and that the target allows."""
+        """Decisions on which all samples of the last `commit_after` epochs agree and which the target allows."""
         config, found = self.config, {}
         if config.commit_after is not None:
-            # while the target falls, gates are open because it asks for that: only closed ones are decided then
+            # while the target decreases it still keeps gates open, so only closed ones are decided then
             searching = epoch - self._released_at
             fallen = epoch - math.ceil(config.anneal_until * self.epochs)
             steady = searching if config.target is None else fallen
@@ -282,9 +302,10 @@ class GateSearch:
         return Decisions({name: GateDecision(opened.double(), opened) for name, opened in found.items()})
 
     def decide(self, calibration: Iterable[Any], *, forward: Forward | None = None) -> Decisions:
-        """Decisions of all gates over the batches, with a target those that meet it; final ones stay as they are.
+        """Decide all gates on the batches so that the target, if any, is met; final decisions do not change.
 
-        Nothing changes. Of several processes each has batches of its own: together they decide.
+        Neither the search nor the network changes. With several processes, each passes its own batches, and they decide
+        together.
         """
         with _random_state_kept(device_of(self.model)):
             return self._decide(calibration, forward or self._forward)
@@ -292,7 +313,7 @@ class GateSearch:
     def _decide(self, calibration: Iterable[Any], forward: Forward | None) -> Decisions:
         found, samples = dict(self.decisions), 0
         if self.live:
-            processes.share_buffers(self.model)  # every process asks the same network
+            processes.share_buffers(self.model)  # every process evaluates the same network
             asked = merge_decisions(decide(self.model, calibration, forward=forward))
             found, samples = {**asked, **found}, asked.samples
         decisions = Decisions({name: found[name] for name in self.gates}, samples=samples)
@@ -303,11 +324,11 @@ class GateSearch:
         )
 
     def finalize(self, decisions: Mapping[str, GateDecision], inputs: Any = None) -> list[str]:
-        """Make decisions of some or all gates final now, whatever the epoch; see :meth:`begin_epoch` for the rest.
+        """Make decisions of some or all gates final now, whatever the epoch; otherwise as :meth:`begin_epoch`.
 
         Args:
-            decisions: by gate.
-            inputs: a batch on which the cut network is compared with the frozen one; default: the example inputs.
+            decisions: decisions by gate name.
+            inputs: batch on which the pruned network is compared with the frozen one; default: the example inputs.
         """
         with _random_state_kept(device_of(self.model)):
             return self._finalize(decisions, inputs, self._forward)
@@ -322,7 +343,7 @@ class GateSearch:
         for name, decision in new.items():
             self.gates[name].freeze(decision.open)
         if new and self.config.compact_training:
-            # what is held open until the search begins is not decided: it stays
+            # gates held open until the search begins are not decided, so they must not be cut
             held = [gate for name, gate in self.live.items() if name not in new and gate.frozen]
             for gate in held:
                 gate.unfreeze()
@@ -343,7 +364,7 @@ class GateSearch:
         return list(new)
 
     def _inputs_of(self, batch: Any, forward: Forward | None) -> Any:
-        """What a batch of calibration data gives the network, or random numbers like the example."""
+        """The network's inputs from a calibration batch, or random ones shaped like the example."""
         if batch is not None:
             return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
         generator = torch.Generator().manual_seed(0)
@@ -356,20 +377,20 @@ class GateSearch:
         )
 
     def _cut(self) -> None:
-        """Let frozen gates and what they closed leave the network and the optimizer."""
+        """Remove frozen gates and their closed parts from the network and the optimizer."""
         commit(self.model, self.optimizer)
         self.macs_training = macs(self.model, self._example, forward=self._forward)
 
     def refresh(self, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
-        """While a target opens and closes gates: take the running statistics of batch norms anew; before an evaluation.
+        """Recompute the running statistics of batch norms; call it before an evaluation.
 
-        Running averages look ten steps back, and gates may have changed since what they averaged: an evaluation sees
-        another network than training does. See :func:`fastgate.pruning.statistics.refresh_statistics`. Does nothing
-        where no gate is live, without a target, and where there is no batch norm. Those in eval mode are left alone.
+        Running statistics average over about ten steps, during which live gates may have changed, so that they no
+        longer match the network; see :func:`fastgate.pruning.statistics.refresh_statistics`. Does nothing if no gate is
+        live, without a target, or without batch norms. Batch norms in eval mode are not changed.
 
         Args:
-            batches: of training: shuffled, of a step's size; ten are read.
-            forward: in place of the search's own.
+            batches: training batches, shuffled and of the training batch size; ten are read.
+            forward: replaces the `forward` of the search.
 
         Raises:
             ValueError: a network in eval mode.
@@ -382,15 +403,15 @@ class GateSearch:
                 refresh_statistics(self.model, islice(batches, _STATISTICS_BATCHES), forward=forward or self._forward)
 
     def compact(self, calibration: Iterable[Any] | None = None, *, forward: Forward | None = None) -> nn.Module:
-        """The compact network, a plain one without gates; the network in training stays as it is.
+        """Return the compact network, a plain one without gates; the network in training does not change.
 
         Args:
-            calibration: batches to decide over those gates that are not final; not needed where all are.
-            forward: in place of the search's own.
+            calibration: batches on which gates that are not final are decided; not needed if all are final.
+            forward: replaces the `forward` of the search.
 
         Raises:
-            ValueError: no calibration data where they are needed.
-            NotEqual: it does not compute what the frozen network computes.
+            ValueError: calibration data are needed but missing.
+            NotEqual: its outputs differ from those of the frozen network.
         """
         processes.share_buffers(self.model)  # every process has the same network
         if not any(named_gates(self.model)):
@@ -401,7 +422,7 @@ class GateSearch:
         if self.live:
             if calibration is None:
                 raise ValueError(
-                    f"calibration: expected batches to decide over {len(self.live)} gates that are not final, got "
+                    f"calibration: expected batches on which to decide {len(self.live)} gates that are not final, got "
                     "none; pass a loader of training images"
                 )
             batches = _FirstKept(calibration)
@@ -416,12 +437,12 @@ class GateSearch:
     # ---- the losses --------------------------------------------------------------------------------------------------
 
     def loss(self, progress: float = 0.0) -> Tensor:
-        """The search's part of a step's loss, a scalar with graph: add it to that of the task, after the forward.
+        """Return the gate loss of a step, a scalar with graph; add it to the task loss after the forward.
 
-        Zero where no gate is live. Under :func:`torch.no_grad` nothing is noted.
+        Zero if no gate is live. Under :func:`torch.no_grad`, mean decisions are not recorded.
 
         Args:
-            progress: the share of the epoch that is done, 0 to 1.
+            progress: completed fraction of the epoch, 0 to 1.
         """
         if self.epoch < 0:
             raise ValueError("loss: expected begin_epoch before the first step, got none; call it before every epoch")
@@ -432,15 +453,15 @@ class GateSearch:
         return total + self._untrained() if torch.is_grad_enabled() else total
 
     def weights(self, epoch: float) -> list[float]:
-        """What :meth:`terms` has to know of an epoch (fractions count): the losses' weights, then the target."""
+        """The inputs of :meth:`terms` at a (fractional) epoch: the loss weights, then the target."""
         target = self.config.target_at(epoch / self.epochs)
         return [*(weight(epoch) for weight in self._weights), 1.0 if target is None else target]
 
     def terms(self, weights: Iterable[Any]) -> dict[str, tuple[Any, Tensor]]:
-        """The gate losses of the last forward by name, each with its weight; none where no gate is live.
+        """Gate losses of the last forward: name -> (weight, loss); empty if no gate is live.
 
-        Nothing waits for the device: with :meth:`weights` in a tensor on it, a step can be captured in a CUDA graph.
-        The mean decisions are noted, unless gradients are off.
+        It does not synchronize with the device: with :meth:`weights` in a tensor there, a step can be captured in a
+        CUDA graph. Mean decisions are recorded unless gradients are disabled.
         """
         live = {name: gate for name, gate in self.live.items() if not gate.frozen}
         if not live:
@@ -465,14 +486,14 @@ class GateSearch:
         return terms
 
     def _constants(self, live: Mapping[str, Gate]) -> Mapping[str, Tensor] | None:
-        """The final decisions, where the live gates' are."""
+        """The final decisions, on the device of the live gates."""
         if not self.final:
             return None
         device = next(p.device for gate in live.values() for p in gate.parameters())
         return self._placed("final", device, self.final)
 
     def _placed(self, kind: str, device: torch.device, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The values as fp32 on a device, copied there once."""
+        """The values in fp32 on a device, copied there once."""
         kept = self._on_device.get(kind)
         if kept is None or next(iter(kept.values())).device != device:
             if isinstance(values, Costs):
@@ -483,7 +504,7 @@ class GateSearch:
         return kept
 
     def _untrained(self) -> Tensor | float:
-        """Zero, from the parameters of heads that do not run: `DistributedDataParallel` waits for their gradients."""
+        """Zero times the parameters of heads that do not run: `DistributedDataParallel` expects their gradients."""
         if self._awaited is None:
             self._awaited = any(not wrapper.find_unused_parameters for wrapper in wrappers_of(self.model))
         if not self._awaited:
@@ -491,31 +512,31 @@ class GateSearch:
         idle = [p for _, gate in named_gates(self.model) if gate.frozen for p in gate.parameters() if p.requires_grad]
         return sum((0.0 * p.sum() for p in idle), start=0.0)
 
-    # ---- what is told and kept ---------------------------------------------------------------------------------------
+    # ---- metrics and checkpoints -------------------------------------------------------------------------------------
 
     def _means(self) -> dict[str, Tensor]:
-        """The mean decision of every gate over the steps of this epoch so far, float64 `[gates]` on the CPU."""
+        """Mean decision of every gate over this epoch's steps so far, float64 `[gates]` on the CPU."""
         means = {name: opened.double() for name, opened in self.final.items()}
         open_ones = {name: gate for name, gate in self.live.items() if gate.frozen}
         means |= {name: torch.ones(gate.gates, dtype=torch.float64) for name, gate in open_ones.items()}
         if len(means) < len(self.gates):
             if self._epoch_means.empty:
-                raise ValueError("metrics: expected a step whose loss has search.loss(progress) in it, got none yet")
+                raise ValueError("metrics: expected a step whose loss includes search.loss(progress), got none yet")
             sizes = [gate.gates for gate in self.gates.values()]
             parts = self._epoch_means.split(sizes)
             means |= {name: part for name, part in zip(self.gates, parts, strict=True) if name not in means}
         return {name: means[name] for name in self.gates}
 
     def metrics(self) -> dict[str, Any]:
-        """What to log of this epoch: numbers, strings and lists of numbers.
+        """Metrics of this epoch to log: numbers, strings and lists of numbers.
 
-        `phase`; `target` now asked for (a share of `cost`); `open_ratio`, the share of open gates (channels);
-        `polarization` (Eq. 8); `macs` of one example with the mean decisions of the epoch's steps so far;
-        `macs_training` in the network as it is; `frozen`, whether no gate is live; `max_abs_difference` that cutting
-        has made; `gates`, mean decisions by gate.
+        `phase`; the current `target` (a fraction of `cost`); `open_ratio`, the fraction of open gates (channels);
+        `polarization` (Eq. 8); `macs` of one example at the mean decisions of the epoch so far; `macs_training` of the
+        current network; `frozen`, whether no gate is live; `max_abs_difference` caused by pruning; `gates`, mean
+        decisions by gate.
 
         Raises:
-            ValueError: gates are live and no step has been made in this epoch.
+            ValueError: gates are live, and no step has been made in this epoch.
         """
         means = self._means()
         return {
@@ -531,7 +552,7 @@ class GateSearch:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the search besides network and optimizer; `torch.load` takes it as weights.
+        """State of the search for a checkpoint, loadable by `torch.load(weights_only=True)`.
 
         Save it together with `model.state_dict()` and `optimizer.state_dict()`.
         """
@@ -552,33 +573,33 @@ class GateSearch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Bring this freshly made search, its network and its optimizer to the shape that they had.
+        """Restore a new search, and prune its network and optimizer to the shapes they had.
 
-        Call it first, then `model.load_state_dict` and `optimizer.load_state_dict`, whose tensors then fit. Wrappers of
-        the network are to be made after it.
+        Call it first, then `model.load_state_dict` and `optimizer.load_state_dict`, whose tensors then fit. Wrap the
+        network only afterwards.
 
         Raises:
-            ValueError: the state of another network, of another configuration, or a search that has begun.
+            ValueError: the state belongs to another network or configuration, or this search has already begun.
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(
-                f"state: expected that of a GateSearch, version {_STATE_VERSION}, got {state.get('version')!r}"
+                f"state: expected the state of a GateSearch, version {_STATE_VERSION}, got {state.get('version')!r}"
             )
         if self.epoch >= 0 or self.final:
             raise ValueError(
                 "load_state_dict: expected a search that has not begun, got one in epoch "
-                f"{self.epoch}; make network, optimizer and search anew"
+                f"{self.epoch}; create network, optimizer and search again"
             )
         ours = {"epochs": self.epochs, **asdict(self.config)}
         theirs = {"epochs": state["epochs"], **state["config"]}
         if odd := [name for name in ours if ours[name] != theirs.get(name)]:
             raise ValueError(
-                f"state: expected that of a search with the same epochs and config, got another {', '.join(odd)}"
+                f"state: expected the state of a search with the same epochs and config, got another {', '.join(odd)}"
             )
         sizes = {name: gate.gates for name, gate in self.gates.items()}
         if sizes != {name: len(cost) for name, cost in state["costs"].items()}:
-            raise ValueError("state: expected that of a search of the same gates, got one of another network")
-        # measured costs differ from time to time: a run that goes on keeps those it began with
+            raise ValueError("state: expected the state of a search with the same gates, got that of another network")
+        # measured costs vary: a resumed run keeps those it started with
         kept = {name: cost.cpu() for name, cost in state["costs"].items()}
         self._set_costs(Costs(kept, state["total"], self.costs.within))
         self.epoch, self.difference, self._samples = state["epoch"], state["difference"], state["samples"]
@@ -595,7 +616,7 @@ class GateSearch:
 
 
 class _FirstKept:
-    """Batches that pass through once, of which the first is kept."""
+    """Iterates once over batches and keeps the first."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches
@@ -609,7 +630,7 @@ class _FirstKept:
 
 
 def _random_state_kept(device: torch.device | None) -> AbstractContextManager[None]:
-    """Give back the random numbers that are drawn inside."""
+    """Restore the random number generator state on exit."""
     kept: AbstractContextManager[None] = torch.random.fork_rng(
         [] if device is None or device.type != "cuda" else [device]
     )

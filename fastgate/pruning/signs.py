@@ -1,4 +1,4 @@
-"""Which blocks of a network are only ever given what is not negative, so that a ReLU on their input changes nothing."""
+"""Finds blocks whose inputs are never negative, so that a ReLU on their input has no effect."""
 
 import operator
 from contextlib import suppress
@@ -12,11 +12,11 @@ from torch.nn.modules import module as module_globals
 from fastgate.models.block import Gated, ResidualBlock
 from fastgate.models.hooks import copy_network, is_own
 
-# what makes any input non-negative
+# operations whose output is never negative
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax, nn.Softmax2d)
 _RECTIFYING = {torch.relu, F.relu, F.relu6, torch.sigmoid, F.sigmoid, torch.abs, torch.square, torch.exp, F.softmax}
 _RECTIFYING_METHODS = {"relu", "sigmoid", "abs", "square", "exp", "softmax", "relu_", "sigmoid_", "abs_"}
-# what takes or averages values of its inputs, or adds or multiplies them
+# operations that select, average, add or multiply values of their inputs
 _KEEPERS = (
     *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -34,34 +34,34 @@ _KEEPING_METHODS = {
 }
 _SUMS = (operator.add, operator.iadd, operator.mul, operator.imul, torch.add, torch.mul)
 _SUM_METHODS = ("add", "add_", "mul", "mul_")
-# results of their own, which nothing else shares: to change them in place changes no other value
+# modules whose output shares no memory with other values, so that changing it in place affects nothing else
 _FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# names of methods and arguments that change a tensor in place; what is not listed above may make it negative
+# arguments that make an operation change a tensor in place; operations not listed above may make it negative
 _IN_PLACE = ("inplace", "out")
 
 
 class _Tracer(fx.Tracer):
-    """Sees through every module but those of `torch.nn` and those with gates, and residual blocks."""
+    """Traces through all modules except those of `torch.nn`, gated modules and residual blocks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Gated) or super().is_leaf_module(m, module_qualified_name)
 
 
 def given_nonnegative(model: nn.Module) -> set[str]:
-    """Names of the blocks whose every input is proven non-negative, in training and in eval mode.
+    """Names of the blocks whose inputs are proven non-negative in all calls, in training and in eval mode.
 
-    Proven on this very network, by a trace of its forward from the values' origin: what comes out of a ReLU, through
-    poolings, sums and the like. A block is not among them where anything on the way is not known to keep the sign: an
-    operation, a subclass, a hook, a change in place; or where the forward cannot be traced.
+    The proof traces the forward of this network from the origin of each value, such as a ReLU, through poolings, sums
+    and the like. A block is excluded if anything on the way is not known to preserve the sign (an operation, a
+    subclass, a hook, an in-place change), or if the forward cannot be traced.
 
-    The gradient is that of the network with the ReLU too: it differs only at zero, and there the operation that the
-    zero comes out of passes nothing on or has passed the ReLU's zero on.
+    Gradients also equal those with the ReLU: they could differ only at zero, and there the operation that produced the
+    zero passes no gradient on, or has already passed on the ReLU's zero.
     """
     if module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks:
         return set()
     found: list[set[str]] = []
-    with suppress(Exception):  # a forward of the user's own may raise anything when it is traced
-        # a copy, since its forward may keep what it computes; parameters, which no forward changes, are shared
+    with suppress(Exception):  # a user's forward may raise anything when traced
+        # a copy, since a forward may store state; parameters, which no forward changes, are shared
         copied = copy_network(model, shared=model.parameters())
         for training in (True, False):
             for module in copied.modules():
@@ -88,7 +88,7 @@ def _trace(model: nn.Module) -> set[str]:
 
 
 def _has_negative(node: fx.Node) -> bool:
-    """Whether a number that is added or multiplied is negative (or any other argument, which is not looked into)."""
+    """Whether an added or multiplied number is negative (or any other numeric argument, without distinction)."""
     adds = node.target in _SUMS or node.target in _SUM_METHODS
     numbers = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, int | float)]
     return adds and any(number < 0 for number in numbers)

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms that are those of the network as it is, while gates open and close."""
+"""Recomputes running statistics of batch norms, so that they match the current network while gates open and close."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,24 +12,24 @@ from fastgate.values import Forward, call, to_device_of
 
 
 def refresh_statistics(model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
-    """Take the running statistics of a network's batch norms, gate heads' among them, anew over these batches.
+    """Recompute the running statistics of a network's batch norms, including those of gate heads, over these batches.
 
-    Each becomes the mean over the batches of what one batch gives, with weights and decisions as they are now; nothing
-    else of the model changes, and no random number is drawn. Batch norms in eval mode stay as they are, as do those
-    that do not run (the heads of frozen gates).
+    Each becomes the mean of the batch statistics under the current weights and decisions; nothing else in the model
+    changes, and no random numbers are drawn. Batch norms that are in eval mode or do not run (heads of frozen gates)
+    keep their statistics.
 
-    Why: a gate that opens or closes changes at once what every later layer sees, and running statistics lag behind. In
-    evaluation that also shifts what later heads see, so that they close what is open in training (digits, seed 3:
-    39 % where 83 % were right with fresh statistics: bench/results/search).
+    Why: a gate that opens or closes immediately changes the input of every later layer, and running statistics lag
+    behind. In evaluation this also shifts the inputs of later heads, so that they close gates that are open in training
+    (digits, seed 3: accuracy 39 % instead of 83 % with fresh statistics: bench/results/search).
 
     Args:
         model: the network, in training mode.
-        batches: the inputs, or tuples or lists whose first item is the inputs, see :func:`fastgate.decide`; as they
-            come in training (shuffled, of a training step's size).
-        forward: `(model, batch) -> anything`, for networks that are called otherwise.
+        batches: the inputs, or tuples or lists whose first item is the inputs, see :func:`fastgate.decide`; as in
+            training (shuffled, of the training batch size).
+        forward: `(model, batch) -> anything`, for networks with another calling convention.
 
     Raises:
-        ValueError: no batch norm in training mode, or no batch. Then, and where a batch fails, all stays as it was.
+        ValueError: no batch norm in training mode, or no batches. In this case, or if a batch fails, nothing changes.
     """
     norms = _norms(model)
     if not norms:
@@ -59,7 +59,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any], *, forward: For
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether there is anything to take anew."""
+    """Whether the model has batch norms whose statistics can be recomputed."""
     return bool(_norms(model))
 
 

@@ -1,4 +1,4 @@
-"""Networks as one .safetensors file: the tensors, and the architecture as JSON in the metadata. Never pickle."""
+"""Networks as .safetensors files: the tensors, and the architecture as JSON in the metadata. No pickle."""
 
 import json
 import os
@@ -24,22 +24,22 @@ _RESERVED = ("format", "version", "architecture", KEY)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, str] | None = None) -> None:
-    """Write a network to one `.safetensors` file that :func:`load` rebuilds bit-equal, in any process.
+    """Save a network to a `.safetensors` file from which :func:`load` rebuilds it, bit-equal, in any process.
 
-    The file holds the state_dict, and buffers outside of it; its metadata holds the architecture as JSON and what is in
-    `metadata`.
+    The file contains the state_dict and all other buffers; its metadata contains the architecture as JSON and the
+    strings in `metadata`.
 
     Raises:
-        ValueError: a network that would not come back the same (an attribute in use that is not a plain value, a
+        ValueError: a network that could not be rebuilt exactly (an attribute in use that is not a plain value, a
             forward hook, a parametrization), tensors that share memory, or a path that does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a name ending in .safetensors, got {path.name}")
     if taken := [key for key in (metadata or {}) if key in _RESERVED]:
-        raise ValueError(f"metadata: {taken[0]!r} is written by fastgate itself; use another key")
+        raise ValueError(f"metadata: {taken[0]!r} is reserved for fastgate; use another key")
     if scripted := [type(m).__name__ for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]:
-        raise ValueError(f"model: it is not made of plain modules ({scripted[0]}); save it before it is scripted")
+        raise ValueError(f"model: expected plain modules, got {scripted[0]}; save it before scripting it")
     outside = _outside_state(model)
     state = {**model.state_dict(), **outside}
     for name, value in state.items():
@@ -51,8 +51,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         description = describe(model)
-    except (AttributeError, RuntimeError, TypeError) as error:  # modules in a circle
-        raise ValueError(f"model: it is not made of plain modules ({error})") from error
+    except (AttributeError, RuntimeError, TypeError) as error:  # such as modules that contain each other
+        raise ValueError(f"model: expected plain modules, got others ({error})") from error
     try:
         architecture = {
             "network": description,
@@ -61,10 +61,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
             "strides": {name: tensor.stride() for name, tensor in state.items() if _is_permuted(tensor)},
         }
         text = json.dumps(architecture)
-        # found out now, while the network is still at hand, and not when it is loaded
+        # checked now, while the original network is available, not when the file is loaded
         check_rebuilt(model, _rebuild(json.loads(text), tensors, own_classes(model)))
-    except Exception as error:  # of whichever class it is made of
-        raise ValueError(f"model: its description does not give it back ({error}); it cannot be saved") from error
+    except Exception as error:  # classes of the network may raise anything
+        raise ValueError(f"model: it cannot be rebuilt from its description ({error}), so it is not saved") from error
     header = {**(metadata or {}), "format": FORMAT, "version": str(VERSION), "architecture": text}
     header[KEY] = digest([header, tensors])
     data = save_tensors(tensors, header)
@@ -72,7 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: dict[str, 
 
 
 def _outside_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that are in no state_dict, by name."""
+    """The non-persistent buffers, by name."""
     found = {}
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
@@ -83,7 +83,7 @@ def _outside_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _is_permuted(tensor: torch.Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps, but in another order than the usual one: channels_last."""
+    """Whether a tensor is dense but not contiguous, such as channels_last."""
     return tensor.stride() != torch.empty(tensor.shape, device="meta").stride() and _is_dense(
         tensor.shape, tensor.stride()
     )
@@ -99,23 +99,23 @@ def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def load(path: str | os.PathLike[str], *, classes: Iterable[type[nn.Module]] = ()) -> nn.Module:
-    """Rebuild a network that :func:`save` wrote: on the CPU, in eval mode, every tensor bit-equal.
+    """Load a network saved by :func:`save`: on the CPU, in eval mode, every tensor bit-equal.
 
-    Nothing in the file is executed: classes come from fastgate, torch.nn, torchvision and timm, or from `classes`, and
-    no constructor is called but those of layers of torch.nn. It takes no memory but for the tensors in the file.
+    No code in the file is executed: classes come from fastgate, torch.nn, torchvision and timm, or from `classes`, and
+    only constructors of torch.nn layers are called. Memory is allocated only for the tensors in the file.
 
     Args:
         path: the .safetensors file.
-        classes: module classes of your own that the network is made of.
+        classes: your own module classes that the network uses.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or not a network of this library, or needs classes that were not passed.
+        ValueError: the file is damaged, is not a network of this library, or needs classes that were not passed.
     """
     metadata, tensors = _read(Path(path))
     try:
         return _rebuild(json.loads(metadata["architecture"]), tensors, classes).eval()
-    except Exception as error:  # a description that was made up can fail in any way
+    except Exception as error:  # a forged description can fail in any way
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise ValueError(f"{path}: {error}") from error
         raise ValueError(f"{path}: its architecture cannot be rebuilt here ({error})") from error
@@ -133,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # cloned: get_tensor gives views of the mapped file, which would change (or end the process) with it
+            # cloned: get_tensor returns views of the mapped file; if it changed, so would they (or the process crash)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a .safetensors file, got damaged or other data ({error})") from error
@@ -156,17 +156,17 @@ def _rebuild(
 ) -> nn.Module:
     module = build(architecture["network"], classes)
     tensors = dict(tensors)
-    for name, stride in architecture.get("strides", {}).items():  # files of before have none
+    for name, stride in architecture.get("strides", {}).items():  # not in older files
         tensor = tensors[name]
         if not _is_dense(tensor.shape, stride):
             raise ValueError(f"network: expected strides of a dense tensor {list(tensor.shape)}, got {stride}")
         tensors[name] = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
     state = OrderedDict(tensors)
-    # names and shapes are those of now: what a module does with the state of an earlier version must not happen
+    # names and shapes are current, so modules must not convert the state as if it came from an earlier version
     state._metadata = {  # type: ignore[attr-defined]
         path: {"version": part._version} for path, part in module.named_modules(remove_duplicate=False)
     }
-    # assign: dtypes, values and strides are those of the file, and no tensor is copied twice
+    # assign: keeps dtypes, values and strides of the file, and copies no tensor twice
     module.load_state_dict(state, strict=True, assign=True)
     for name in architecture.get("non_persistent", ()):
         path, _, leaf = name.rpartition(".")

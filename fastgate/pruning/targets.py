@@ -1,4 +1,4 @@
-"""Decisions that meet a target for the cost: what the samples are least sure of is opened or closed for it."""
+"""Decisions that meet a cost target: the gates on which samples agree least are opened or closed for it."""
 
 import math
 from collections.abc import Container, Iterable, Mapping
@@ -12,33 +12,34 @@ from torch import Tensor
 from fastgate.losses import under_layers
 from fastgate.pruning.decisions import Decisions, GateDecision
 
-# layer gates: what fewer samples than this disagree on is not given up for the target's sake while it is near enough
+# layer gates: a decision from which less than this fraction of samples dissents is not overruled if the target can be
+# met otherwise
 _DISSENT = 0.01
-# channel gates: what is near enough to a target, as a share of the target; coarser where channels go by the dozen
+# channel gates: tolerance relative to the target; coarser if channels come in groups (`round_to`)
 _TOLERANCE, _ROUNDED_TOLERANCE = 0.005, 0.01
-# channel gates: how many entries of equal cost on either side of the ranking's border may be decided otherwise, or as
-# many as cost what the most expensive entry does, a layer, if that is more
+# channel gates: number of entries of equal cost on either side of the cutoff in the ranking that may be decided against
+# it, or as many as cost as much as the most expensive entry, a layer, if that is more
 _WINDOW = 32
-# sums times entries that are looked at in one step
+# limit on sums times entries in one step of the dynamic program
 _STEP = 20_000_000
-# layers around channels: so many that samples are least sure of are tried the other way where the target is missed
+# layers around channels: number of least certain layers that are flipped if the target is missed
 _FLIPS = 8
-# sums of costs that are told apart while looking for a target; the sums of layers of a ResNet are far fewer
+# limit on distinct cost sums in the dynamic program; layers of a ResNet have far fewer
 _SUMS = 1_000_000
 
-# the entry of channels that stay open whatever is chosen
+# the entry of channels that are always open
 _ALWAYS_OPEN = -1
 
 
 def lowest_share(costs: Mapping[str, Tensor], total: int, round_to: int | None = None) -> float:
-    """The smallest share of the cost that :func:`meet_target` can reach.
+    """The smallest fraction of the cost that :func:`meet_target` can reach.
 
-    Layer gates are closed then, and of channel gates one channel is open (with `round_to` that many, or all there are),
-    unless a closed layer closes them.
+    There, layer gates are closed, and every channel gate has one open channel (or `round_to`, or all if it has fewer)
+    unless a closed layer closes it.
 
     Args:
-        costs: what each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
-        total: what the network costs with everything open.
+        costs: cost of each gate (channel), int64 `[gates]`, from :func:`fastgate.gate_costs`.
+        total: cost of the network with everything open.
         round_to: see :func:`meet_target`.
     """
     step = _step(round_to)
@@ -50,12 +51,12 @@ def lowest_share(costs: Mapping[str, Tensor], total: int, round_to: int | None =
 
 
 def check_target(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None = None) -> None:
-    """Raise `ValueError`, with the range that can be reached, where no choice reaches the target."""
+    """Raise `ValueError` with the reachable range if no choice reaches the target."""
     lowest = lowest_share(costs, total, round_to)
     if not lowest <= target <= 1:
         kept = "is not gated" if round_to is None else f"is not gated, or kept for round_to={round_to}"
         raise ValueError(
-            f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's cost (less {kept}), got "
+            f"target: expected {math.ceil(lowest * 1e4) / 1e4:.4f} to 1 of the network's cost (the rest {kept}), got "
             f"{target}"
         )
 
@@ -69,41 +70,41 @@ def meet_target(
     held: Container[str] = (),
     round_to: int | None = None,
 ) -> Decisions:
-    """Open and close as little as possible against the samples so that the compact network meets a target.
+    """Change decisions so that the compact network meets a target, overruling the samples as little as possible.
 
-    Every sample votes for or against the cost of every gate (channel): a choice is worth the sum of
-    cost * (2 * mean - 1) over what it opens, less the cost by which it misses the target. Of all choices that are near
-    enough the one worth most is taken. So what costs the same is ranked by mean openness, and between equal means the
-    earlier one stays open; where samples are divided the target decides; what they agree on is given up only to get
-    near enough.
+    Every sample votes for or against each gate (channel), weighted by cost: the score of a choice is the sum of
+    cost * (2 * mean - 1) over everything open, minus the cost by which it misses the target. The choice with the best
+    score within tolerance is taken. Gates of equal cost are therefore ranked by mean decision (ties: the earlier one
+    stays open); if samples are divided, the target decides; decisions on which they agree are overruled only to get
+    within tolerance.
 
-    * Layer gates: the nearest sum that whole layers can reach without giving up what 99 % of the samples agree on. Only
-      where that is off by more than half the cost of the most expensive block are such decisions given up, the cheapest
-      in votes that come so near. (Closing whatever comes nearest took two blocks that every image held open: 71 %
-      instead of 77 % validation accuracy after 7 of 8 epochs: bench/results/search.)
-    * Channel gates: near enough is 0.5 % of the target. Each gate keeps its channel of the highest mean, since without
-      any channel more would go than the costs say. Up to 32 channels of equal cost on either side of the ranking's
-      border (or as many as make up for a layer) may leave the ranking for the target's sake, far more than networks
-      need.
-    * Layer gates around channel gates (`within` of the costs): as most samples say. Only where no choice of channels
-      comes to the target, the open ones of the lowest mean are closed, or the closed ones of the highest mean opened;
-      then those that samples are least sure of are tried the other way, while that comes nearer. Channels of closed
-      layers are closed.
-    * Channel gates with `round_to`: each gate keeps a multiple of it, at least one, or all of its channels: of 20 and
-      `round_to=8` 8, 16 or 20, of 6 all. Which ones is a matter of their means, how many of votes: the channels of a
-      gate come and go by rank, `round_to` at a time, and each such group has the votes of its channels. So a gate whose
-      samples agree on some other number gives up what has least votes against it, as where the target asks for it.
-      Near enough is 1 % of the target. Layer gates are decided as without it.
+    * Layer gates: the closest sum of whole layers that does not overrule decisions on which 99 % of the samples agree.
+      Only if that misses the target by more than half the cost of the most expensive block are such decisions
+      overruled, with as few votes as possible. (Always taking the closest sum closed two blocks that every image held
+      open: 71 % instead of 77 % validation accuracy after 7 of 8 epochs: bench/results/search.)
+    * Channel gates: the tolerance is 0.5 % of the target. Each gate keeps its channel with the highest mean, since
+      removing all channels would save more than the costs say. Up to 32 channels of equal cost on either side of the
+      cutoff in the ranking (or as many as cost as much as a layer) may be decided against the ranking to meet the
+      target, far more than networks need.
+    * Layer gates around channel gates (`within` of the costs): the majority of samples decides. Only if no choice of
+      channels reaches the target are the open layers of the lowest mean closed, or the closed ones of the highest mean
+      opened; then the least certain layers are flipped as long as that gets closer. Channels of closed layers are
+      closed.
+    * Channel gates with `round_to`: each gate keeps a multiple of it, at least one, or all of its channels: 8, 16 or 20
+      of 20 channels with `round_to=8`, and all of 6. The means determine which channels, the votes how many: the
+      channels of a gate open and close in order of rank, in groups of `round_to`, and each group has the votes of its
+      channels. If samples agree on another number, the group with the fewest votes against it is changed, as for a
+      target. The tolerance is 1 % of the target. Layer gates are decided as without it.
 
-    Where nothing is near enough, the nearest is taken.
+    If no choice is within tolerance, the closest is taken.
 
     Args:
-        decisions: of every gate, from :func:`decide`.
-        costs: what each gate (channel) switches, int64 `[gates]`, from :func:`fastgate.gate_costs`.
-        target: wanted share of `total`.
-        total: what the network costs with everything open, from :func:`fastgate.macs` or `costs.total`.
-        held: names of gates whose decision is final; they keep it, rounded or not.
-        round_to: what the numbers of open channels are multiples of; None: any number.
+        decisions: decisions of every gate, from :func:`decide`.
+        costs: cost of each gate (channel), int64 `[gates]`, from :func:`fastgate.gate_costs`.
+        target: desired fraction of `total`.
+        total: cost of the network with everything open, from :func:`fastgate.macs` or `costs.total`.
+        held: names of gates with final decisions; these do not change, even with `round_to`.
+        round_to: open channel counts are multiples of this; None: any number.
 
     Raises:
         ValueError: costs of other gates, a target that no choice reaches (the message names the reachable range), or a
@@ -111,7 +112,7 @@ def meet_target(
     """
     if {name: len(g.open) for name, g in decisions.items()} != {name: len(cost) for name, cost in costs.items()}:
         raise ValueError(
-            f"costs: expected those of the {len(decisions)} gates decided on, got {len(costs)} of other names or "
+            f"costs: expected the costs of the {len(decisions)} gates decided on, got {len(costs)} with other names or "
             "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
         )
     check_target(costs, target, total, round_to)
@@ -127,13 +128,13 @@ def _meet_target(
     round_to: int | None,
     flips: int,
 ) -> Decisions:
-    """See :func:`meet_target`; `flips`: how many layers around channels are tried the other way, alone and in pairs."""
+    """See :func:`meet_target`; `flips`: number of layers around channels to flip on trial, singly and in pairs."""
     within = _within(costs)
     if not within:
         return _choose_free(decisions, costs, target, total, held, round_to)
 
     def meet(layers: dict[str, bool]) -> tuple[tuple[float, float], Decisions]:
-        """The choice with these layers, and how bad it is: what it misses too much of, then the votes against it."""
+        """The choice with these layers, and its badness: the miss beyond the tolerance, then the votes against it."""
         decided = _close_within(decisions, layers, within)
         fixed = {name for name, g in decided.items() if name in held or g is not decisions[name]}
         met = _choose_free(decided, costs, target, total, fixed, round_to)
@@ -164,7 +165,7 @@ def _choose_free(
     held: Container[str],
     round_to: int | None,
 ) -> Decisions:
-    """See :func:`meet_target`, with the layers around channels among what is held."""
+    """See :func:`meet_target`; layers around channels are in `held`."""
     arrays = {name: costs[name].numpy().astype(np.int64) for name in decisions}
     free = {name: g for name, g in decisions.items() if name not in held}
     entries, entry_of = _entries([(g.mean.numpy(), arrays[name]) for name, g in free.items()], _step(round_to))
@@ -176,7 +177,7 @@ def _choose_free(
         opened = _choose_layers(entries, wanted, near_enough)
     else:
         opened = _choose(entries, wanted, near_enough, _WINDOW)
-    flags = np.append(opened, True)  # the last one is what _ALWAYS_OPEN, -1, points to
+    flags = np.append(opened, True)  # _ALWAYS_OPEN, -1, indexes the last one
     chosen = {name: torch.from_numpy(flags[of]) for name, of in zip(free, entry_of, strict=True)}
     gates = {name: GateDecision(g.mean, chosen.get(name, g.open), g.rows) for name, g in decisions.items()}
     return Decisions(gates, decisions.threshold, decisions.samples)
@@ -195,12 +196,12 @@ def _choose_outer(
     held: Container[str],
     step: int,
 ) -> dict[str, bool]:
-    """Which of the layers around channel gates to open, by name.
+    """Decide which layers around channel gates to open, by name.
 
     Args:
         decisions, costs, within, held: as for :func:`meet_target`.
-        wanted: what the compact network shall cost more than with everything open.
-        step: channels that come and go together.
+        wanted: desired cost minus the cost with everything open.
+        step: number of channels per group.
     """
     layers = {
         name: bool(g.open) if name in held else bool(g.mean > 0.5)
@@ -209,7 +210,7 @@ def _choose_outer(
     }
 
     wholes = {name: int(cost.sum()) for name, cost in costs.items()}
-    # the most and the least that each gate can take away while the layer around it is open
+    # the most and the least that each gate can save while the layer around it is open
     ranges = {}
     for name, cost in costs.items():
         if name in layers:
@@ -222,7 +223,7 @@ def _choose_outer(
             ranges[name] = wholes[name] - kept, 0
 
     def reach() -> tuple[int, int]:
-        """The lowest and the highest cost with these layers, less that of everything open."""
+        """The lowest and the highest cost with these layers, minus the cost with everything open."""
         lowest = highest = 0
         for name, whole in wholes.items():
             most, least = ranges[name] if layers.get(within.get(name, name), True) else (whole, whole)
@@ -240,14 +241,14 @@ def _choose_outer(
 
 
 def _close_within(decisions: Decisions, layers: Mapping[str, bool], within: Mapping[str, str]) -> Decisions:
-    """The decisions with these of layers, and the channels in closed ones closed."""
+    """The decisions with these layer decisions, and with the channels of closed layers closed."""
     decided = dict(decisions)
     for name, g in decisions.items():
         around = within.get(name)
         if name in layers:
             decided[name] = GateDecision(g.mean, torch.tensor([layers[name]]), g.rows)
         elif around is not None and not layers[around]:
-            # as open as the layer is
+            # a channel is open only where its layer is
             decided[name] = GateDecision(g.mean * decisions[around].mean, torch.zeros_like(g.open), g.rows)
     return Decisions(decided, decisions.threshold, decisions.samples)
 
@@ -261,13 +262,13 @@ def within_reach(
     *,
     round_to: int | None = None,
 ) -> dict[str, Tensor]:
-    """Those of the decisions found that can become final, in order, while the target stays within reach.
+    """Select the new decisions that can become final, in order, such that the target stays within reach.
 
-    Never among them is a decision that :func:`meet_target` would not take: a channel gate without any open channel, or
-    with a number of them that `round_to` rules out. Such a gate stays alive until the target decides.
+    Decisions that :func:`meet_target` would not make are excluded: a channel gate without open channels, or with a
+    number of them that `round_to` rules out. Such a gate stays live until the target decides.
 
     Args:
-        found, held: decisions to be made final, and final ones: bool `[gates]` by gate.
+        found, held: decisions to make final, and those already final: bool `[gates]` by gate.
         costs, target, total, round_to: see :func:`meet_target`.
     """
     reach: dict[str, Tensor] = {}
@@ -282,7 +283,7 @@ def within_reach(
 
 
 def _step(round_to: int | None) -> int:
-    """By how many the channels of a gate come and go."""
+    """Number of channels of a gate that open and close together."""
     if round_to is None:
         return 1
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
@@ -291,7 +292,7 @@ def _step(round_to: int | None) -> int:
 
 
 def _near_enough(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None) -> float:
-    """How much of the cost the target may be missed by."""
+    """Tolerance: the cost by which the target may be missed."""
     if all(len(cost) == 1 for cost in costs.values()):
         return max((int(cost) for cost in costs.values()), default=0) / 2
     return (_TOLERANCE if round_to is None else _ROUNDED_TOLERANCE) * target * total
@@ -300,7 +301,7 @@ def _near_enough(costs: Mapping[str, Tensor], target: float, total: int, round_t
 def _miss(
     held: Mapping[str, Tensor], costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None
 ) -> float:
-    """How much more than is near enough the nearest choice misses the target by, with these gates held."""
+    """Cost by which the closest choice misses the target beyond the tolerance, with these gates held."""
     undecided = {
         name: GateDecision(torch.full(cost.shape, 0.5, dtype=torch.float64), held.get(name, torch.ones_like(cost) == 1))
         for name, cost in costs.items()
@@ -312,15 +313,15 @@ def _miss(
 
 
 class _Entries(NamedTuple):
-    """What can be opened or closed: layers, channels, or groups of a gate's channels; `[entries]` each.
+    """Units that can be opened or closed: layers, channels, or groups of a gate's channels; `[entries]` each.
 
     Attributes:
-        mean: share of samples for it.
-        cost: what it switches, int64.
+        mean: fraction of samples that vote for the entry.
+        cost: its cost, int64.
         votes: sum of cost * (2 * mean - 1) over its channels.
-        chain: of the entries in a chain those of the highest means are opened, however many. What costs the same is a
-            chain. (The last group of a gate may be a smaller one, which must not be opened before the others: such a
-            gate is a chain of its own.)
+        chain: chain id; however many entries of a chain are opened, they are those with the highest means. Entries of
+            equal cost form a chain. (The last group of a gate may be smaller and must not be opened before the others:
+            such a gate is a chain of its own.)
     """
 
     mean: np.ndarray
@@ -335,7 +336,7 @@ class _Entries(NamedTuple):
 def _entries(gates: Iterable[tuple[np.ndarray, np.ndarray]], step: int) -> tuple[_Entries, list[np.ndarray]]:
     """Entries of gates with these means and costs, and for each gate the entry of each of its channels.
 
-    Channels that stay open whatever is chosen, the best `step` of a channel gate, have the entry `_ALWAYS_OPEN`.
+    Channels that are always open, the best `step` of a channel gate, have the entry `_ALWAYS_OPEN`.
     """
     none = np.empty(0, dtype=np.int64)
     parts, entry_of, count = [_Entries(none.astype(float), none, none.astype(float), none)], [], 0
@@ -350,7 +351,7 @@ def _entries(gates: Iterable[tuple[np.ndarray, np.ndarray]], step: int) -> tuple
         )
         costs = costs.astype(np.int64)
         alike = step == 1 or (costs == costs[:1]).all()
-        # never above that of the group before, not even by a rounding
+        # never above that of the previous group, not even by rounding
         means = np.minimum.accumulate(means / sizes)
         parts.append(_Entries(means, costs, votes, costs if alike else np.full(len(costs), -1 - number)))
         entry_of.append(np.where(free, group + count, _ALWAYS_OPEN))
@@ -359,7 +360,7 @@ def _entries(gates: Iterable[tuple[np.ndarray, np.ndarray]], step: int) -> tuple
 
 
 def _choose_layers(layers: _Entries, wanted: float, near_enough: float) -> np.ndarray:
-    """Which layers to open, bool: what samples agree on stays if the rest can come near enough, else see `_choose`."""
+    """Which layers to open, bool: unanimous decisions stay if the rest can meet the target, else see `_choose`."""
     mean, cost = layers.mean, layers.cost
     opened = mean > 0.5
     rest = (mean > _DISSENT) & (mean < 1 - _DISSENT)
@@ -372,8 +373,8 @@ def _choose_layers(layers: _Entries, wanted: float, near_enough: float) -> np.nd
 def _choose(entries: _Entries, wanted: float, near_enough: float, window: int) -> np.ndarray:
     """Which entries to open, bool, for a sum of costs near `wanted`; see :func:`meet_target` for the rule.
 
-    Dynamic programming over the chains: of each the k entries with the highest means are opened, so a choice is one k
-    per chain, and of all choices with the same sum only the best is followed.
+    Dynamic programming over the chains: in each, the k entries with the highest means are opened, so a choice is one k
+    per chain, and among all choices with the same sum only the best is kept.
     """
     mean, cost, votes_of, chain = entries
     ranking = np.argsort(-mean, kind="stable")
@@ -390,7 +391,7 @@ def _choose(entries: _Entries, wanted: float, near_enough: float, window: int) -
         spent = np.append(0, np.cumsum(cost[members]))[counts]
         gained = np.append(0.0, np.cumsum(votes_of[members]))[counts]
         sums, votes = (sums[:, None] + spent).ravel(), (votes[:, None] + gained).ravel()
-        # of choices with the same sum the one with the most votes; sums are merged only where there are very many
+        # among choices with the same sum, keep the one with the most votes; merge sums only if there are very many
         key = sums if len(sums) <= _SUMS else sums // resolution
         order = np.lexsort((-votes, key))
         best = order[np.unique(key[order], return_index=True)[1]]

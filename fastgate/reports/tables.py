@@ -259,7 +259,7 @@ def print_exported(
                     name,
                     f"{row['difference']:.2g}",
                     _milliseconds(row["latency_ms"]),
-                    *[f"{row['accuracy']:.2%}"] * measured,
+                    *([f"{row['accuracy']:.2%}"] if measured else []),
                 )
                 for name, row in checked.items()
             ],

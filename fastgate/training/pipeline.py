@@ -114,7 +114,7 @@ class Run:
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a recipe, with the gate heads in a group of their own."""
     options = recipe.optimizer
-    groups = parameter_groups(model, options.gate_weight_decay)
+    groups = parameter_groups(model, options.gate_weight_decay, gate_lr=options.gate_lr_factor * options.learning_rate)
     fused = True if next(model.parameters()).is_cuda else None
     if options.optimizer == "adamw":
         return torch.optim.AdamW(

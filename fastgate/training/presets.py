@@ -34,6 +34,8 @@ _FINETUNE = make_recipe(
     epochs=30,
     batch_size=32,
     learning_rate=0.01,
+    # gates that learn as slowly do not get to the target: 0.8 points less (bench/results/search/rates.json)
+    gate_lr_factor=10,
     warmup_epochs=1,
     weight_decay=1e-4,
 )

@@ -157,6 +157,7 @@ class OptimizerOptions:
     momentum: float = _option(0.9, "of SGD")
     nesterov: bool = _option(True, "Nesterov momentum, of SGD")
     weight_decay: float = _option(5e-4, "of the network's parameters")
+    gate_lr_factor: float = _option(1.0, "learning rate of the gate heads, as a multiple of the network's")
     gate_weight_decay: float = _option(0.0, "of the gate heads' parameters")
     label_smoothing: float = _option(0.0, "of the cross-entropy")
 
@@ -167,7 +168,7 @@ class OptimizerOptions:
         positive = (0, math.inf)
         _check_bounds(
             self, learning_rate=positive, warmup_epochs=positive, momentum=(0, 1), weight_decay=positive,
-            gate_weight_decay=positive, label_smoothing=(0, 1),
+            gate_lr_factor=positive, gate_weight_decay=positive, label_smoothing=(0, 1),
         )  # fmt: skip
 
 
@@ -367,7 +368,7 @@ _BEFORE: dict[str, Any] = {
 # and these with the second version, whose defaults do what was done
 _ADDED = ("image_size", "workers", "weights", "optimizer", "label_smoothing", "compile")
 # and these after its first runs
-_ADDED_LATER = ("train_images",)
+_ADDED_LATER = ("train_images", "gate_lr_factor")
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:

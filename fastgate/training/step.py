@@ -73,8 +73,8 @@ class TrainingStep:
         measures: what else is summed up, by name.
         forward: for networks that are called otherwise.
         device: of the network.
-        scheduled: whether the learning rate comes with every step; else the optimizer's groups keep their own, which
-            no capture would see change.
+        scheduled: whether the learning rate comes with every step; groups of the optimizer that begin with others than
+            the first keep their ratio to it. Else the groups keep their own, which no capture would see change.
         graphs: captures the step; None runs it as it is.
 
     Attributes:
@@ -109,7 +109,10 @@ class TrainingStep:
         self._scheduled = scheduled
         gate_losses = ("polarization", "activation", "budget", "capacity") if search is not None else ()
         self.sums = {name: torch.zeros((), device=device) for name in ("loss", "task", *gate_losses, *self.measures)}
-        self._learning_rate = torch.zeros((), device=device)
+        # learning rates of the optimizer's groups, in tensors that last, and their ratios to that of the schedule
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._ratios = [rate / rates[0] if rates[0] else 1.0 for rate in rates]
+        self._rates = [torch.zeros((), device=device) for _ in rates]
         self._configuration: object = None
         self._steps = 0  # of this configuration
         self._inputs: list[Tensor] = []
@@ -153,9 +156,9 @@ class TrainingStep:
         """What was captured is of another network: start anew, with an optimizer that is ready for a capture."""
         self._configuration, self._steps, self._replay = configuration, 0, None
         fused = bool(self.optimizer.defaults.get("fused"))
-        for group in self.optimizer.param_groups:
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if self._scheduled and (fused or isinstance(self.optimizer, torch.optim.SGD)):  # others read it on the host
-                group["lr"] = self._learning_rate
+                group["lr"] = rate
             if not fused:
                 continue
             group["fused"] = True  # a checkpoint from a CPU has it otherwise
@@ -196,10 +199,10 @@ class TrainingStep:
             torch._foreach_add_([self.sums[name] for name in parts], [part.detach() for part in parts.values()])
 
     def _set_learning_rate(self, value: Tensor) -> None:
-        self._learning_rate.copy_(value)
-        for group in self.optimizer.param_groups:
-            if group["lr"] is not self._learning_rate:
-                group["lr"] = float(value)
+        for group, rate, ratio in zip(self.optimizer.param_groups, self._rates, self._ratios, strict=True):
+            rate.copy_(value * ratio)
+            if group["lr"] is not rate:
+                group["lr"] = float(value) * ratio
 
     def _losses(self, outputs: Any, targets: Any, weights: Tensor) -> dict[str, Tensor]:
         task = total = self.loss_fn(outputs, targets)

@@ -118,7 +118,7 @@ def test_calibration_that_cannot_be_used_leaves_no_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fg.export_onnx(model, x, path, int8=batches)
-    with pytest.raises(ValueError, match="half, int8: expected one of them at most, got both"):
+    with pytest.raises(ValueError, match="half, int8: expected at most one of them, got both"):
         fg.export_onnx(model, x, path, int8=[x], half=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -307,11 +307,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     fg.save(small_resnet(), tmp_path / "other.safetensors")
     for arguments, said in (
         ((run,), "--onnx, --pt2: expected a file to write, got neither"),
-        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16, --int8: expected --onnx beside them"),
-        ((run, "--onnx", onnx, "--fp16", "--int8"), "--fp16, --int8: expected one of them, got both"),
+        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16, --int8: expected --onnx as well"),
+        ((run, "--onnx", onnx, "--fp16", "--int8"), "--fp16, --int8: expected at most one of them, got both"),
         (
             (tmp_path / "other.safetensors", "--onnx", onnx),
-            "does not say the size of its images; pass --input-size C,H,W",
+            "does not contain the image size; pass --input-size C,H,W",
         ),
         ((tmp_path / "other.safetensors", "--onnx", onnx, "--input-size", "3,x"), "--input-size: expected C,H,W"),
     ):

@@ -414,3 +414,20 @@ def test_a_network_that_is_called_otherwise(data: TensorDataset) -> None:
     search.loss().backward()
     optimizer.step()
     assert len(search.begin_epoch(1, batches)) == 3 and search.difference == 0.0
+
+
+@pytest.mark.parametrize("gating", ["layer", "channel"])
+def test_gates_that_did_not_learn_the_target_are_said(gating: str, data: TensorDataset) -> None:
+    """All are open, half of the MACs has to go: a warning says how much is closed against the samples."""
+    model = fg.models.resnet(14, 4, gating=gating)
+    optimizer = torch.optim.SGD(fg.parameter_groups(model, gate_lr=0.0), lr=0.1)
+    config = fg.SearchConfig(open_until=0, anneal_until=0, settle_at=0.5)
+    search = GateSearch(model, SIZE, optimizer, epochs=2, config=config)
+    batches = [data[:16]]
+    search.begin_epoch(0, batches)
+    model(batches[0][0])
+    search.loss().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"the gates did not learn the target: (4|5)\d% of the network's cost"):
+        search.begin_epoch(1, batches)
+    assert len(optimizer.param_groups) == 2

@@ -201,7 +201,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     send_when_written(process, folder / "checkpoint.pt", signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    told = f"stopped; everything is saved. Go on with: torchrun ... -m fastgate train --output {folder} --resume"
+    told = f"stopped; everything is saved. Resume with: torchrun ... -m fastgate train --output {folder} --resume"
     assert err.count(told) == 1, err
     assert "error: " not in err and "fastgate/training" not in err
     state = load_checkpoint(folder / "checkpoint.pt")

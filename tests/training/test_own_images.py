@@ -71,7 +71,7 @@ def test_finetuning_own_images(gating: str, images: Path, weights: Path, tmp_pat
     assert resumed.returncode == 0, resumed.stderr
     assert differences(checkpoint_state(tmp_path / "whole"), checkpoint_state(tmp_path / "killed")) == []
     again = run_cli("train", "--output", tmp_path / "killed", "--resume", "--device", "cpu")
-    assert again.returncode == 0 and "this run is finished; nothing of it is trained again" in again.stderr
+    assert again.returncode == 0 and "this run is already finished; nothing is trained again" in again.stderr
 
     evaluated = run_cli("evaluate", tmp_path / "whole", "--device", "cpu")
     assert evaluated.returncode == 0, evaluated.stderr

@@ -326,3 +326,17 @@ def test_checkpoints_that_are_not_of_this_run(tmp_path: Path) -> None:
         trainer.load_state_dict({name: value for name, value in state.items() if name != "epoch_random"})
     with pytest.raises(ValueError, match="expected one of a run with a search, got one without"):
         trainer.load_state_dict({**state, "search": None})
+
+
+def test_gates_may_learn_at_a_rate_of_their_own(digits: Dataset, tmp_path: Path) -> None:
+    """A multiple of the network's at every step; at none they stay as they begin."""
+    trainer = trainer_of(change(TINY, epochs=1, open_until=0, gate_lr_factor=3.0), digits, tmp_path / "fast")
+    trainer.fit()
+    network, gates = (float(group["lr"]) for group in trainer.optimizer.param_groups)
+    assert network > 0 and gates == pytest.approx(3 * network, rel=1e-6)
+
+    still = trainer_of(change(TINY, epochs=1, open_until=0, gate_lr_factor=0.0), digits, tmp_path / "still")
+    heads = {p for _, gate in fg.gates.named_gates(still.model) for p in gate.parameters()}
+    before = {p: p.detach().clone() for p in still.model.parameters()}
+    still.fit()
+    assert {p for p, old in before.items() if torch.equal(p, old)} == heads
