@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from fastgate.gates import named_gates
 from fastgate.modes import eval_mode
 
+if TYPE_CHECKING:  # importing fastgate loads nothing of training
+    from fastgate.training.records import Summary
+
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that has ended.
+    """A finished run.
 
     Attributes:
         network: the compact network, plain, on the device it was trained on.
@@ -23,7 +26,7 @@ class Trained:
     """
 
     network: nn.Module
-    summary: dict[str, Any]
+    summary: "Summary"
     folder: Path
 
 
@@ -47,19 +50,19 @@ def train(
         trained.network, trained.summary["rows"]["compact"]
 
     Args:
-        model: a plain network that gives scores `[N, classes]`, which stays as it is; or a name, as of `--network`.
+        model: a plain network that gives scores `[N, classes]`, which stays as it is; or a name, as for `--network`.
         train: batches `(images [N, C, H, W], labels [N])` with a length, such as a `DataLoader`; or the name of a data
-            set, as of `--dataset`.
+            set, as for `--dataset`.
         test: likewise, to measure on; None with the name of a data set, which has its own.
         preset: the recipe that the options change.
         folder: of the run; default: `runs/train-<time>`.
-        resume: go on with the run in `folder`, whose network and loaders have to be made as they were.
+        resume: continue the run in `folder`, with its network and loaders made as they were before.
         device: "auto", "cpu" or "cuda[:index]".
-        data_root, download, logger: as of the command line.
-        **options: of the recipe, such as `target=0.5`, `gating="channel"`, `epochs=90`; those of the command line.
+        data_root, download, logger: as on the command line.
+        **options: of the recipe, such as `target=0.5`, `gating="channel"`, `epochs=90`; as on the command line.
 
     Raises:
-        ValueError, TypeError: what a run could not honour.
+        ValueError, TypeError: something that the run could not honour.
     """
     # what training needs beyond the library is installed with fastgate[train]
     from fastgate.training.data.loaders import Loaders
@@ -72,7 +75,7 @@ def train(
     named = isinstance(train, str)
     if named != (test is None):
         raise ValueError(
-            "test: expected a loader beside a loader of training images, and none beside the name of a data set, got "
+            "test: expected a loader if train is a loader, and none if train is the name of a data set, got "
             f"train of type {'str' if named else type(train).__name__} and test of type {type(test).__name__}"
         )
     if isinstance(model, str):
@@ -87,11 +90,11 @@ def train(
         data = Loaders(train, test, classes, where)
         if options.setdefault("batch_size", data.batch_size) != data.batch_size:
             raise ValueError(
-                f"batch_size: expected {data.batch_size} as of the loader, got {options['batch_size']}; make the "
-                "loader with it"
+                f"batch_size: expected {data.batch_size}, that of the loader, got {options['batch_size']}; leave it "
+                "out, or make the loader with it"
             )
     if not isinstance(model, str):
-        # said in the run folder; nothing is imported by it
+        # recorded in the run folder; nothing is imported from it
         options |= {"network": f"{type(model).__module__}:{type(model).__qualname__}", "weights": "none"}
     recipe = change(get_preset(preset), **options)
     place = Path(folder or Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}")

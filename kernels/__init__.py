@@ -1,1 +1,1 @@
-"""Triton device code and launchers."""
+"""Triton kernels and their launchers."""

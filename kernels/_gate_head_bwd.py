@@ -95,7 +95,7 @@ def _feature_gradients(
     at = n[:, None] * C + c[None, :]
     inside = (n < n_samples)[:, None] & (c < C)[None, :]
     f = tl.load(saved.features_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    # not dh * w1: Triton makes a sum over such a product a dot, in TF32 (off by 7e-4 on an H200)
+    # not dh * w1: Triton turns a sum over such a product into a TF32 dot (off by 7e-4 on an H200)
     df = tl.sum(w1[None, :, :] * dh[:, :, None], axis=1) * scale
     tl.store(gradients.df_ptr + at, df, mask=inside)
     return tl.sum(dh[:, :, None] * f[:, None, :], axis=0), tl.sum(dh, axis=0)
@@ -121,9 +121,9 @@ def gate_head_bwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """All gradients from dz and dlogits, one program per block of channels or of gates; none waits for another.
+    """All gradients from dz and dlogits, with one independent program per block of channels or of gates.
 
-    `scale` * dh @ w1 is df: 1 / HW makes it the gradient of every pixel.
+    `scale` * dh @ w1 is df; with scale 1 / HW it is the gradient of every pixel.
     """
     block = tl.program_id(0)
     j = tl.arange(0, BLOCK_H)

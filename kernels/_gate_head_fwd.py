@@ -7,7 +7,7 @@ from fastgate.kernels._device import last_to_finish, map_offsets
 
 @triton.jit
 def _threshold(logits):
-    """1 where a logit > 0, else 0; nan stays nan, so that it is never closed without a word."""
+    """1 where a logit > 0, else 0; nan stays nan, so that it never closes a gate silently."""
     return tl.where((logits > 0) | (logits <= 0), tl.where(logits > 0, 1.0, 0.0), logits)
 
 
@@ -89,7 +89,7 @@ def _decide(
 ):
     """From partial sums [N, SPLITS, HIDDEN] to decisions and logits [N, OUT], by one program.
 
-    Nothing else runs meanwhile: where a tile holds all samples they stay in registers, and memory is waited for once.
+    Nothing else runs meanwhile: if a tile holds all samples, they stay in registers, with a single wait for memory.
     """
     j = tl.arange(0, BLOCK_H)
     unit = j < HIDDEN
@@ -102,7 +102,7 @@ def _decide(
         d = tl.where(inside, h - mean[None, :], 0.0)
         squares = tl.sum(d * d, axis=0)
     else:
-        # tile by tile: each one's mean and squares join those of the samples before it
+        # tile by tile: merge each tile's mean and squares with those of the previous samples
         mean = tl.zeros([BLOCK_H], dtype=tl.float32)
         squares = tl.zeros([BLOCK_H], dtype=tl.float32)
         # while, not range: loops with bounds known at run time fail in Triton 3.6's interpreter under NumPy 2.4
@@ -135,7 +135,7 @@ def _decide(
     if ONE_TILE:
         _store_decisions(results, head, h, mean, rstd, n, j, n_samples, HIDDEN, OUT, BLOCK_O)
     else:
-        # what follows reads hidden entries that other threads of this program stored
+        # the code below reads hidden entries stored by other threads of this program
         tl.debug_barrier()
         first = 0
         while first < n_samples:
@@ -170,7 +170,7 @@ def gate_head_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Per program (sample, block of channels) the means of x, and what they add to fc1; the last one decides.
+    """Means of x and their contribution to fc1, per program (sample, block of channels); the last program decides.
 
     partial[n, split, j] = sum over c of w1[j, c] * mean over p of x[n, c, p], c in the split's block.
     """

@@ -1,4 +1,4 @@
-"""Device code of the gated convolution, forward and backward by the input: see :mod:`fastgate.kernels.gated_conv`."""
+"""Device code of the gated convolution, forward and input gradient: see :mod:`fastgate.kernels.gated_conv`."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Taps(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Elements from one weight to the next output channel, input channel, row and column."""
+    """Strides of the weight, in elements, along output channels, input channels, rows and columns."""
 
     out: int
     channel: int
@@ -34,7 +34,7 @@ class Strides(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """How a gate [N or 1, C or 1] is read: elements to the next sample and channel, and whether it has channels."""
+    """Access to a gate [N or 1, C or 1]: its strides along samples and channels, and whether it has channels."""
 
     sample: int
     channel: int
@@ -42,7 +42,7 @@ class Gate(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Sizes of a program's tiles, and how it calls `tl.dot`: its operands made fp32 first, its precision."""
+    """Tile sizes of a program, and its use of `tl.dot`: whether operands are upcast to fp32, and the precision."""
 
     m: int
     n: int
@@ -53,13 +53,13 @@ class Tile(NamedTuple):
 
 @triton.jit
 def map_offset(pixel, c, MAP: tl.constexpr):
-    """Elements from a sample's start to a pixel of channel c."""
+    """Offset of a pixel of channel c from the start of its sample."""
     return pixel * MAP.channels + c if MAP.last else pixel + c * (MAP.height * MAP.width)
 
 
 @triton.jit
 def open_channels(gate_ptr, n, c, C: tl.constexpr, GATE: tl.constexpr):
-    """Which of the channels c of sample n there are and are open."""
+    """Mask of the channels c of sample n that exist and are open."""
     opened = c < C
     if GATE is not None:
         opened = tl.load(gate_ptr + n * GATE.sample + c * GATE.channel, mask=opened, other=0.0) != 0
@@ -80,7 +80,7 @@ def any_open(gate_ptr, n, c, C: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def zero_closed(values, opened):
-    """Values where open, zero elsewhere: on their bits, so that nan and infinity go too and pairs stay packed."""
+    """Values where open, zero elsewhere, by masking bits, so that nan and infinity become 0 and pairs stay packed."""
     if values.dtype == tl.float32:
         kept = values.to(tl.int32, bitcast=True) & -opened.to(tl.int32)
     else:
@@ -108,20 +108,20 @@ def gated_conv_kernel(
     WRITE_CLOSED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dst = conv(src * src_gate) * dst_gate, or with TRANSPOSED its transpose, the gradient by the input::
+    """dst = conv(src * src_gate) * dst_gate, or with TRANSPOSED its transpose, the input gradient::
 
         dst[n, d, y, x] = dst_gate[n, d] * sum over r, s, c of
             src_gate[n, c] * src[n, c, y * stride + r - padding, x * stride + s - padding] * weight[d, c, r, s]
 
-    A program computes [TILE.m pixels of one sample, TILE.n channels]; each step of its loop takes one tap and TILE.k
-    source channels. Source channels that are closed are loaded with their vectors and zeroed in registers, whatever
-    they hold. A program multiplies nothing where its sample, all source channels or all its own channels are closed.
-    Without WRITE_CLOSED the memory of what dst_gate closes stays as it was.
+    A program computes [TILE.m pixels of one sample, TILE.n channels]; each step of its loop handles one tap and TILE.k
+    source channels. Closed source channels are loaded with their vectors and zeroed in registers, whatever they
+    contain. A program multiplies nothing if its sample, all source channels or all its own channels are closed.
+    Without WRITE_CLOSED, closed outputs are not written.
 
     With FACTOR (the map of factor_ptr) every dst channel is computed, and partial[n, tile, d] gets the sum over a
     tile's pixels of dst * factor before the gate: the gradient of dst_gate.
 
-    The transpose of a strided convolution falls into stride x stride classes of pixels, each a dense convolution with
+    The transpose of a strided convolution consists of stride x stride classes of pixels, each a dense convolution with
     the taps that reach it.
     """
     CLASSES: tl.constexpr = TAPS.stride * TAPS.stride if TRANSPOSED else 1
@@ -144,7 +144,7 @@ def gated_conv_kernel(
     if TRANSPOSED:
         class_y = pixel_class // TAPS.stride
         class_x = pixel_class % TAPS.stride
-        # a class may be empty: its pixels are all outside
+        # a class may be empty: all its pixels are outside
         width = tl.maximum((DST.width - class_x + TAPS.stride - 1) // TAPS.stride, 1)
         y = class_y + m // width * TAPS.stride
         x = class_x + m % width * TAPS.stride
@@ -173,7 +173,7 @@ def gated_conv_kernel(
     if TRANSPOSED and TAPS.stride > 1:
         busy = busy & (first_r < TAPS.rows) & (first_s < TAPS.columns)
 
-    TILE_M: tl.constexpr = TILE.m  # a shape of fields would be one of plain numbers, which Triton 3.6 refuses
+    TILE_M: tl.constexpr = TILE.m  # Triton 3.6 rejects fields in a shape, which it sees as plain numbers
     TILE_N: tl.constexpr = TILE.n
     acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
     src_pixel = src_y * SRC.width + src_x

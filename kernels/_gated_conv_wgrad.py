@@ -18,9 +18,9 @@ def next_open(
     IN_GATE: tl.constexpr,
     OUT_GATE: tl.constexpr,
 ):
-    """The first sample from n on of which some channels c and d are open, or `end`.
+    """The first sample from n on with open channels in both c and d, or `end`.
 
-    A loop of its own: a branch around the product would carry the sums through shared memory at every sample.
+    It is a separate loop: a branch around the product would move the sums through shared memory at every sample.
     """
     if IN_GATE is not None or OUT_GATE is not None:
         searching = n < end
@@ -57,9 +57,9 @@ def gated_conv_wgrad_kernel(
             * in_gate[n, c] * x[n, c, y * stride + r - padding, x * stride + s - padding]
 
     A matrix product over pixels: a tile is [TILE.m columns (r, s, c), TILE.n output channels], c innermost and padded
-    to a multiple of 8, so that vectors of channels are read; each step takes TILE.k pixels of one sample. What is
-    closed is zeroed in registers, whatever it holds, and a sample that closes the whole tile on either side is
-    skipped. A split takes consecutive samples; the last program of a tile to finish adds the splits in their order.
+    to a multiple of 8, so that vectors of channels are read; each step handles TILE.k pixels of one sample. Closed
+    values are zeroed in registers, whatever they contain, and a sample that closes the whole tile on either side is
+    skipped. A split handles consecutive samples; the last program of a tile to finish adds the splits in order.
     """
     UNITS: tl.constexpr = (X.channels + 7) // 8
     PIXELS: tl.constexpr = DY.height * DY.width
@@ -67,17 +67,17 @@ def gated_conv_wgrad_kernel(
     n_tile = tl.program_id(1)
     split = tl.program_id(2)
 
-    # in units of 8 columns, whose tap is then known to be one
+    # in units of 8 columns, which are then known to share a tap
     column = m_tile * TILE.m + tl.arange(0, TILE.m)
     tap = column // 8 // UNITS
     c = column // 8 % UNITS * 8 + column % 8
     r = tap // TAPS.columns
     s = tap % TAPS.columns
-    exists = (r < TAPS.rows) & (c < X.channels)  # behind the last tap there is nothing
+    exists = (r < TAPS.rows) & (c < X.channels)  # there is nothing past the last tap
     of_column = map_offset((r - TAPS.padding) * X.width + s - TAPS.padding, c, X)
     d = n_tile * TILE.n + tl.arange(0, TILE.n)
 
-    TILE_M: tl.constexpr = TILE.m  # a shape of fields would be one of plain numbers, which Triton 3.6 refuses
+    TILE_M: tl.constexpr = TILE.m  # Triton 3.6 rejects fields in a shape, which it sees as plain numbers
     TILE_N: tl.constexpr = TILE.n
     acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
     n = (split * samples_per_split).to(tl.int64)
@@ -119,15 +119,15 @@ def gated_conv_wgrad_kernel(
         within = tl.arange(0, TILE.m)[:, None] * TILE.n + tl.arange(0, TILE.n)[None, :]
         first = partial_ptr + (tile * splits).to(tl.int64) * (TILE.m * TILE.n) + within
         tl.store(first + split * (TILE.m * TILE.n), acc)
-        # every thread's store before the count: Triton up to 3.8 does not order them by itself
+        # orders every thread's stores before the count, which Triton up to 3.8 does not do by itself
         tl.debug_barrier()
         done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if done == splits - 1:
             acc = tl.zeros([TILE_M, TILE_N], dtype=tl.float32)
             part = 0
             while part < splits:
-                for ahead in tl.static_range(4):  # loads that wait for each other would take the longest here
-                    # other programs stored them: bypass this multiprocessor's L1
+                for ahead in tl.static_range(4):  # serialized loads would dominate the time here
+                    # stored by other programs: bypass this multiprocessor's L1
                     at = first + (part + ahead) * (TILE.m * TILE.n)
                     acc += tl.load(at, mask=(within >= 0) & (part + ahead < splits), other=0.0, cache_modifier=".cg")
                 part += 4

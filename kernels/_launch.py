@@ -1,4 +1,4 @@
-"""What every launcher needs: memory layout of the tensors, tile sizes, counters of finished programs."""
+"""Helpers for all launchers: memory layout of tensors, tile sizes, counters of finished programs."""
 
 import os
 
@@ -6,40 +6,41 @@ import torch
 import triton
 from torch import Tensor
 
-# Triton interprets kernels on the CPU where this was set before the kernels were defined
+# Triton interprets kernels on the CPU if this was set before the kernels were defined
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a dense [N, C, H, W] tensor has its channels innermost; NCHW wins where both are true."""
+    """Whether a dense [N, C, H, W] tensor is channels_last; False if it is also contiguous."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def next_power_of_2(n: int, low: int = 1, high: int = 1 << 30) -> int:
-    """The smallest power of two that is at least n, kept between low and high."""
+    """The smallest power of two that is at least n, clamped to [low, high]."""
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
 def plane_tile(channels: int, pixels: int) -> tuple[int, int]:
-    """(channels, pixels) of a tile of about 4096 elements: up to 64 channels, so that few networks need several."""
+    """(channels, pixels) of a tile of about 4096 elements; up to 64 channels, which suffices for most networks."""
     block_c = next_power_of_2(channels, high=64)
     block_p = next_power_of_2(pixels, high=4096 // block_c)
     return block_c, block_p
 
 
-# zeros made before anything is captured, for captured launches: per device (the tensor, how many are given out)
+# zeros allocated before any capture, for captured launches: device -> (tensor, number of elements handed out)
 _supplies: dict[torch.device, tuple[Tensor, int]] = {}
 _SUPPLY = 1 << 18
 
 
 def counter(device: torch.device, size: int = 1) -> Tensor:
-    """int32 zeros [size or more] that programs of one launch count up and the last of them resets.
+    """int32 zeros [size or more] that the programs of a launch increment and the last one resets.
 
-    One tensor per device and stream: launches on a stream follow each other, so they can share it. A captured launch
-    gets its own for good, since its graph may run beside any stream or graph: from a supply that eager launches fill,
-    which come first (compiling a kernel cannot be captured). Where it is empty, the graph fills zeros in each time.
+    There is one tensor per device and stream, since launches on a stream run in order. A captured launch gets its own
+    permanently, since its graph may run concurrently with any stream or graph. It comes from a supply that is filled by
+    eager launches, which always come first (compiling a kernel cannot be captured). If the supply is empty, the graph
+    zeroes a new tensor on every replay.
     """
     if device.type != "cuda":
         return torch.zeros(size, dtype=torch.int32)
@@ -55,7 +56,7 @@ def counter(device: torch.device, size: int = 1) -> Tensor:
 
 
 def _from_supply(device: torch.device, size: int) -> Tensor:
-    """Zeros that nobody else gets, from an address that is a multiple of 16: for others Triton compiles anew."""
+    """Unshared zeros at an address that is a multiple of 16, as Triton would recompile for other alignments."""
     zeros, used = _supplies.get(device, (None, 0))
     if zeros is None or used + size > len(zeros):
         return torch.zeros(size, dtype=torch.int32, device=device)

@@ -1,10 +1,10 @@
-"""The gate head of two layers on pooled features: launchers.
+"""Launchers of the two-layer gate head on pooled features.
 
 Forward (`_gate_head_fwd.py`), one launch: programs reduce x to its means and to partial sums of the first dense layer;
-the last program to finish adds them up in a fixed order and does batch norm, ReLU, fc2 and the threshold. Backward
-(`_gate_head_bwd.py`), one launch for one gate and two for several: every program takes a block of channels or of gates
-and all samples at once, so that none waits for another. The gradient of x is the same for every pixel: it is returned
-as [N, C] and broadcast by the caller, which moves no bytes.
+the last program to finish adds them up in a fixed order and computes batch norm, ReLU, fc2 and the threshold. Backward
+(`_gate_head_bwd.py`), one launch for one gate and two for several: every program handles a block of channels or of
+gates and all samples, independently of the others. The gradient of x is the same for every pixel: it is returned as
+[N, C] and expanded by the caller, without a copy.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from fastgate.kernels._launch import counter, is_channels_last, next_power_of_2,
 from torch import Tensor
 
 MAX_HIDDEN = 128  # a sample's hidden row is one tile
-_DOT = 16  # tl.dot wants at least this many rows and columns (fp32, Triton 3.6)
+_DOT = 16  # tl.dot needs at least this many rows and columns (fp32, Triton 3.6)
 _TILE = 4096  # samples times hidden units of a tile
 # samples times hidden units times channels (or gates) of a tile; twice as many: 5.1 us instead of 3.3 on the T4 model
 _PRODUCTS = 8192
@@ -36,25 +36,25 @@ class Head(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics [HIDDEN], None where there are none."""
+    """Running statistics [HIDDEN], or None."""
 
     mean_ptr: Tensor | None
     var_ptr: Tensor | None
 
 
 class Results(NamedTuple):
-    """What the forward writes, fp32."""
+    """Outputs of the forward, fp32."""
 
     decisions_ptr: Tensor  # [N, OUT]
     logits_ptr: Tensor  # [N, OUT]
-    features_ptr: Tensor | None  # [N, C], None where x is already pooled
+    features_ptr: Tensor | None  # [N, C], None if x is already pooled
     hidden_ptr: Tensor  # [N, HIDDEN], before batch norm
-    mean_ptr: Tensor  # [HIDDEN], the one that batch norm took off
+    mean_ptr: Tensor  # [HIDDEN], subtracted by batch norm
     rstd_ptr: Tensor  # [HIDDEN], 1 / standard deviation
 
 
 class Saved(NamedTuple):
-    """What the backward takes of the forward's results."""
+    """Results of the forward that the backward needs."""
 
     logits_ptr: Tensor
     features_ptr: Tensor
@@ -64,14 +64,14 @@ class Saved(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients [N, OUT] that arrive, None where none does."""
+    """Incoming gradients [N, OUT], or None."""
 
     decisions_ptr: Tensor | None
     logits_ptr: Tensor | None
 
 
 class Gradients(NamedTuple):
-    """What the backward writes: gradients of the features, scaled, and of the parameters, fp32."""
+    """Outputs of the backward: gradients of the features, scaled, and of the parameters, fp32."""
 
     df_ptr: Tensor
     dw1_ptr: Tensor
@@ -83,7 +83,7 @@ class Gradients(NamedTuple):
 
 
 def _tile_of_samples(samples: int, hidden: int) -> tuple[int, int]:
-    """(samples, hidden units) of a tile: all of them where it has room."""
+    """(samples, hidden units) of a tile: all of them if they fit."""
     block_h = next_power_of_2(hidden, _DOT, MAX_HIDDEN)
     return next_power_of_2(samples, _DOT, _TILE // block_h), block_h
 
@@ -102,9 +102,9 @@ def gate_head_fwd(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """decisions, logits [N, out], and for backward: features [N, C], hidden [N, h], mean and rstd [h]; all fp32.
+    """Compute decisions, logits [N, out], and for backward features [N, C], hidden [N, h], mean and rstd [h]; all fp32.
 
-    x is dense [N, C, H, W], or already pooled [N, C]: then `features` is empty, for x itself serves.
+    x is dense [N, C, H, W], or already pooled [N, C]: `features` is then empty, as x itself is used.
     """
     n, channels = x.shape[:2]
     hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
@@ -168,7 +168,7 @@ def gate_head_bwd(
     training: bool,
     window: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of every pixel of x, fp32 [N, C], and of fc1, batch norm and fc2 (weight and bias of each).
+    """Compute gradients of every pixel of x, fp32 [N, C], and of fc1, batch norm and fc2 (weight and bias of each).
 
     `features` is [N, C], the means over `pixels` pixels, of any dtype.
     """

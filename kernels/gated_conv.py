@@ -1,8 +1,8 @@
-"""Convolutions that skip what gates have closed: launchers of the forward and of both gradients.
+"""Launchers of convolutions that skip closed channels and samples: forward and both gradients.
 
-Gates are [N or 1, C or 1] and reach the kernels as they are. A tile is dense; what a gate closes in it is zeroed in
-registers, and a tile is not computed at all where its sample or all its channels are closed. Nothing waits for the
-host, and no grid depends on what is open.
+Gates are [N or 1, C or 1] and are passed to the kernels unchanged. A tile is dense; closed values in it are zeroed in
+registers, and a tile is not computed at all if its sample or all its channels are closed. There is no synchronization
+with the host, and no grid depends on what is open.
 """
 
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ def gated_conv_fwd(
     padding: int,
     write_closed: bool,
 ) -> Tensor:
-    """y [N, C_out, H', W'] in the layout and dtype of x.
+    """Compute y [N, C_out, H', W'] in the layout and dtype of x.
 
-    Where `out_gate` is closed y is zero, or with `write_closed` False whatever was in its memory.
+    Where `out_gate` is closed, y is zero, or uninitialized memory with `write_closed` False.
     """
     taps = Taps(weight.shape[2], weight.shape[3], stride, padding)
     height, width = x.shape[2:]
@@ -49,9 +49,9 @@ def gated_conv_dgrad(
     padding: int,
     needs_dgate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx like x, zero where `in_gate` is closed; the gradient of `in_gate` per sample and channel, fp32 [N, C]).
+    """Compute (dx like x, zero where `in_gate` is closed; gradient of `in_gate` per sample and channel, fp32 [N, C]).
 
-    The second is empty without `needs_dgate`, and takes closed channels into account with it.
+    The second is empty without `needs_dgate`; with it, it includes closed channels.
     """
     dx = torch.empty_like(x)
     taps = Taps(weight.shape[2], weight.shape[3], stride, padding)
@@ -70,7 +70,7 @@ def gated_conv_wgrad(
     stride: int,
     padding: int,
 ) -> Tensor:
-    """dweight like `weight`."""
+    """Compute dweight like `weight`."""
     n, c_in = x.shape[:2]
     c_out, _, kh, kw = weight.shape
     if n == 0:
@@ -102,7 +102,7 @@ def gated_conv_wgrad(
         IS_SPLIT=splits > 1,
         TILE=tile,
         num_warps=warps,
-        # told how many registers a thread may take, ptxas does not spill some of them to fit one block more
+        # with an explicit register limit, ptxas does not spill registers to fit one more block
         maxnreg=168 if warps == 4 and is_channels_last(x) != plan.fp32 else 255,
         **plan.options,
     )
@@ -121,7 +121,7 @@ def _launch(
     write_closed: bool = True,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """One convolution into `dst`; returns the gradient of `dst_gate` with `factor`, fp32 [N, C_dst], or nothing."""
+    """Compute one convolution into `dst`; return the gradient of `dst_gate` if `factor` is given, fp32 [N, C_dst]."""
     n, c_dst, h_dst, w_dst = dst.shape
     classes = taps.stride**2 if transposed else 1
     pixels = triton.cdiv(h_dst, taps.stride) * triton.cdiv(w_dst, taps.stride) if transposed else h_dst * w_dst
@@ -152,12 +152,12 @@ def _launch(
 
 
 class _Plan(NamedTuple):
-    """How a convolution of maps of some dtype calls `tl.dot` on their device."""
+    """How a convolution calls `tl.dot`, given dtype and device."""
 
-    upcast: bool  # make the operands fp32 first
-    fp32: bool  # the operands are fp32, at first or then
+    upcast: bool  # convert the operands to fp32 first
+    fp32: bool  # the operands are fp32, originally or after conversion
     precision: str
-    options: dict[str, Any]  # of the launch; none but for the tensor cores of sm_75
+    options: dict[str, Any]  # launch options; empty except for the tensor cores of sm_75
 
 
 def _plan(x: Tensor) -> _Plan:
@@ -170,16 +170,16 @@ def _plan(x: Tensor) -> _Plan:
     return _Plan(upcast, upcast or x.dtype == torch.float32, "tf32" if tf32 else "ieee", options)
 
 
-# Tiles: the largest that do not spill. On sm_75 shared memory is what limits them: few warps, each with a large part of
+# Tiles: the largest that do not spill. On sm_75 shared memory is the bottleneck: few warps, each with a large part of
 # the tile in registers, read it least; NCHW maps, whose vectors end at every tap, need the registers for addresses.
-# `python -m bench.floors` shows what a choice costs.
+# `python -m bench.floors` shows the cost of a choice.
 
 
 def _conv_tile(plan: _Plan, c_src: int, c_dst: int, pixels: int, channels_last: bool) -> tuple[Tile, int]:
     """(tile of [pixels, dst channels] and source channels of a step, warps)."""
     block_n = next_power_of_2(c_dst, 16, 64)
     block_m = next_power_of_2(pixels, 16, 64 if plan.fp32 else 4096 // block_n)
-    # the longest step with the least padding behind the last channel
+    # the longest step with the least padding after the last channel
     warps = 2 if plan.options and channels_last else 4
     longest = (64, 32, 16) if plan.options and not channels_last else (32, 16)
     block_k = 16 if plan.fp32 else min(longest, key=lambda k: triton.cdiv(c_src, k) * k)

@@ -1,7 +1,7 @@
 """y = relu(shortcut + gate * branch) in one pass, and its gradients in one pass.
 
-One program per (sample, block of channels) walks over the pixels. Of a closed sample's or channel's branch nothing
-counts, and nothing is read where that spares memory traffic: a whole sample, or a channel of NCHW.
+One program per (sample, block of channels) loops over the pixels. The branch of a closed sample or channel is ignored,
+and not read where that saves memory traffic: for a whole sample, or for a channel in NCHW.
 """
 
 import torch
@@ -27,9 +27,9 @@ def _load_open(
 ):  # fmt: skip
     """branch [BC, BP] of sample n, fp32; 0 where `gate` [BC] is closed.
 
-    A mask from a float is opaque to the compiler, which then loads element by element: so a closed sample has an
-    integer bound of 0 channels, and in channels_last, where closed channels lie in sectors that are read anyway, they
-    are read and left out.
+    A mask computed from a float is opaque to the compiler, which would then load element by element. Therefore a closed
+    sample has an integer bound of 0 channels, and in channels_last, where closed channels are in sectors that are read
+    anyway, they are read and discarded.
     """
     channels = C
     if not PER_CHANNEL:
@@ -149,7 +149,7 @@ def _gated_residual_bwd_kernel(
 
 
 def gated_residual_fwd(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:
-    """y in the layout of `shortcut`, and its means over H, W, fp32 [N, C] (empty where `pool` is false).
+    """Compute y in the layout of `shortcut`, and its means over H, W, fp32 [N, C] (empty if `pool` is False).
 
     `gate` is contiguous, [N] or [N, C]; `shortcut` and `branch` are dense, [N, C, H, W].
     """
@@ -186,7 +186,7 @@ def gated_residual_bwd(
     relu: bool,
     needs_dgate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dshortcut in the layout of `y`, dbranch in that of `branch`, dgate like `gate` (empty unless needed)."""
+    """Compute dshortcut in the layout of `y`, dbranch in that of `branch`, dgate like `gate` (empty unless needed)."""
     n, channels, height, width = y.shape
     pixels = height * width
     dshortcut, dbranch = torch.empty_like(y), torch.empty_like(branch)

@@ -53,12 +53,12 @@ def test_names(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     train, test = loaders()
     for arguments, options, message in (
-        ((make_model(), train), {}, "test: expected a loader beside a loader of training images"),
-        (("resnet8", "digits", test), {}, "and none beside the name of a data set"),
+        ((make_model(), train), {}, "test: expected a loader if train is a loader"),
+        (("resnet8", "digits", test), {}, "and none if train is the name of a data set"),
         ((fg.attach(make_model(), "layer"), train, test), {}, "model: expected a plain network, got one with gates"),
         ((make_model(), train, test), {"targt": 0.5}, "targt: expected an option .* did you mean target"),
-        ((make_model(), train, test), {"control": "equal-macs"}, "control: equal-macs is for networks by name"),
-        ((make_model(), train, test), {"batch_size": 8}, "batch_size: expected 16 as of the loader, got 8"),
+        ((make_model(), train, test), {"control": "equal-macs"}, "control: equal-macs needs a network given by name"),
+        ((make_model(), train, test), {"batch_size": 8}, "batch_size: expected 16, that of the loader, got 8"),
         ((make_model(), [(1, 2)], test), {}, "train: expected batches of two tensors"),
     ):
         with pytest.raises(ValueError, match=message):

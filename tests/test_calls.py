@@ -145,7 +145,9 @@ def test_decisions_that_train_nothing_are_an_error(model: Network, forward: Call
 
 def test_decisions_of_an_earlier_step_are_an_error(model: Network) -> None:
     (model(images(8)) + fg.activation(model)).backward()
-    with pytest.raises(ValueError, match=r"gate 'gate': .* an earlier forward, whose graph is gone; run the model's"):
+    with pytest.raises(
+        ValueError, match=r"gate 'gate': .* an earlier forward whose graph has been freed; run the model's"
+    ):
         fg.activation(model)
 
 
@@ -238,7 +240,7 @@ def test_decide_counts_every_call_and_every_row() -> None:
 def test_decide_names_a_gate_whose_logits_are_nan() -> None:
     model, x = Clips(), torch.randn(4, 5, 1, 3, 3)
     x[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="gate 'gate': expected logits that are numbers, got nan for some samples"):
+    with pytest.raises(ValueError, match="gate 'gate': expected logits without nan, got nan for some samples"):
         fg.decide(model, [x])
 
 

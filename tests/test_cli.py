@@ -85,7 +85,7 @@ def test_env_in_a_fresh_process() -> None:
 
 def test_tune_says_that_a_cpu_has_nothing_to_measure() -> None:
     result = run_cli("tune", "--network", "resnet8", "--device", "cpu")
-    assert (result.returncode, result.stdout.count("a rule says")) == (0, 1), result.stderr
+    assert (result.returncode, result.stdout.count("a fixed rule")) == (0, 1), result.stderr
 
 
 def foreign_network(folder: Path) -> Path:
@@ -111,7 +111,7 @@ def foreign_network(folder: Path) -> Path:
             id="missing-data",
         ),
         pytest.param(["train", "--preset", "demo", "--device", "tpu"], "device: expected auto, cpu", id="device"),
-        pytest.param(["train", "--preset", "demo", "--device", "cuda:99"], "'cuda:99' is not there", id="cuda-99"),
+        pytest.param(["train", "--preset", "demo", "--device", "cuda:99"], "'cuda:99' does not exist", id="cuda-99"),
         pytest.param(["train", "--resume"], "--resume: expected the run folder in --output", id="resume-what"),
         pytest.param(["evaluate", "nowhere.safetensors"], "expected a network file", id="no-network"),
         pytest.param(["compact", "nowhere.pt"], "expected a checkpoint written by fastgate train", id="no-checkpoint"),

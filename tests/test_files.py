@@ -28,7 +28,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         file.write(b"half of the n")
         raise OSError("disk full")
 
-    with pytest.raises(NotWritten, match=r"/a: it could not be written \(disk full\); what was there before is kept"):
+    with pytest.raises(NotWritten, match=r"/a: it could not be written \(disk full\); the previous file is kept"):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -61,7 +61,7 @@ def test_a_file_size_limit_is_an_error_of_one_line(tmp_path: Path, kind: str) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
         with pytest.raises(NotWritten) as raised:
             write_atomically(path, write)
-        assert str(raised.value) == f"{path}: it could not be written (File too large); what was there before is kept"
+        assert str(raised.value) == f"{path}: it could not be written (File too large); the previous file is kept"
 
     assert in_a_fork(act) == 0
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]

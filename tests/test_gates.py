@@ -64,7 +64,7 @@ def test_a_head_whose_layers_have_to_be_called_is_refused(change: str) -> None:
     """The head reads their tensors, which would be old ones, or not all there is."""
     gate = fg.LayerGate(6)
     HEAD_CHANGES[change](gate)
-    with pytest.raises(ValueError, match=r"(fc1|bn|fc2): expected a gate's head as fastgate built it.*leave gates out"):
+    with pytest.raises(ValueError, match=r"(fc1|bn|fc2): expected a gate head as built by fastgate.*exclude gates"):
         gate(x_for())
     gate.freeze(torch.tensor(True))
     assert gate(x_for()).eq(1).all()  # without its head
@@ -544,7 +544,7 @@ def test_an_average_of_live_and_frozen_is_never_closed(name: str, kind: str) -> 
 def test_an_averaged_state_is_said() -> None:
     gate = fg.ChannelGate(6, 2)
     gate.stored.copy_(torch.tensor([126, 1]))
-    with pytest.warns(UserWarning, match="stored state is 126, an average of a live and a frozen one"):
+    with pytest.warns(UserWarning, match="stored state is 126, an average of live and frozen states"):
         assert not gate.frozen
 
 
@@ -683,7 +683,7 @@ def test_a_flattening_gate_is_tied_to_its_size() -> None:
     # (3, 4) has as many pixels: the order would be wrong without a word
     for size in ((3, 4), (8, 6), (1, 1)):
         with pytest.raises(
-            ValueError, match=rf"x: expected maps of \(4, 3\) .* got \({size[0]}, {size[1]}\); use spatial"
+            ValueError, match=rf"x: expected a spatial size of \(4, 3\) .* got \({size[0]}, {size[1]}\); use spatial"
         ):
             gate(torch.zeros(8, 6, *size))
     pooled = fg.ChannelGate(6)

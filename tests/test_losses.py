@@ -117,9 +117,9 @@ def test_budget_of_a_network_that_is_as_small_as_asked_is_nothing() -> None:
 
 def test_budget_needs_to_know_the_whole_network() -> None:
     gates = [layer_gate([1, 0])]
-    with pytest.raises(ValueError, match=r"total: expected what the whole network costs.*total=fastgate\.macs"):
+    with pytest.raises(ValueError, match=r"total: expected the cost of the whole network.*total=fastgate\.macs"):
         fg.budget(gates, 0.5, {"0": torch.tensor([300])})
-    with pytest.raises(ValueError, match="total: expected at least the 300 that gates switch, got 299"):
+    with pytest.raises(ValueError, match="total: expected at least 300, the sum of the gates' costs, got 299"):
         fg.budget(gates, 0.5, {"0": torch.tensor([300])}, total=299)
 
 
@@ -232,14 +232,14 @@ def test_a_target_is_a_fraction(target: float) -> None:
 
 def test_costs_of_other_gates_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate or other sizes; .*gate_costs"
+        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate, or gates of other sizes; .*gate_costs"
     ):
         fg.budget([layer_gate([1])], 0.5, {"layer1.0.gate": torch.tensor([1])})
     with pytest.raises(
-        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate or other sizes; .*gate_costs"
+        ValueError, match=r"costs: expected the gates 0, got layer1\.0\.gate, or gates of other sizes; .*gate_costs"
     ):
         fg.losses.capacity([layer_gate([1])], {"layer1.0.gate": torch.tensor([1])})
-    with pytest.raises(ValueError, match="costs: expected the gates 0, got 0 or other sizes"):
+    with pytest.raises(ValueError, match="costs: expected the gates 0, got 0, or gates of other sizes"):
         fg.losses.capacity([channel_gate([[1, 0]])], {"0": torch.tensor([1])})
 
 

@@ -142,12 +142,16 @@ def test_nothing_compared_is_not_nothing_apart(nothing: Any) -> None:
         ([X, {"a": X}], [X, {"a": X[:2]}], r"outputs\[1\]\['a'\]: expected the same shape, got \[3\] and \[2\]"),
         ({"a": X}, {"a": X, "b": X}, r"outputs: expected the same keys, got \['a'\] and \['a', 'b'\]"),
         ([X, X], [X], r"outputs: expected the same length, got 2 and 1"),
-        ({"a": X}, {"a": [X]}, r"outputs\['a'\]: expected values of one kind, got Tensor and list"),
-        ({"a": X}, {"a": None}, r"outputs\['a'\]: expected values of one kind, got Tensor and NoneType"),
-        ([X, None], [X, 0], r"outputs\[1\]: expected values of one kind, got NoneType and int"),
+        ({"a": X}, {"a": [X]}, r"outputs\['a'\]: expected values of the same type, got Tensor and list"),
+        ({"a": X}, {"a": None}, r"outputs\['a'\]: expected values of the same type, got Tensor and NoneType"),
+        ([X, None], [X, 0], r"outputs\[1\]: expected values of the same type, got NoneType and int"),
         (X, X.long(), r"outputs: expected dtypes of one kind, got torch.float32 and torch.int64"),
         (Boxes(X, "a"), Boxes(X[:1], "a"), r"outputs\.corners: expected the same shape"),
-        ([X, object()], [X, object()], r"outputs\[1\]: cannot compare two object; use forward=, a function"),
+        (
+            [X, object()],
+            [X, object()],
+            r"outputs\[1\]: cannot compare two values of type object; use forward=, a function",
+        ),
     ],
 )
 def test_unlike_structures_are_named(expected: Any, got: Any, message: str) -> None:

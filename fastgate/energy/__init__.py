@@ -1,6 +1,6 @@
-"""Joules of any window of work: NVIDIA boards through NVML, CPUs through RAPL, else None and the reason.
+"""Energy metering of any window of work: NVIDIA GPUs through NVML, CPUs through RAPL, otherwise None with the reason.
 
-Works without torch. Callbacks for other trainers: `fastgate.energy.lightning`, `fastgate.energy.transformers`.
+Works without torch. Callbacks for other trainers are in :mod:`fastgate.integrations`.
 """
 
 from fastgate.energy.errors import EnergyError, WindowOpenError

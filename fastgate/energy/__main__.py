@@ -1,4 +1,4 @@
-"""`python -m fastgate.energy`: the same as `fastgate energy probe`, also where torch is not installed."""
+"""`python -m fastgate.energy`: the same as `fastgate energy probe`, but works without torch."""
 
 import json
 

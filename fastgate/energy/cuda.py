@@ -1,6 +1,6 @@
-"""What CUDA shows this process: read from torch where its CUDA runs, else from CUDA_VISIBLE_DEVICES.
+"""The GPUs visible to this process: from torch if it has initialized CUDA, otherwise from CUDA_VISIBLE_DEVICES.
 
-torch is never imported and CUDA never initialised from here: both would cost memory and forbid forking.
+This module never imports torch or initializes CUDA: both would cost memory and prevent forking.
 """
 
 import os
@@ -13,19 +13,19 @@ from fastgate.energy.nvml import Board
 
 
 def running_torch() -> Any:
-    """The torch module if it was imported and its CUDA is initialised, else None."""
+    """The torch module if it was imported and has initialized CUDA, else None."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and torch.cuda.is_initialized() else None
 
 
 def visible_boards(boards: list[Board]) -> list[Board]:
-    """The boards among `boards` that CUDA shows this process, in CUDA's order.
+    """The boards that are visible to this process, in CUDA's order.
 
     Args:
         boards: all boards of the machine, in PCI order.
 
     Raises:
-        EnergyError: CUDA's order cannot be known.
+        EnergyError: CUDA's order cannot be determined.
     """
     torch = running_torch()
     if torch is not None:
@@ -39,7 +39,7 @@ def visible_boards(boards: list[Board]) -> list[Board]:
     chosen: list[Board] = []
     for entry in entries:
         board = boards_at(boards, entry) if isinstance(entry, int) else match_uuid(boards, entry)
-        if board is None:  # as in CUDA, the first entry that fits nothing ends the list
+        if board is None:  # as in CUDA, the first entry without a match ends the list
             break
         if board in chosen:
             return []
@@ -55,23 +55,23 @@ def boards_at(boards: list[Board], index: int) -> Board | None:
 
 
 def check_order(boards: list[Board]) -> None:
-    """Refuse integer indices where CUDA's order of the boards is not that of their PCI ids.
+    """Raise if CUDA's device order may differ from the PCI order, so that integer indices are ambiguous.
 
     Raises:
-        EnergyError: boards of different models, which CUDA sorts by its own idea of speed.
+        EnergyError: boards of different models, which CUDA sorts by its own estimate of speed.
     """
     order = os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     names = sorted({board.name for board in boards})
     if order != "PCI_BUS_ID" and len(names) > 1 and running_torch() is None:
         raise EnergyError(
-            f"an index does not say which of {', '.join(names)} is meant: CUDA sorts boards of different models by "
-            "speed; set CUDA_DEVICE_ORDER=PCI_BUS_ID, name the board by its UUID, or make the meter after torch has "
-            "initialised CUDA"
+            f"an index is ambiguous for {', '.join(names)}: CUDA sorts GPUs of different models by speed; set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID, identify the GPU by its UUID, or create the meter after torch has "
+            "initialized CUDA"
         )
 
 
 def parse_visible_devices(variable: str) -> list[int] | list[str]:
-    """The entries of CUDA_VISIBLE_DEVICES up to the first that is invalid; none at all where one is repeated.
+    """The entries of CUDA_VISIBLE_DEVICES up to the first invalid one; none at all if one is repeated.
 
     CUDA reads an integer from the start of each entry, and UUIDs only if the first entry is one.
     """
@@ -108,7 +108,7 @@ def match_uuid(boards: list[Board], text: str) -> Board | None:
 
 
 def torch_board(torch: Any, index: int, boards: list[Board]) -> Board | None:
-    """The board behind torch's CUDA device `index`: by UUID, or by PCI id where the UUID is that of a MIG slice."""
+    """The board of torch's CUDA device `index`: by UUID, or by PCI id if the UUID is that of a MIG slice."""
     properties = torch.cuda.get_device_properties(index)
     uuid = str(properties.uuid).removeprefix("GPU-")
     bus_id = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
@@ -125,11 +125,11 @@ def _require(torch: Any, index: int, boards: list[Board]) -> Board:
 
 
 def synchronize(boards: list[Board]) -> None:
-    """Wait until torch's work on these boards is done; without torch, or without its CUDA, there is none."""
+    """Wait until torch's work on these boards is done; without torch or CUDA there is none."""
     torch = running_torch()
     if torch is None or not boards:
         return
     for index in range(torch.cuda.device_count()):
-        # on a device without torch memory there is nothing to wait for, and waiting would create a context there
+        # a device without torch memory has no work, and synchronizing would create a context there
         if torch.cuda.memory_reserved(index) > 0 and torch_board(torch, index, boards) in boards:
             torch.cuda.synchronize(index)

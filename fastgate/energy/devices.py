@@ -1,4 +1,4 @@
-"""Which boards a meter is asked to watch: torch devices, CUDA indices, UUIDs, or all that CUDA shows this process."""
+"""Selection of the boards to meter: torch devices, CUDA indices, UUIDs, or all that are visible to this process."""
 
 import re
 from collections.abc import Iterable
@@ -8,13 +8,13 @@ from fastgate.energy.cuda import boards_at, check_order, match_uuid, running_tor
 from fastgate.energy.errors import EnergyError
 from fastgate.energy.nvml import Board, Session
 
-# a torch.device (not named, so that torch need not be there), a CUDA index, or a text
+# a torch.device (not typed, so that torch is optional), a CUDA index, or a string
 Device = Any
 _EXPECTED = "expected a torch device, a CUDA index, 'cuda:N', 'cpu', or a UUID beginning with GPU- or MIG-"
 
 
 def parse_devices(devices: Device | Iterable[Device] | None) -> list[str] | None:
-    """The asked devices as texts ("cuda:1", "GPU-..."), without "cpu"; None for all that CUDA shows.
+    """The requested devices as strings ("cuda:1", "GPU-..."), without "cpu"; None for all visible ones.
 
     Raises:
         TypeError, ValueError: not a device.
@@ -38,11 +38,11 @@ def _parse_device(device: Device) -> str:
 
 
 def find_board(session: Session, device: str) -> Board:
-    """The board that a parsed device means.
+    """Find the board of a parsed device.
 
     Raises:
         ValueError: there is no such device.
-        EnergyError: there may be, but it cannot be told or reached.
+        EnergyError: the device cannot be determined or accessed.
     """
     boards, refused = session.boards()
     why = f" ({'; '.join(refused)})" if refused else ""
@@ -63,7 +63,7 @@ def find_board(session: Session, device: str) -> Board:
     board = boards_at(visible, index)
     if board is None:
         raise ValueError(
-            f"devices: expected a CUDA index below {len(visible)} (what CUDA shows this process; see "
+            f"devices: expected a CUDA index below {len(visible)} (the GPUs visible to this process; see "
             f"CUDA_VISIBLE_DEVICES), got {index}{why}"
         )
     return board

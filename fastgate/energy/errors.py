@@ -1,4 +1,4 @@
-"""Why energy cannot be metered: one type per cause, and every message names the remedy."""
+"""Errors of energy metering: one type per cause; every message names a remedy."""
 
 
 class EnergyError(RuntimeError):
@@ -6,7 +6,7 @@ class EnergyError(RuntimeError):
 
 
 class LibraryMissing(EnergyError):
-    """There is no NVML library, or no usable Python bindings for it."""
+    """The NVML library or usable Python bindings for it are missing."""
 
 
 class DriverMissing(EnergyError):
@@ -14,7 +14,7 @@ class DriverMissing(EnergyError):
 
 
 class VersionMismatch(EnergyError):
-    """The NVML library and the kernel driver are of different versions."""
+    """The NVML library and the kernel driver have different versions."""
 
 
 class PermissionDenied(EnergyError):
@@ -26,7 +26,7 @@ class DeviceMissing(EnergyError):
 
 
 class DeviceLost(EnergyError):
-    """The GPU fell off the bus or waits for a reset."""
+    """The GPU has fallen off the bus or needs a reset."""
 
 
 class NotSupported(EnergyError):
@@ -34,7 +34,7 @@ class NotSupported(EnergyError):
 
 
 class WindowOpenError(EnergyError):
-    """A window was asked for its result before it ended, or entered while it is open."""
+    """A window's result was read before it ended, or the window was entered while open."""
 
 
 class WindowClosedError(EnergyError):

@@ -5,7 +5,7 @@ import threading
 
 
 class ForkLock:
-    """A lock for `with`; a forked child finds it free, for the thread that held it does not exist there."""
+    """A lock for `with`; in a forked child it is free, as the thread that held it does not exist there."""
 
     def __init__(self) -> None:
         self._renew()
@@ -14,13 +14,13 @@ class ForkLock:
         self._pid, self._lock = os.getpid(), threading.Lock()
 
     def acquire(self) -> None:
-        """Wait for the lock and take it."""
+        """Acquire the lock, waiting if necessary."""
         if self._pid != os.getpid():
             self._renew()
         self._lock.acquire()
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
         self._lock.release()
 
     def __enter__(self) -> None:

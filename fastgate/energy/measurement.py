@@ -1,4 +1,4 @@
-"""`measure_energy`: joules of a function that can be repeated."""
+"""`measure_energy`: the energy of a function that can be repeated."""
 
 import inspect
 import math
@@ -25,27 +25,27 @@ def measure_energy(
     *,
     meter: EnergyMeter | None = None,
 ) -> list[Energy]:
-    """Energy per call of a function, or of several that take turns, so that a drift of the machine meets all alike.
+    """Measure the energy per call of one function, or of several in turn, so that machine drift affects all equally.
 
-    Every function is first called `warmup` times. A trial then calls one function again and again for `min_seconds`,
-    or for 50 ticks of the slowest counter where that is longer, and waits for the work once, at its end.
+    Every function is first called `warmup` times. A trial then calls one function repeatedly for `min_seconds`, or for
+    50 ticks of the slowest counter if that is longer, and synchronizes once, at its end.
 
-    Where nothing can be metered a warning says so at once, and trials give a rough time only: they are not warmed up,
-    and last for a single call, or for 0.05 s.
+    If nothing can be metered, a warning says so immediately, and trials only give a rough time: they have no warmup and
+    last for a single call, or for 0.05 s.
 
     Args:
-        fn: called without arguments; or several, as a sequence or by name.
-        min_seconds: shortest duration of a trial.
+        fn: a function without arguments; or several, as a sequence or by name.
+        min_seconds: minimum duration of a trial.
         trials: trials per function.
         warmup: calls of each function before the first trial.
         meter: default: `EnergyMeter()`.
 
     Returns:
         One result per trial in the order of measurement: first trial of each function, second trial of each, ...;
-        of n functions the results of the i-th are `results[i::n]`. `items` is the number of calls.
+        with n functions, the results of the i-th are `results[i::n]`. `items` is the number of calls.
 
     Raises:
-        TypeError, ValueError: nothing to call, or a duration or number that makes no trial.
+        TypeError, ValueError: nothing to call, or an invalid duration or count.
         WindowClosedError: the meter was closed.
     """
     functions = _named(fn)
@@ -57,7 +57,7 @@ def measure_energy(
     if not min_seconds > 0:
         raise ValueError(f"min_seconds: expected a duration above 0, got {min_seconds!r}")
     if math.isinf(min_seconds):
-        raise ValueError("min_seconds: expected a finite duration, got inf, of which no trial would end")
+        raise ValueError("min_seconds: expected a finite duration, got inf, with which no trial would end")
     if meter is not None:
         if not isinstance(meter, EnergyMeter):
             raise TypeError(f"meter: expected an EnergyMeter or None, got {meter!r}")
@@ -105,7 +105,7 @@ def _named(fn: Any) -> list[tuple[str, Function]]:
         if not _takes_nothing(function):
             raise TypeError(
                 f"fn: expected functions without arguments, got {_name(function)}, "
-                "which needs some: give `lambda: f(x)` instead"
+                "which requires some: pass `lambda: f(x)` instead"
             )
     return named
 
@@ -115,12 +115,12 @@ def _name(function: Any) -> str:
 
 
 def _takes_nothing(function: Any) -> bool:
-    # a network takes what its forward does
+    # a module takes its forward's arguments
     called = getattr(function, "forward", function)
     try:
         inspect.signature(called).bind()
     except TypeError:
         return False
-    except ValueError:  # a built-in that does not tell
+    except ValueError:  # a built-in without a signature
         return True
     return True

@@ -1,4 +1,4 @@
-"""`EnergyMeter`: joules of windows of work."""
+"""`EnergyMeter`: meters the energy of windows of work."""
 
 import os
 import weakref
@@ -16,7 +16,7 @@ _CPU = ("auto", "off", "require")
 
 
 class EnergyMeter:
-    """Meters the energy of windows of work on NVIDIA boards and CPU packages.
+    """Meters the energy of windows of work on NVIDIA GPUs and CPU packages.
 
     ::
 
@@ -25,24 +25,25 @@ class EnergyMeter:
             ...
         w.result.joules, w.result.joules_per_item, w.result.warnings
 
-    Windows may nest and overlap, in any thread; they share nothing. Work on a GPU is waited for when a window begins
-    and ends, never inside it. Where energy cannot be metered, results hold None and the reason is in their warnings.
+    Windows may nest and overlap, in any thread, and are independent. The GPU is synchronized when a window begins and
+    ends, never inside it. If energy cannot be metered, results are None and their warnings give the reason.
 
-    Making a meter reads the counters for at most half a second, to learn how often they are renewed.
+    Creating a meter reads the counters for up to half a second, to determine how often they update.
 
     Args:
-        devices: torch device, CUDA index, UUID (or its beginning), or a list of these; "cpu" is no board. Default: all
-            boards that CUDA shows this process. Boards are found by UUID or PCI id, never by NVML's own order.
-        cpu: "auto" meters the CPU packages where no board is (so that a sum has one source, whoever may read RAPL);
-            "require" meters them in any case or raises; "off" does not.
-        require: raise where a device cannot be metered, instead of results that say None.
-        allow_shared: meter the whole board where only a MIG slice of it is ours.
-        synchronize: waits for the metered work; default: torch's, on the metered boards, once its CUDA runs.
-        clock: another time to measure by.
+        devices: torch device, CUDA index, UUID (or a prefix of it), or a list of these; "cpu" selects no GPU. Default:
+            all GPUs visible to this process. GPUs are found by UUID or PCI id, never by NVML's own order.
+        cpu: "auto" meters the CPU packages if no GPU is metered (so that a sum has one source, whether or not RAPL is
+            readable); "require" always meters them, or raises; "off" never does.
+        require: raise if a device cannot be metered, instead of returning None in results.
+        allow_shared: meter the whole GPU if only a MIG slice of it belongs to this process.
+        synchronize: function that waits for the metered work; default: torch's synchronization of the metered GPUs,
+            once torch has initialized CUDA.
+        clock: an alternative time source.
 
     Raises:
-        ValueError, TypeError: a device that does not exist or is none, or an unknown `cpu`.
-        EnergyError: with `require` (or cpu="require"): why a device cannot be metered.
+        ValueError, TypeError: an invalid or nonexistent device, or an unknown `cpu`.
+        EnergyError: with `require` (or cpu="require"), a device cannot be metered, and why.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EnergyMeter:
         self.clock = clock or Clock()
         self.sources: list[Source] = []
         self.unavailable: dict[str, EnergyError] = {}  # device -> why it is not metered
-        self.notes: list[str] = []  # said with every result
+        self.notes: list[str] = []  # included in the warnings of every result
         self._boards: list[Board] = []
         self._samplers: list[Sampler] = []
         self._session: Session | None = None
@@ -88,7 +89,7 @@ class EnergyMeter:
         if require and self.unavailable:
             raise next(iter(self.unavailable.values()))
         if not self.sources and not self.unavailable:
-            self.notes.append("nothing is metered: no GPU was asked for, and cpu is 'off'")
+            self.notes.append("nothing is metered: no GPU was requested, and cpu is 'off'")
 
     def _add_boards(self, asked: list[str] | None, *, allow_shared: bool) -> None:
         try:
@@ -123,11 +124,11 @@ class EnergyMeter:
         if board.is_mig():
             if not allow_shared:
                 self.unavailable[board.uuid] = NotSupported(
-                    "the board is cut into MIG slices, and only the whole of it has a counter; pass allow_shared=True "
-                    "to meter all of it, other slices included"
+                    "the GPU is split into MIG slices, and only the whole GPU has a counter; pass allow_shared=True to "
+                    "meter all of it, other slices included"
                 )
                 return
-            self.notes.append(f"{board.uuid}: the whole board, all MIG slices included")
+            self.notes.append(f"{board.uuid}: the whole GPU is metered, all MIG slices included")
         try:
             self.sources.append(nvml_source(board, self.clock))
             self._boards.append(board)
@@ -142,17 +143,17 @@ class EnergyMeter:
                 raise
             self.unavailable["cpu"] = error
             return
-        # no driver is no news on a machine that meters its CPU; a driver that does not answer is
+        # when the CPU is metered, a missing driver is expected; one that does not respond is worth a note
         missing = self.unavailable.pop("gpu", None)
         if missing is not None and not isinstance(missing, LibraryMissing | DeviceMissing):
             self.notes.append(f"no GPU is metered: {missing}")
 
     def window(self, name: str, items: int | None = None) -> Window:
-        """A window of work, for a `with` block.
+        """Create a window of work, for a `with` block.
 
         Args:
-            name: any text; names need not differ.
-            items: what is worked on in it, for `joules_per_item`.
+            name: any string; names need not be unique.
+            items: number of items processed in it, for `joules_per_item`.
 
         Raises:
             WindowClosedError: the meter was closed.
@@ -161,22 +162,22 @@ class EnergyMeter:
         return Window(self, name, items)
 
     def begin(self, name: str, items: int | None = None) -> Window:
-        """Begin a window without a `with` block; `end()` of what this returns ends it."""
+        """Begin a window without a `with` block; call `end()` on the returned window to end it."""
         return self.window(name, items).begin()
 
     def lap(self, items: int | None = None, name: str | None = None) -> Energy:
-        """What was used since the previous lap, or since the meter was made; see :meth:`Window.lap`."""
+        """Energy since the previous lap, or since the meter was created; see :meth:`Window.lap`."""
         lap = self._life.lap(items, name)
         self._life.laps.clear()
         return lap
 
     @property
     def total(self) -> Energy:
-        """What was used from when the meter was made to the latest :meth:`lap`: the exact sum of the laps."""
+        """Energy from the creation of the meter to the latest :meth:`lap`: the exact sum of the laps."""
         return self._life.until_latest()
 
     def synchronize(self) -> None:
-        """Wait for the work on the metered boards; in a forked child, start sampling again."""
+        """Wait for the work on the metered boards; in a forked child, restart sampling."""
         for sampler in self._samplers:
             sampler.ensure_running()
         if self._synchronize is not None:
@@ -185,15 +186,15 @@ class EnergyMeter:
             cuda.synchronize(self._boards)
 
     def observe_context(self) -> list[str]:
-        """What disturbs the metered boards right now: throttled clocks, other processes."""
+        """Current disturbances on the metered boards: throttled clocks, other processes."""
         warnings = []
         for board in self._boards:
             reasons = board.throttle_reasons()
             if reasons:
-                warnings.append(f"{board.uuid}: clocks are held down by {', '.join(reasons)}")
+                warnings.append(f"{board.uuid}: clocks are throttled by {', '.join(reasons)}")
             others = _other_processes(board)
             if others:
-                warnings.append(f"{board.uuid}: the joules include those of {others} other process(es) on the board")
+                warnings.append(f"{board.uuid}: the joules include those of {others} other process(es) on the GPU")
         return warnings
 
     def is_readable(self) -> bool:
@@ -202,18 +203,18 @@ class EnergyMeter:
         return any(not isinstance(reading, EnergyError) for reading in readings)
 
     def check_open(self) -> None:
-        """Refuse to meter once the meter is closed.
+        """Raise if the meter was closed.
 
         Raises:
-            WindowClosedError: it is.
+            WindowClosedError: the meter was closed.
         """
         if self.closed:
-            raise WindowClosedError("this meter was closed: make another EnergyMeter")
+            raise WindowClosedError("this meter was closed: create another EnergyMeter")
 
     def close(self) -> None:
-        """Stop sampling and give NVML back; otherwise this happens when the meter is garbage.
+        """Stop sampling and release NVML; otherwise this happens when the meter is garbage-collected.
 
-        Windows that are still open end with unknown energy, and no other can begin.
+        Open windows end with unknown energy, and no new ones can begin.
         """
         self.closed = True
         self._finalizer()
@@ -232,7 +233,7 @@ def _other_processes(board: Board) -> int:
     pids = board.process_ids()
     if pids is None:
         return 0
-    # in a container NVML may number processes as the host does: then one of them is ours if our CUDA runs
+    # in a container NVML may report the host's process ids: then one of them is ours if we have initialized CUDA
     ours = os.getpid() in pids or cuda.running_torch() is not None
     return max(len(pids) - ours, 0)
 

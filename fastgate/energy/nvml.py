@@ -16,7 +16,7 @@ from fastgate.energy.errors import (
     VersionMismatch,
 )
 
-# NVML return code -> what it means here and what to do about it
+# NVML return code -> error type, and message with remedy
 _ERRORS: dict[int, tuple[type[EnergyError], str]] = {
     3: (NotSupported, "this board does not offer the reading"),
     4: (PermissionDenied, "no permission; give this user or container access to the GPU"),
@@ -29,15 +29,15 @@ _ERRORS: dict[int, tuple[type[EnergyError], str]] = {
     ),
     13: (NotSupported, "the installed driver is too old to know this call; update the driver"),
     15: (DeviceLost, "the GPU fell off the bus; look at `dmesg`, reset the GPU or reboot"),
-    16: (DeviceLost, "the GPU waits for a reset; run `nvidia-smi --gpu-reset` or reboot"),
+    16: (DeviceLost, "the GPU needs a reset; run `nvidia-smi --gpu-reset` or reboot"),
     18: (
         VersionMismatch,
-        "the NVML library and the kernel driver are of different versions (an update without a reboot?); reboot, or "
+        "the NVML library and the kernel driver have different versions (an update without a reboot?); reboot, or "
         "let the container use the host's library",
     ),
 }
 
-# clocks are held down for these reasons; the others (idle, settings of the user) are no throttling
+# throttle reasons; other reasons for low clocks (idle, user settings) are not throttling
 _THROTTLES = {
     4: "the power cap",
     8: "a hardware slowdown",
@@ -53,7 +53,7 @@ def load_bindings() -> ModuleType:
     """The module `pynvml` of the package nvidia-ml-py.
 
     Raises:
-        LibraryMissing: it is not installed, or another package took its name.
+        LibraryMissing: it is not installed, or another package uses its name.
     """
     try:
         import pynvml
@@ -68,10 +68,10 @@ def load_bindings() -> ModuleType:
 
 
 class Session:
-    """NVML, initialised. The library counts its users, so sessions live side by side and never end one another.
+    """An initialized NVML session. NVML counts its users, so sessions are independent of one another.
 
     Raises:
-        EnergyError: there is no NVML here (no library, no driver, versions that differ).
+        EnergyError: NVML is not usable (no library, no driver, different versions).
     """
 
     def __init__(self) -> None:
@@ -84,20 +84,20 @@ class Session:
         self._finalizer = weakref.finalize(self, _shut_down, self._bindings, self._pid)
 
     def renew_after_fork(self) -> None:
-        """Initialise NVML anew in a forked child, where the parent's handles are not to be used."""
+        """Reinitialize NVML in a forked child, where the parent's handles must not be used."""
         if self._pid != os.getpid():
             self._finalizer.detach()
             self._open()
 
     def close(self) -> None:
-        """Give NVML back; more than once does no harm."""
+        """Release NVML; may be called more than once."""
         self._finalizer()
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of the bindings.
 
         Raises:
-            EnergyError: of the type that fits NVML's return code.
+            EnergyError: of the type that corresponds to NVML's return code.
         """
         try:
             found = getattr(self._bindings, function)
@@ -110,16 +110,16 @@ class Session:
             raise kind(f"{function}: {remedy}") from error
 
     def version(self, function: str) -> str | None:
-        """A version text, from nvmlSystemGetDriverVersion or nvmlSystemGetNVMLVersion."""
+        """A version string, from nvmlSystemGetDriverVersion or nvmlSystemGetNVMLVersion."""
         try:
             return _text(self.call(function))
         except EnergyError:
             return None
 
     def boards(self) -> tuple[list["Board"], list[str]]:
-        """Every board that this process may use, in PCI order, and why others are left out.
+        """All boards that this process may use, in PCI order, and the reasons why others are left out.
 
-        CUDA does not see the boards that a container or cgroup hides, so neither does this list.
+        Like CUDA, the list does not contain boards hidden by a container or cgroup.
         """
         boards, refused = [], []
         for index in range(self.call("nvmlDeviceGetCount")):
@@ -131,7 +131,7 @@ class Session:
         if all(board.pci_bus_id is not None for board in boards):
             boards.sort(key=lambda board: board.pci_bus_id or "")
         elif len(boards) > 1:
-            refused.append("this driver does not tell PCI ids: boards are taken in NVML's order")
+            refused.append("this driver does not report PCI ids: GPUs are listed in NVML's order")
         return boards, refused
 
 
@@ -139,7 +139,7 @@ def _shut_down(bindings: ModuleType, pid: int) -> None:
     if pid == os.getpid():  # a forked child must not end its parent's session
         try:
             bindings.nvmlShutdown()
-        except bindings.NVMLError:  # somebody shut down once too often: nothing is left to end
+        except bindings.NVMLError:  # other code shut NVML down once too often: nothing left to do
             return
 
 
@@ -148,7 +148,7 @@ def _text(value: str | bytes) -> str:
 
 
 class Board:
-    """One GPU board, known by its UUID.
+    """One GPU board, identified by its UUID.
 
     Raises:
         EnergyError: there is no such board, or it cannot be used.
@@ -173,7 +173,7 @@ class Board:
         return self._session.call(function, self._handle, *arguments)
 
     def _try(self, function: str, *arguments: Any) -> Any:
-        """The same, or None where the reading cannot be had."""
+        """The same, or None if the reading is not available."""
         try:
             return self.call(function, *arguments)
         except EnergyError:
@@ -188,26 +188,26 @@ class Board:
         return int(self.call("nvmlDeviceGetTotalEnergyConsumption"))
 
     def read_milliwatts(self) -> int:
-        """Instant power where the board offers it, else what `nvmlDeviceGetPowerUsage` says."""
+        """Instantaneous power if the board supports it, otherwise the value of `nvmlDeviceGetPowerUsage`."""
         try:
             return self._read_field(_POWER_INSTANT)
         except NotSupported:
             return int(self.call("nvmlDeviceGetPowerUsage"))
 
     def reads_instant_power(self) -> bool:
-        """Whether :meth:`read_milliwatts` is instant power, and no mean."""
+        """Whether :meth:`read_milliwatts` is instantaneous power, not an average."""
         return self.power_readings()["instant"] is not None
 
     def _read_field(self, field: int) -> int:
         value = self.call("nvmlDeviceGetFieldValues", [field])[0]
-        # the call succeeds as a whole; whether the board has this field is said per element
+        # the call as a whole succeeds; each element says whether the board supports the field
         if value.nvmlReturn != 0:
             kind, remedy = _ERRORS.get(value.nvmlReturn, (EnergyError, f"NVML return code {value.nvmlReturn}"))
             raise kind(f"nvmlDeviceGetFieldValues({field}): {remedy}")
         return int(value.value.uiVal)
 
     def power_readings(self) -> dict[str, float | None]:
-        """Watts by each way of asking for power; None where the board does not offer it."""
+        """Watts from each kind of power reading; None for those that the board does not support."""
 
         def watts(read: Any, *arguments: Any) -> float | None:
             try:
@@ -222,33 +222,33 @@ class Board:
         }
 
     def power_limit_watts(self) -> float | None:
-        """The power limit in force, None where unknown."""
+        """The enforced power limit; None if unknown."""
         milliwatts = self._try("nvmlDeviceGetEnforcedPowerLimit")
         return None if milliwatts is None else milliwatts / 1000
 
     def highest_power_limit_watts(self) -> float | None:
-        """The highest power limit that may be in force at any time, None where unknown."""
+        """The highest power limit that may be enforced at any time; None if unknown."""
         constraints = self._try("nvmlDeviceGetPowerManagementLimitConstraints")
         limits = [self.power_limit_watts(), None if constraints is None else constraints[1] / 1000]
         return max((limit for limit in limits if limit is not None), default=None)
 
     def temperature_celsius(self) -> int | None:
-        """The temperature of the GPU, None where unknown."""
+        """The temperature of the GPU; None if unknown."""
         celsius = self._try("nvmlDeviceGetTemperature", 0)
         return None if celsius is None else int(celsius)
 
     def process_ids(self) -> list[int] | None:
-        """Processes that compute on this board, None where unknown; in a container perhaps numbered by the host."""
+        """Ids of compute processes on this board; None if unknown; in a container they may be the host's ids."""
         processes = self._try("nvmlDeviceGetComputeRunningProcesses")
         return None if processes is None else [process.pid for process in processes]
 
     def throttle_reasons(self) -> list[str]:
-        """Why the clocks are held down right now; empty where they are not, or where it is unknown."""
+        """Reasons why the clocks are throttled now; empty if they are not, or if unknown."""
         bits = self._try("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
         return [reason for bit, reason in _THROTTLES.items() if bits & bit]
 
     def is_mig(self) -> bool:
-        """Whether the board is cut into MIG slices, which have no energy counters of their own."""
+        """Whether the board is split into MIG slices, which have no energy counters of their own."""
         mode = self._try("nvmlDeviceGetMigMode")
         return mode is not None and mode[0] == 1
 

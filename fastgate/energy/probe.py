@@ -1,4 +1,4 @@
-"""What this machine can meter: its devices watched for some seconds, as plain values."""
+"""Probes what can be metered on this machine by observing its devices for some seconds."""
 
 import importlib.metadata
 import os
@@ -13,12 +13,12 @@ from fastgate.energy.nvml import Board, Session
 from fastgate.energy.sources import Clock
 
 _POLL_SECONDS = 0.001
-# a counter and the integral of the power that differ more than this contradict each other
+# a counter and the integral of the power agree if they differ by no more than this
 _AGREEMENT = 0.10
 
 
 def probe(seconds: float = 5.0, clock: Clock | None = None) -> dict[str, Any]:
-    """Watch every board and CPU package for `seconds`; leave the machine idle meanwhile for its idle power.
+    """Observe every GPU and CPU package for `seconds`; leave the machine idle meanwhile to measure its idle power.
 
     Raises:
         ValueError: `seconds` is not above 0.
@@ -68,12 +68,12 @@ def _probe_gpus(seconds: float, clock: Clock) -> dict[str, Any]:
         session.close()
 
 
-# (moment, millijoules) and (moment, watts) of one board
+# (time, millijoules) and (time, watts) of one board
 _Readings = tuple[list[tuple[float, int]], list[tuple[float, float]]]
 
 
 def _watch(boards: Sequence[Board], seconds: float, clock: Clock) -> list[_Readings]:
-    """Read counters and power of all boards in turn until the time is over; what cannot be read stays empty."""
+    """Read counters and power of all boards in turn until the time is over; unreadable ones stay empty."""
     watched: list[_Readings] = [([], []) for _ in boards]
     end = clock.now() + seconds
     while boards and clock.now() < end:
@@ -136,7 +136,7 @@ def _describe_power(watts: list[float]) -> dict[str, Any] | None:
 
 
 def _cross_check(energies: list[tuple[float, int]], powers: list[tuple[float, float]]) -> dict[str, Any] | None:
-    """Joules of the counter against those of the power, from the counter's first change to its last."""
+    """Compare the joules of the counter with the integral of the power, from the counter's first change to its last."""
     changes = [now for before, now in pairwise(energies) if now[1] != before[1]]
     if len(changes) < 2 or not powers:
         return None
@@ -147,7 +147,7 @@ def _cross_check(energies: list[tuple[float, int]], powers: list[tuple[float, fl
     span = inside[-1][0] - inside[0][0] if len(inside) > 1 else 0.0
     if span <= 0:
         return None
-    # the samples leave a little open at both ends
+    # the samples do not quite reach either end
     integral = added * (end - begin) / span
     difference = counted / integral - 1 if integral > 0 else None
     return {

@@ -1,4 +1,4 @@
-"""Energy of CPU packages through Linux' powercap tree (RAPL: Intel, and AMD since Linux 5.8)."""
+"""Energy of CPU packages through Linux's powercap interface (RAPL: Intel, and AMD since Linux 5.8)."""
 
 import re
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from fastgate.energy.trail import Trail
 ROOT = Path("/sys/class/powercap")
 # no CPU package draws more (an AMD MI300A: 0.76 kW)
 _NO_PACKAGE_WATTS = 1000.0
-# Counters start over after 65 or 262 kJ, at 1 kW in 65 s at the soonest. They are read far more often than that, since
-# nothing but the power that a step implies tells a wrap from a reset: in a second, one as high is a rare chance.
+# Counters wrap after 65 or 262 kJ, at 1 kW after 65 s at the earliest. They are read far more often, since only the
+# power implied by a step distinguishes a wrap from a reset, and within a second a reset rarely looks like a wrap.
 _KEEP_SECONDS = 1.0
-# a window says so where they were not read for longer
+# longer gaps between readings are reported in the window
 _BLIND_SECONDS = 3.0
-# two views of one counter may be a renewal apart (1 ms at 500 W); two counters are so close in 1 of 10^5 cases at most
+# two views of one counter may be an update apart (1 ms at 500 W); two counters are that close in at most 1 of 10^5
 _ONE_COUNTER_MICROJOULES = 500_000
 
 
 def zones(root: Path | None = None) -> dict[str, Path]:
-    """Name -> folder of every zone that measures something of its own.
+    """Name -> folder of every distinct zone.
 
-    Zones are told apart by their `name`, for intel-rapl:1 need not be a package. `intel-rapl-mmio` shows the same
+    Zones are identified by their `name`, as intel-rapl:1 need not be a package. `intel-rapl-mmio` shows the same
     package a second time.
     """
     found: dict[str, Path] = {}
@@ -37,7 +37,7 @@ def zones(root: Path | None = None) -> dict[str, Path]:
 
 
 class _Zone:
-    """One counter file: from 0 up to its range, then from 0 again."""
+    """One counter file, which counts from 0 up to its range and then wraps to 0."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,7 +55,7 @@ class _Zone:
             return int(path.read_text())
         except PermissionError as error:
             raise PermissionDenied(
-                f"{path} may be read by root only (since CVE-2020-8694); run as root, or allow it with "
+                f"{path} can be read only by root (since CVE-2020-8694); run as root, or allow reading with "
                 f"`sudo chmod a+r {path}`"
             ) from error
         except (OSError, ValueError) as error:
@@ -63,21 +63,21 @@ class _Zone:
 
 
 class RaplPackage:
-    """One CPU package: cores, caches and memory controller, all processes.
+    """One CPU package: cores, caches and memory controller, for all processes.
 
-    Linux shows a package of several dies as one zone per die. Where the register behind them is the package's (AMD
-    Threadripper and EPYC), every zone mirrors the same counter, and adding them up would multiply the energy.
-    What is one counter is seen at every reading: all zones are read twice in turn, so that the reading of one falls
-    between two of the other; a counter that only grows lies between them, if it is the same. Counters of their own
-    have unrelated values, and should two agree when the meter is made (both were reset a moment ago), they part as
-    they advance. Zones that ever disagree are counters of their own from then on, and are added up.
+    Linux shows a package with several dies as one zone per die. If they share the package's register (AMD Threadripper
+    and EPYC), every zone mirrors the same counter, and adding them up would multiply the energy. Mirrors are detected
+    at every reading: all zones are read twice in turn, so that each reading of one zone falls between two of another;
+    since a counter only grows, a mirror's value lies between those two. Separate counters have unrelated values; even
+    if two agree when the meter is created (both just reset), they diverge as they advance. Zones that ever disagree
+    count as separate from then on, and are added up.
 
     Raises:
         EnergyError: a counter cannot be read.
     """
 
     kind = "rapl"
-    limit_watts: float | None = None  # what powercap says of limits is what firmware set, up to "unlimited"
+    limit_watts: float | None = None  # powercap's limits are whatever the firmware set, up to "unlimited"
     possible_watts: float = _NO_PACKAGE_WATTS
     sample_seconds = _KEEP_SECONDS
     reads_power = False
@@ -90,15 +90,15 @@ class RaplPackage:
         self._lock = ForkLock()
         self._microjoules = self._breaks = 0
         self._read_at, self._blind = clock.now(), 0.0
-        self._agreeing = self._pairs()  # those that have agreed at every reading
+        self._agreeing = self._pairs()  # pairs that have agreed at every reading
         self.read()
 
     def _pairs(self) -> set[tuple[int, int]]:
-        """All pairs of zones, the one that is read earlier first."""
+        """All pairs of zones, the one read earlier first."""
         return set(combinations(range(len(self._zones)), 2))
 
     def read(self) -> Reading:
-        """The energy since this object was made, across wraps of the counters."""
+        """Energy since this object was created, across wraps of the counters."""
         with self._lock:
             before = self._clock.now()
             values = [zone.read() for zone in self._zones]
@@ -109,7 +109,7 @@ class RaplPackage:
             trails = [zone.trail for zone in self._zones]
             steps = [trail.follow(value, before, after, self.tick) for trail, value in zip(trails, values, strict=True)]
             breaks = sum(trail.breaks for trail in trails)
-            if breaks > self._breaks:  # a glitch tells nothing of what is one counter: look anew
+            if breaks > self._breaks:  # a glitch says nothing about mirrors: start over
                 self._breaks, self._agreeing = breaks, self._pairs()
             else:
                 self._agreeing = {(i, j) for i, j in self._agreeing if self._agree(i, j, values, again)}
@@ -127,7 +127,7 @@ class RaplPackage:
             )
 
     def _agree(self, i: int, j: int, values: Sequence[int], again: Sequence[int]) -> bool:
-        """Whether the value of zone j can be of the counter that zone i has read before and, in `again`, after it."""
+        """Whether zone j can mirror zone i, which was read before and, in `again`, after it."""
         wrap, slack = self._zones[i].range, _ONE_COUNTER_MICROJOULES
         if self._zones[j].range != wrap:
             return False
@@ -139,11 +139,11 @@ class RaplPackage:
 
 
 def packages(root: Path | None = None, clock: Clock | None = None) -> list[RaplPackage]:
-    """Every CPU package. `psys`, `core` and `uncore` contain or are part of one, so they are never added.
+    """All CPU packages. `psys`, `core` and `uncore` contain a package or are part of one, so they are never added.
 
     Raises:
-        NotSupported: this machine shows none.
-        EnergyError: one cannot be read.
+        NotSupported: this machine has none.
+        EnergyError: a counter cannot be read.
     """
     found: dict[str, list[Path]] = {}
     for zone, folder in zones(root).items():

@@ -1,4 +1,4 @@
-"""What a window used: joules, seconds and how far they can be trusted."""
+"""The result of a window: joules, seconds and their reliability."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,22 +8,22 @@ UNAVAILABLE = "unavailable"
 
 @dataclass(frozen=True)
 class Energy:
-    """Energy of one window. What is not known is None, never 0.
+    """Energy of one window. Unknown values are None, never 0.
 
     Attributes:
-        name: of the window.
+        name: name of the window.
         seconds: its duration.
-        items: what was worked on (images, calls, ...), if given.
-        per_device: joules by device: a board's UUID, or cpu:package-N.
-        sources: where each device's joules come from.
-        microjoules: by how much the counters moved, an integer, so that laps add up exactly: 0 where the window was
-            too short for them to move, None if one is unknown.
-        error_bound_joules: how far off the sum may be: readings are renewed only once per tick, and where the power
-            changes, a fault of the counter of up to 5 % could hide.
-            The sensors themselves are off by up to 10 %: compare on one machine. Counters are also read between the
-            edges of a window, ten times a second: one that jumps, stands still or is reset contradicts the power limit
-            or the power that was read meanwhile.
-        warnings: what one should know before trusting the numbers.
+        items: number of items processed (images, calls, ...), if given.
+        per_device: joules by device: a GPU's UUID, or cpu:package-N.
+        sources: source of each device's joules.
+        microjoules: total change of the counters, an integer, so that laps add up exactly: 0 if the window was too
+            short for them to move, None if one is unknown.
+        error_bound_joules: maximum error of the sum: counters update only once per tick, and changes in power could
+            hide a counter fault of up to 5 %.
+            The sensors themselves are off by up to 10 %: compare results from one machine only. Counters are also read
+            within a window, ten times a second: one that jumps, stalls or is reset contradicts the power limit or the
+            power readings.
+        warnings: reasons not to trust the numbers.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Energy:
 
     @property
     def joules(self) -> float | None:
-        """Energy of all metered devices, None if that of one is unknown or its counter did not move."""
+        """Energy of all metered devices; None if that of one is unknown or its counter did not move."""
         if self.microjoules is None or None in self.per_device.values():
             return None
         return self.microjoules / 1e6
@@ -49,19 +49,19 @@ class Energy:
 
     @property
     def joules_per_item(self) -> float | None:
-        """Joules per item, None where no items were given."""
+        """Joules per item; None if no items were given."""
         return None if self.joules is None or not self.items else self.joules / self.items
 
     @property
     def items_per_joule(self) -> float | None:
-        """Items per joule, None where no items were given."""
+        """Items per joule; None if no items were given."""
         return None if not self.joules or not self.items else self.items / self.joules
 
     @property
     def source(self) -> str:
-        """nvml-counter, nvml-power-integral, rapl, or unavailable: that of the GPUs where CPUs are metered beside them.
+        """nvml-counter, nvml-power-integral, rapl, or unavailable; the GPUs' source if CPUs are metered as well.
 
-        One board without a counter makes it nvml-power-integral.
+        It is nvml-power-integral if any GPU has no counter.
         """
         if self.microjoules is None or not self.sources:
             return UNAVAILABLE

@@ -1,4 +1,4 @@
-"""Sources of energy readings on NVIDIA boards: the counter, or power added up where there is no counter."""
+"""Sources of energy readings on NVIDIA GPUs: the counter, or integrated power if there is no counter."""
 
 import os
 import threading
@@ -15,52 +15,52 @@ from fastgate.energy.locks import ForkLock
 from fastgate.energy.nvml import Board
 from fastgate.energy.trail import Trail
 
-# a board without a counter is asked for its power this often; boards renew the reading every 20 to 100 ms
+# sampling interval of the power of a board without a counter; boards update the reading every 20 to 100 ms
 _SAMPLE_SECONDS = 0.05
-# a counter is looked at this often, and the power that it is checked by: the slowest boards renew both every 100 ms
+# sampling interval of counters and of the power they are checked against: the slowest boards update both every 100 ms
 _WATCH_SECONDS = 0.1
-# a power reading may be this old: the slowest renewal in published measurements of data-center boards
+# maximum age of a power reading: the slowest update in published measurements of data-center GPUs
 _SENSOR_LAG_SECONDS = 0.1
-# a sampler rests so many times as long as its readings took
+# a sampler pauses for at least this many times the duration of its readings
 _RESTS = 9
-# where a board has no reading of instant power, it is the mean of so long a time
+# averaging time of power readings on boards without instantaneous power
 _AVERAGE_SECONDS = 1.0
-# between samples further apart than this the power is anybody's guess, and a window says so
+# between samples further apart than this, the power is unknown, which is reported in the window
 _BLIND_SECONDS = 5 * _SAMPLE_SECONDS
-# no board draws more (an NVIDIA GB300: 1.4 kW); what says so is no reading
+# no board draws more (an NVIDIA GB300: 1.4 kW); a higher value is not a valid reading
 _NO_BOARD_WATTS = 10_000.0
-# more than its power limit a board draws for milliseconds only; more than twice as much on average it cannot
+# a board exceeds its power limit for milliseconds only, and never by more than this factor on average
 _OVER_LIMIT = 2.0
 
 
 class Clock:
-    """Seconds since some moment, and waiting: the pair, so that both may run on another time."""
+    """A time source with a matching sleep, so that both can be replaced together."""
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Seconds since an arbitrary origin."""
         return time.perf_counter()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for this many seconds."""
         time.sleep(seconds)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a source said once, between two moments; a window is the difference of two readings.
+    """One reading of a source; the energy of a window is the difference of two readings.
 
     Attributes:
-        microjoules: used up to now, of what can be believed.
-        before, after: seconds; the source was asked then, and had answered.
-        watts: power about now, None where not known.
-        breaks: how much could not be believed so far: across a break there is no difference.
-        reason: of the latest break.
-        still_seconds: for how long the source has said the same.
-        doubt_joules: growing, as the energy does: by how much it may be off.
-        blind_seconds: growing: time in which a source that is to be looked at all the time was not.
-        lowest_joules, highest_joules: growing: what the least and the greatest power around each step between two
-            readings would have made, where another sensor tells it.
-        unrest_joules: growing: what a change of that power may hide, as its sensor is late.
+        microjoules: cumulative energy, of plausible steps only.
+        before, after: seconds; the times before and after the source was read.
+        watts: power at about this time; None if unknown.
+        breaks: number of implausible steps so far; readings on both sides of a break cannot be subtracted.
+        reason: reason of the latest break.
+        still_seconds: time since the source last changed.
+        doubt_joules: cumulative: possible error of the energy.
+        blind_seconds: cumulative: time in which the source was not sampled although it should have been.
+        lowest_joules, highest_joules: cumulative: energy implied by the lowest and the highest power around each step
+            between two readings, if another sensor measures power.
+        unrest_joules: cumulative: energy that changes in that power may hide, since its sensor lags.
     """
 
     microjoules: int
@@ -82,28 +82,28 @@ class Source(Protocol):
 
     key: str
     kind: str
-    tick: float | None  # seconds between two changes of the reading, None where not observed
-    limit_watts: float | None  # the device keeps below on average, None where unknown
-    possible_watts: float  # it never draws more
-    reads_power: bool  # whether its power is known by another sensor than the one its energy comes from
-    sample_seconds: float  # it is to be read this often also between the boundaries of windows
+    tick: float | None  # seconds between two changes of the reading; None if not observed
+    limit_watts: float | None  # limit of the average power; None if unknown
+    possible_watts: float  # upper limit of the power
+    reads_power: bool  # whether a separate sensor measures its power
+    sample_seconds: float  # sampling interval, also between the boundaries of windows
 
     def read(self) -> Reading:
-        """The energy so far; raises EnergyError where it cannot be read."""
+        """Cumulative energy; raises EnergyError if it cannot be read."""
 
     def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
-        """Joules by which the difference of two readings may be off, None where unknown.
+        """Maximum error, in joules, of the difference of two readings; None if unknown.
 
         Args:
             begin, end: the readings.
-            watts: the highest power to be reckoned with.
+            watts: the highest power to assume.
         """
 
 
 def stale_edges_bound(tick: float | None, begin: Reading, end: Reading, watts: float) -> float | None:
-    """The bound for a counter that is renewed once per tick: at either edge it may lack one tick's energy.
+    """Error bound of a counter that updates once per tick: at either end, it may lack one tick's energy.
 
-    Where the counter has stood still for longer than a tick, it may lack what was used in all that time.
+    If the counter has not changed for longer than a tick, it may lack the energy of that whole time.
     """
     if tick is None:
         return None
@@ -112,10 +112,10 @@ def stale_edges_bound(tick: float | None, begin: Reading, end: Reading, watts: f
 
 
 class NvmlCounter:
-    """The energy counter of a board; its power readings say what it can have counted.
+    """The energy counter of a board, checked against its power readings.
 
-    Readings come from every boundary of a window and from a :class:`Sampler`: of two readings alone nobody could tell
-    whether the power changed in between or the counter was at fault.
+    It is read at every window boundary and by a :class:`Sampler`: two readings alone could not distinguish a change in
+    power from a counter fault.
     """
 
     kind = "nvml-counter"
@@ -131,12 +131,12 @@ class NvmlCounter:
         self._lock = ForkLock()
         self._trail = Trail(self.possible_watts)
         self._lowest = self._highest = self._doubt = self._unrest = 0.0
-        self._last: tuple[float | None, float, float] | None = None  # watts, when asked for, and when told
+        self._last: tuple[float | None, float, float] | None = None  # watts, and the times before and after reading
         self._lag = _SENSOR_LAG_SECONDS if board.reads_instant_power() else _AVERAGE_SECONDS
-        self._recent: deque[tuple[float, float]] = deque()  # moment and watts, of the time that the sensor lags
+        self._recent: deque[tuple[float, float]] = deque()  # (time, watts) within the sensor's lag
 
     def read(self) -> Reading:
-        """One call for the energy, one for the power."""
+        """Read the energy and the power."""
         with self._lock:
             before = self._clock.now()
             microjoules = self.board.read_millijoules() * 1000
@@ -146,7 +146,7 @@ class NvmlCounter:
             except EnergyError:
                 watts = None
             if watts is not None and not 0 < watts < _NO_BOARD_WATTS:
-                watts = None  # a glitch, from which nothing is to be concluded
+                watts = None  # a glitch without meaning
             trail = self._trail
             trail.follow(microjoules, before, after, self.tick, watts)
             self._watch(watts, before, after)
@@ -165,10 +165,10 @@ class NvmlCounter:
             )
 
     def _watch(self, watts: float | None, before: float, after: float) -> None:
-        """Add what the power can have made since the last reading."""
+        """Add the energy range that the power implies since the last reading."""
         if self._last is not None:
             then, asked, told = self._last
-            # between the middles of both readings, like the energy of a window
+            # between the midpoints of both readings, like the energy of a window
             seconds = (before + after - asked - told) / 2
             if watts is None or then is None:
                 self._highest += self.possible_watts * seconds
@@ -177,7 +177,7 @@ class NvmlCounter:
                 self._lowest += min(around) * seconds
                 self._highest += max(around) * seconds
                 self._unrest += self._lag * abs(watts - then)
-                if seconds > 2 * _WATCH_SECONDS:  # so long that a fault of the counter can hide in it
+                if seconds > 2 * _WATCH_SECONDS:  # long enough to hide a counter fault
                     self._doubt += abs(watts - then) * seconds
         self._last = watts, before, after
         if watts is not None:
@@ -191,9 +191,9 @@ class NvmlCounter:
 
 
 class PowerIntegral:
-    """Power of a board without a counter, added up by the trapezoid rule between samples.
+    """Power of a board without a counter, integrated with the trapezoidal rule.
 
-    Samples come from every reading and from a :class:`Sampler`; after a fork the child starts anew.
+    Samples are taken at every reading and by a :class:`Sampler`; after a fork, the child starts over.
     """
 
     kind = "nvml-power-integral"
@@ -210,10 +210,10 @@ class PowerIntegral:
         self._lock = ForkLock()
         self._joules = self._doubt = self._blind = 0.0
         self._breaks = 0
-        self._last: tuple[float, float, float] | None = None  # watts, moment, and when that sample was asked for
+        self._last: tuple[float, float, float] | None = None  # watts, time, and the time before that sample was read
 
     def read(self) -> Reading:
-        """Take a sample now; the energy up to it."""
+        """Take a sample and return the energy up to it."""
         with self._lock:
             if self._pid != os.getpid():
                 self._pid, self._last, self._breaks = os.getpid(), None, self._breaks + 1
@@ -234,33 +234,33 @@ class PowerIntegral:
                 after,
                 watts,
                 self._breaks,
-                "the process was forked inside the window, and power was not sampled all along",
+                "the process was forked inside the window, so power was not sampled throughout",
                 doubt_joules=self._doubt,
                 blind_seconds=self._blind,
             )
 
     def _add(self, watts: float, now: float, after: float) -> None:
-        """Add the time since the last sample."""
+        """Add the energy since the last sample."""
         last, then, asked = self._last or (watts, now, now)
         mean, gap = (watts + last) / 2, after - asked
         self._joules += (now - then) * mean
         self._doubt += _SENSOR_LAG_SECONDS * abs(watts - last)
         if gap <= 2 * _SAMPLE_SECONDS:
             self._doubt += gap / 2 * abs(watts - last)
-        else:  # a burst, or a pause, may have come and gone
+        else:  # a burst or a pause may have gone unnoticed
             self._doubt += gap * max(mean, (self.limit_watts or self.possible_watts) - mean)
         self._blind += gap if gap > _BLIND_SECONDS else 0.0
 
     def error_bound(self, begin: Reading, end: Reading, watts: float) -> float | None:
-        """For the time between two samples half a step of power, or where it is long whatever the board can draw.
+        """Error bound: half a power step between samples, or whatever the board can draw in a long gap.
 
-        For the lag of the sensor the whole step; at the end of the window the step is not seen any more.
+        In addition, the whole step during the sensor's lag; the step at the end of the window is no longer observed.
         """
         return end.doubt_joules - begin.doubt_joules + _SENSOR_LAG_SECONDS * watts
 
 
 def _power_limits(board: Board) -> tuple[float | None, float]:
-    """A board's power limit, None where it does not tell a believable one, and what it never draws."""
+    """A board's power limit (None if it reports no plausible one), and the power it never exceeds."""
     limit = board.highest_power_limit_watts()
     if limit is None or not 0 < limit < _NO_BOARD_WATTS:
         return None, _NO_BOARD_WATTS
@@ -268,7 +268,7 @@ def _power_limits(board: Board) -> tuple[float | None, float]:
 
 
 class Sampler:
-    """A daemon thread that reads sources every so often, until stopped."""
+    """A daemon thread that reads sources at a fixed interval until stopped."""
 
     def __init__(self, sources: Sequence[Source], seconds: float) -> None:
         self._sources = sources
@@ -276,7 +276,7 @@ class Sampler:
         self._pid = 0
 
     def ensure_running(self) -> None:
-        """Start the thread, in a forked child again."""
+        """Start the thread; in a forked child, start it again."""
         if self._pid == os.getpid():
             return
         self._pid = os.getpid()
@@ -290,20 +290,20 @@ class Sampler:
             for source in self._sources:
                 with suppress(EnergyError):  # a lost device: the reading at the end of the window says so
                     source.read()
-            # boundaries of windows wait for a reading that is under way: where that takes long they find none mostly
+            # window boundaries wait for a reading in progress: with long pauses they rarely have to
             pause = max(self._seconds, _RESTS * (time.perf_counter() - began))
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         if self._pid == os.getpid():
             self._stopped.set()
 
 
 def nvml_source(board: Board, clock: Clock) -> NvmlCounter | PowerIntegral:
-    """The counter where the board answers the call for it, else its power.
+    """The energy counter if the board supports it, otherwise its integrated power.
 
     Raises:
-        EnergyError: it offers neither, or cannot be read.
+        EnergyError: it supports neither, or cannot be read.
     """
     try:
         board.read_millijoules()
@@ -314,9 +314,9 @@ def nvml_source(board: Board, clock: Clock) -> NvmlCounter | PowerIntegral:
 
 
 def observe_ticks(sources: list[Source], clock: Clock, *, changes: int = 4, seconds: float = 0.5) -> None:
-    """Watch counters until each has changed a few times, and note the median time between changes as its tick.
+    """Observe counters until each has changed a few times, and store the median time between changes as its tick.
 
-    A counter that changes less than twice in `seconds` keeps an unknown tick.
+    The tick of a counter that changes less than twice in `seconds` remains unknown.
     """
     deadline = clock.now() + seconds
     last: dict[str, int] = {}

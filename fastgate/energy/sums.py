@@ -1,4 +1,4 @@
-"""Energies added up, over time and over processes. Part of a sum is never the sum: unknown parts make it unknown."""
+"""Sums of energies over time and over processes. A sum with unknown parts is unknown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,9 +7,9 @@ from fastgate.energy.results import Energy
 
 
 def add_parts(parts: Sequence[Energy]) -> Energy:
-    """What windows that follow one another used together; at least one.
+    """Total energy of one or more consecutive windows.
 
-    Its joules are known if those of every device are: no part is unknown, and no counter stood still in all of them.
+    Its joules are known if those of every device are: no part is unknown, and every counter moved in some part.
     """
     items = add_known([part.items for part in parts])
     return Energy(
@@ -25,9 +25,9 @@ def add_parts(parts: Sequence[Energy]) -> Energy:
 
 
 def add_devices(parts: Sequence[tuple[Mapping[str, float | None], int | None]]) -> dict[str, float | None]:
-    """Joules by device of parts that follow one another, each given with the microjoules of all its devices.
+    """Joules by device of consecutive parts, each given with the microjoules of all its devices.
 
-    Where those are known, a device without joules is one whose counter has not moved yet: the next part counts it.
+    If those are known, a device without joules is one whose counter has not moved yet: the next part includes it.
     """
     total: dict[str, float | None] = {}
     unknown = {key for devices, sum_ in parts if sum_ is None for key, joules in devices.items() if joules is None}
@@ -39,15 +39,15 @@ def add_devices(parts: Sequence[tuple[Mapping[str, float | None], int | None]]) 
 
 
 def add_energies(metered: Sequence[tuple[str, Energy]]) -> Energy:
-    """What processes used at the same time, each given with its machine; every device counts once.
+    """Total energy of simultaneous processes, each given with its machine; every device counts once.
 
-    A GPU is known by its UUID, a CPU package by its machine.
+    A GPU is identified by its UUID, a CPU package by its machine.
     """
     several = len({machine for machine, _ in metered}) > 1
     devices: dict[str, float | None] = {}
     sources: dict[str, str] = {}
     counted: list[Energy] = []
-    # a device that several processes meter is taken from one that knows it
+    # for a device metered by several processes, use one whose energy is known
     for machine, energy in sorted(metered, key=lambda part: part[1].microjoules is None):
         names = {key: f"{machine}/{key}" if several and key.startswith("cpu") else key for key in energy.per_device}
         new = {name: energy.per_device[key] for key, name in names.items() if name not in devices}
@@ -69,5 +69,5 @@ def add_energies(metered: Sequence[tuple[str, Energy]]) -> Energy:
 
 
 def add_known(parts: Sequence[Any]) -> Any:
-    """The sum, None if one part is."""
+    """The sum; None if any part is None."""
     return None if any(part is None for part in parts) else sum(parts)

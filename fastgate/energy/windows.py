@@ -1,4 +1,4 @@
-"""A window of work: readings at its boundaries, and what lies between two of them."""
+"""Windows of work: readings at their boundaries, and the energy between two readings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fastgate.energy.sources import Clock, Reading, Source
 
 @dataclass(frozen=True)
 class Boundary:
-    """What every source said, between two moments."""
+    """Readings of every source, taken between two times."""
 
     before: float
     after: float
@@ -22,7 +22,7 @@ class Boundary:
 
 
 def read_boundary(sources: Sequence[Source], clock: Clock) -> Boundary:
-    """Read every source once, and the clock before and after; a source that fails does not keep the others from it."""
+    """Read every source once, and the clock before and after; a failing source does not affect the others."""
     before = clock.now()
     readings: dict[str, Reading | EnergyError] = {}
     for source in sources:
@@ -34,7 +34,7 @@ def read_boundary(sources: Sequence[Source], clock: Clock) -> Boundary:
 
 
 class Metered(Protocol):
-    """What a window needs of its meter."""
+    """The interface of a meter that windows use."""
 
     sources: list[Source]
     clock: Clock
@@ -43,21 +43,21 @@ class Metered(Protocol):
     closed: bool
 
     def check_open(self) -> None:
-        """Refuse to go on once the meter is closed."""
+        """Raise if the meter was closed."""
 
     def synchronize(self) -> None:
         """Wait for the metered work."""
 
     def observe_context(self) -> list[str]:
-        """What disturbs the metered boards right now."""
+        """Current disturbances on the metered boards."""
 
 
 class Window:
-    """One named window; use as a context manager, or :meth:`begin` and :meth:`end`.
+    """One named window; use it as a context manager, or with :meth:`begin` and :meth:`end`.
 
     Attributes:
-        items: what is worked on in the window; may be set before it ends.
-        laps: the laps taken in it and, once it has ended, the rest after the last one: together the whole window.
+        items: number of items processed in the window; may be set before it ends.
+        laps: its laps and, after its end, the remainder after the last one; together, the whole window.
     """
 
     def __init__(self, meter: Metered, name: str, items: int | None) -> None:
@@ -66,21 +66,21 @@ class Window:
         self.items = items
         self.laps: list[Energy] = []
         self._meter = meter
-        self._lock = ForkLock()  # one boundary ends a lap and begins the next, also where threads take laps
+        self._lock = ForkLock()  # one boundary ends a lap and begins the next, even if several threads take laps
         self._begin: Boundary | None = None
         self._latest: Boundary | None = None
         self._result: Energy | None = None
 
     @property
     def result(self) -> Energy:
-        """What the window used.
+        """Energy of the window.
 
         Raises:
-            WindowOpenError: it has not ended.
+            WindowOpenError: the window has not ended.
         """
         if self._result is None:
             raise WindowOpenError(
-                f"window {self.name!r} has not ended: its energy is known after the `with` block, or after end()"
+                f"window {self.name!r} has not ended: its energy is available after the `with` block or end()"
             )
         return self._result
 
@@ -88,7 +88,7 @@ class Window:
         """Wait for earlier work, then take the first reading.
 
         Raises:
-            WindowOpenError: it has begun and not ended: it cannot be entered inside itself.
+            WindowOpenError: the window is already open; it cannot be nested in itself.
             WindowClosedError: the meter was closed.
         """
         self._meter.check_open()
@@ -103,16 +103,16 @@ class Window:
     def _check_not_open(self) -> None:
         if self._begin is not None and self._result is None:
             raise WindowOpenError(
-                f"window {self.name!r} is open already: end it before it begins again, or make another one inside it "
-                "with meter.window()"
+                f"window {self.name!r} is already open: end it before beginning it again, or create another one inside "
+                "it with meter.window()"
             )
 
     def lap(self, items: int | None = None, name: str | None = None) -> Energy:
-        """What was used since the previous lap, or since the window began.
+        """Energy since the previous lap, or since the window began.
 
-        One reading ends this lap and begins the next, so laps add up to the window exactly. Every lap waits for the
-        work before it: take one every so many steps, not every step. The joules of a lap shorter than a tick of the
-        counter are None; they appear in the next one.
+        One reading ends this lap and begins the next, so laps add up to the window exactly. Every lap synchronizes with
+        the device: take one every few steps, not every step. The joules of a lap shorter than a tick of the counter are
+        None; they are included in the next one.
 
         Raises:
             WindowOpenError: the window has not begun.
@@ -128,13 +128,13 @@ class Window:
     def _check_running(self) -> None:
         self._begun()
         if self._result is not None:
-            raise WindowClosedError(f"window {self.name!r} has ended: take laps before, or begin it anew")
+            raise WindowClosedError(f"window {self.name!r} has ended: take laps before its end, or begin it again")
         self._meter.check_open()
 
     def end(self) -> Energy:
-        """Wait for the window's work, take the last reading; the same as leaving the `with` block.
+        """Wait for the window's work and take the last reading, as on leaving the `with` block.
 
-        If the meter was closed meanwhile, the energy is unknown.
+        If the meter was closed in the meantime, the energy is unknown.
         """
         if self._result is None:
             context: list[str] = []
@@ -157,12 +157,12 @@ class Window:
         try:
             self.end()
         except Exception:
-            # a failed kernel speaks up in the block and again when waited for: the first is what the user should see
+            # a failed kernel raises in the block and again on synchronization: the user should see the first error
             if error is None:
                 raise
 
     def until_latest(self) -> Energy:
-        """What was used from the beginning to the latest lap."""
+        """Energy from the beginning to the latest lap."""
         return self._between(*self._begun(), self.name, self.items, ())
 
     def _begun(self) -> tuple[Boundary, Boundary]:
@@ -218,10 +218,10 @@ class Window:
 
 
 def check_items(items: object) -> None:
-    """Refuse what is not a number of items.
+    """Check a number of items.
 
     Raises:
-        TypeError, ValueError: not an integer, or a negative one.
+        TypeError, ValueError: not an integer, or negative.
     """
     if items is None:
         return

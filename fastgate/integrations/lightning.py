@@ -1,7 +1,7 @@
-"""Lightning: `Trainer(callbacks=[GateSearchCallback(), EnergyCallback()])`. Needs the package lightning.
+"""Callbacks for Lightning: `Trainer(callbacks=[GateSearchCallback(), EnergyCallback()])`. Needs the package lightning.
 
-Importing this module lets `LightningModule.load_from_checkpoint` read checkpoints of networks that were pruned in
-training, by :func:`load_from_checkpoint`.
+Importing this module replaces `LightningModule.load_from_checkpoint` with :func:`load_from_checkpoint`, which also
+reads checkpoints of networks that were pruned in training.
 """
 
 import functools
@@ -22,37 +22,37 @@ from fastgate.values import Forward
 
 
 class _Method:
-    """A method of a module that goes through a wrapper; a copy of the module has the method as it was."""
+    """A wrapped method of a module; a copy of the module has the original method."""
 
     def __init__(self, wrapper: Callable[..., Any], module: pl.LightningModule, name: str) -> None:
         self.wrapper, self.module, self.name = wrapper, module, name
         self.original = getattr(module, name)
-        self.__wrapped__ = self.original  # by which Lightning sees whether a module has a method of its own
+        self.__wrapped__ = self.original  # Lightning checks it to see whether a module overrides the method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.wrapper(self.module, self.original, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # what the wrapper knows, the trainer and through it the whole run, is not the module's
+        # the wrapper refers to the trainer, and through it to the whole run, which must not be copied
         return MethodType(getattr(type(self.module), self.name), memo[id(self.module)])
 
 
 class GateSearchCallback(Session, pl.Callback):
-    """Prunes the network of a `LightningModule` while it trains; `trainer.fit(model)` is all else that is needed.
+    """Prunes the network of a `LightningModule` during an ordinary `trainer.fit(model)`.
 
-    Gates are added before the optimizer is made, unless the module has some; their losses are added to what
-    `training_step` returns. At each epoch's start gates may become final, and what they closed leaves the network and
-    the optimizer. Checkpoints hold the search; a run that goes on (`ckpt_path`) does so from there. Training ends with
-    the compact network in :attr:`small` and, where a file can describe it, in `small.safetensors` in the trainer's
-    folder. Logged are `gates/open_ratio`, `gates/macs` and `gates/polarization`, per epoch.
+    Gates are added before the optimizer is created, unless the module has some already; their losses are added to the
+    result of `training_step`. Gates may become final at the start of an epoch; their closed parts are then removed from
+    the network and the optimizer. Checkpoints include the search, and a resumed run (`ckpt_path`) continues it. After
+    training, the compact network is in :attr:`small` and, if a file can describe it, in `small.safetensors` in the
+    trainer's folder. Logged once per epoch: `gates/open_ratio`, `gates/macs` and `gates/polarization`.
 
-    The weight decay of the optimizer counts for the gates' parameters too; to leave them out, add the gates in the
-    module itself and give the optimizer :func:`fastgate.parameter_groups`.
+    The optimizer's weight decay also applies to the gates' parameters; to exempt them, add the gates in the module
+    itself and pass :func:`fastgate.parameter_groups` to the optimizer.
 
     Args:
         config, gating, calibration, forward, gate_options: see :class:`~fastgate.integrations.session.Session`; without
-            `forward` the module, or the child that has its gates, is called with a batch's first item.
-        folder: where the compact network is written; None takes the trainer's `default_root_dir`.
+            `forward`, the module, or its child that has the gates, is called with a batch's first item.
+        folder: folder for the compact network; None: the trainer's `default_root_dir`.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class GateSearchCallback(Session, pl.Callback):
         self._wrapped: list[str] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Be there when a checkpoint is loaded, and before the optimizer is made."""
+        """Wrap the module's methods before a checkpoint is loaded or the optimizer is created."""
         if not self._wrapped:
             self._wrap(pl_module, "on_load_checkpoint", self._loading)
             self._wrap(pl_module, "configure_optimizers", self._configuring)
             self._wrap(pl_module, "training_step", functools.partial(self._training, trainer))
 
     def _wrap(self, module: pl.LightningModule, name: str, wrapper: Callable[..., Any]) -> None:
-        """Let a method of the module go through the wrapper, which gets it first; see :meth:`teardown`."""
+        """Replace a method of the module by the wrapper, which is passed the original; undone by :meth:`teardown`."""
         setattr(module, name, _Method(wrapper, module, name))
         self._wrapped.append(name)
 
@@ -97,7 +97,7 @@ class GateSearchCallback(Session, pl.Callback):
     def _training(
         self, trainer: pl.Trainer, module: pl.LightningModule, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """The module's training step, with the gate losses."""
+        """The module's training step plus the gate losses."""
         output, search = original(*args, **kwargs), self.search
         if search is None or output is None:
             return output
@@ -112,29 +112,29 @@ class GateSearchCallback(Session, pl.Callback):
         return {**output, "loss": output["loss"] + extra}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the search, or go on with it."""
+        """Begin or resume the search."""
         if len(trainer.optimizers) != 1:
-            raise ValueError(f"optimizers: expected one, which a search can cut, got {len(trainer.optimizers)}")
+            raise ValueError(f"optimizers: expected one that the search can prune, got {len(trainer.optimizers)}")
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise ValueError(
-                f"max_epochs: expected a number of epochs, of which a search's phases are shares, got "
+                f"max_epochs: expected a number of epochs, to which the phases of the search are relative, got "
                 f"{trainer.max_epochs}"
             )
         self.begin(pl_module, trainer.optimizers[0], trainer.max_epochs, trainer.train_dataloader)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The gates' part of the epoch."""
+        """Begin an epoch of the search."""
         self.begin_epoch(trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the last one, running statistics are made those of the network as it is, for the validation."""
+        """Recompute running statistics after the last batch, before the validation."""
         if batch_idx + 1 == trainer.num_training_batches:
             self.refresh()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what the gates do."""
+        """Log the gate metrics."""
         if self.search is None:
             return
         metrics = self.search.metrics()
@@ -143,23 +143,23 @@ class GateSearchCallback(Session, pl.Callback):
             logger.log_metrics(logged, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the compact network and write it."""
+        """Create the compact network and save it."""
         self.end(self._folder or trainer.default_root_dir)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The module gets its own methods back."""
+        """Restore the module's own methods."""
         for name in self._wrapped:
             pl_module.__dict__.pop(name, None)
         self._wrapped = []
 
 
 def _only_child_with_gates(module: nn.Module) -> Forward:
-    """For a module without a forward of its own: calls the child that holds its gates with a batch's first item."""
+    """Forward for a module without one: calls its child that has the gates with a batch's first item."""
     names = {name.split(".", maxsplit=1)[0] for name, _ in named_gates(module)}
     if len(names) != 1:
         raise ValueError(
-            f"forward: expected a LightningModule with a forward, got one whose gates are in {', '.join(names)}; give "
-            "the callback forward=, a function (module, batch) that calls the network"
+            f"forward: expected a LightningModule with a forward, got one whose gates are in {', '.join(names)}; pass "
+            "forward= to the callback, a function (module, batch) that calls the network"
         )
     name = names.pop()
 
@@ -170,9 +170,9 @@ def _only_child_with_gates(module: nn.Module) -> Forward:
 
 
 def load_from_checkpoint(module_class: type[pl.LightningModule], *args: Any, **kwargs: Any) -> Any:
-    """`module_class.load_from_checkpoint(...)`, for a network that a :class:`GateSearchCallback` was pruning, too.
+    """`module_class.load_from_checkpoint(...)` that also supports networks pruned by a :class:`GateSearchCallback`.
 
-    The module is made anew, brought to the shape it had, and loaded; gates that were live are still in it.
+    The module is created again, pruned to the shape it had, and loaded; gates that were live are still in it.
     """
     original, own = module_class.on_load_checkpoint, vars(module_class).get("on_load_checkpoint")
 
@@ -204,12 +204,12 @@ pl.LightningModule.load_from_checkpoint = classmethod(load_from_checkpoint)
 
 
 class EnergyCallback(pl.Callback):
-    """Meters every epoch, training and validation apart, and logs their joules.
+    """Meters every epoch, training and validation separately, and logs their joules.
 
-    Each process meters its own device. The work is waited for at the ends of epochs and validations only.
+    Each process meters its own device. The device is synchronized only at the end of epochs and validations.
 
     Args:
-        meter: default: one for the device that Lightning trains on.
+        meter: default: a meter for the device that Lightning trains on.
 
     Attributes:
         history: one entry per epoch: epoch, and joules, seconds, source and warnings of "train" and "validation".
@@ -222,7 +222,7 @@ class EnergyCallback(pl.Callback):
         self._timeline: Timeline | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the meter, once the device is known."""
+        """Create the meter, now that the device is known."""
         self._meter = self._given or EnergyMeter(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -231,12 +231,12 @@ class EnergyCallback(pl.Callback):
             self._timeline = Timeline(self._meter)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What came before in this epoch was training."""
+        """End a training phase."""
         if self._timeline is not None:
             self._timeline.end_phase("train")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Back to training."""
+        """End the validation phase."""
         if self._timeline is not None:
             self._timeline.end_phase("validation")
 
@@ -254,11 +254,11 @@ class EnergyCallback(pl.Callback):
             logger.log_metrics(known, step=trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """An epoch that failed is not logged."""
+        """Discard the failed epoch."""
         self._timeline = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the meter back, unless it was given."""
+        """Close the meter, unless it was passed in."""
         self._timeline = None
         if self._meter is not None and self._meter is not self._given:
             self._meter.close()

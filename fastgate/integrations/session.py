@@ -1,4 +1,4 @@
-"""A search inside another package's trainer: what its callbacks share."""
+"""Base class of the callbacks that run a search inside another package's trainer."""
 
 import os
 import warnings
@@ -25,20 +25,20 @@ FILE = "small.safetensors"
 
 
 class Session:
-    """Adds gates to a network, searches while somebody else trains it, and leaves the compact network.
+    """Adds gates to a network, runs a search while another trainer trains it, and provides the compact network.
 
-    A callback for another package's trainer derives from it.
+    Callbacks for other trainers derive from it.
 
     Args:
-        config: when gates are open, live and final, and the target.
-        gating: "layer", "channel" or "both", of the gates that are added; a network that has gates keeps those.
-        calibration: batches that gates are decided over; None reads the training data set in order.
-        forward: `(model, batch) -> anything`, for networks that are called otherwise.
-        gate_options: of :func:`fastgate.attach`.
+        config: configuration of the search.
+        gating: "layer", "channel" or "both": the gates to add; a network that has gates already keeps them.
+        calibration: batches on which gates are decided; None reads the training data set in order.
+        forward: `(model, batch) -> anything`, for networks with another calling convention.
+        gate_options: passed to :func:`fastgate.attach`.
 
     Attributes:
-        search: None before training begins.
-        small: the compact network, once training has ended.
+        search: the search; None before training begins.
+        small: the compact network, available after training.
     """
 
     def __init__(
@@ -60,25 +60,25 @@ class Session:
         self._loader: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
-        """Itself: a copy of the network, whose hooks know it, leaves optimizer, loader and data where they are."""
+        """Return itself: a copied network's hooks refer to it, and optimizer, loader and data must not be copied."""
         return self
 
     def add_gates(self, model: nn.Module) -> None:
-        """Add gates to a network that has none: before its optimizer is made."""
+        """Add gates to a network without any; call it before the optimizer is created."""
         if self.search is None and not any(named_gates(model)):
             attach(model, self.gating, **self.gate_options)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; empty before training begins."""
+        """State for a checkpoint; empty before training begins."""
         if self.search is None:
             return {}
         return {"gating": self.gating, "gate_options": self.gate_options, "search": self.search.state_dict()}
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Bring a network that is freshly made, with its gates, to the shape it had when `state` was saved.
+        """Prune a newly created network with gates to the shape it had when `state` was saved.
 
         Raises:
-            ValueError: the state of another search, or a network that has been cut otherwise.
+            ValueError: the state of another search, or a network that was pruned differently.
         """
         kept = state["search"]
         if self.search is not None and self.search.model is model:
@@ -86,8 +86,8 @@ class Session:
                 name: x.tolist() for name, x in kept["final"].items()
             }:
                 raise ValueError(
-                    "checkpoint: expected one of the network as it is, got one of an earlier or later shape; make the "
-                    "network anew and load into that"
+                    "checkpoint: expected one of the network in its current shape, got one of an earlier or later "
+                    "shape; create the network again and load into that"
                 )
             return
         search = GateSearch(
@@ -97,10 +97,10 @@ class Session:
         self.search = search
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, loader: Any) -> None:
-        """Training begins: the search is made, unless it goes on.
+        """Create the search at the start of training, or resume it.
 
         Raises:
-            ValueError: a run that goes on with another number of epochs, or see :class:`fastgate.GateSearch`.
+            ValueError: a resumed run with another number of epochs; errors of :class:`fastgate.GateSearch`.
         """
         self._loader = loader
         if self._calibration is None:
@@ -111,12 +111,12 @@ class Session:
             example = with_tensors(inputs, [x[:1] if x.dim() else x for x in tensors_in(inputs)])
             self.search = GateSearch(model, example, optimizer, epochs=epochs, config=self.config, forward=self.forward)
         elif self.search.epochs != epochs:
-            raise ValueError(f"epochs: expected {self.search.epochs} as the run began with, got {epochs}")
+            raise ValueError(f"epochs: expected {self.search.epochs}, as at the start of the run, got {epochs}")
         else:
             self.search.use(optimizer)
 
     def begin_epoch(self, epoch: int) -> list[str]:
-        """The gates' part of an epoch; wrappers of the network are made anew, in place, where it was cut."""
+        """Begin an epoch of the search; if the network is pruned, its wrappers are reinitialized in place."""
         if self.search is None:
             raise ValueError("search: expected training to have begun")
         names = self.search.begin_epoch(epoch, self._calibration)
@@ -126,15 +126,15 @@ class Session:
         return names
 
     def refresh(self) -> None:
-        """At the end of an epoch: the evaluation that may follow sees the network as it is now, see `GateSearch`."""
+        """Recompute batch norm statistics at the end of an epoch, before an evaluation; see `GateSearch.refresh`."""
         if self.search is not None and isinstance(self._loader, DataLoader):
             self.search.refresh(in_order(self._loader, shuffled_by=self.search.epoch))
 
     def end(self, folder: str | os.PathLike[str]) -> None:
-        """Training has ended: make the compact network, and write it to the folder where a file can describe it.
+        """Create the compact network after training and, if a file can describe it, save it in the folder.
 
-        Where it ended early (early stopping, a limit of time), gates that are not final are decided now, with a
-        warning; gates that were still held open have learned nothing, and no network is made.
+        If training ended early (early stopping, a time limit), the remaining gates are decided now, with a warning. If
+        gates were still held open, they have learned nothing, and there is no compact network.
         """
         if self.search is None:
             return
@@ -143,7 +143,7 @@ class Session:
             if self.search.phase is Phase.OPEN:
                 warnings.warn(f"{left}, in which gates were held open: there is no compact network", stacklevel=2)
                 return
-            warnings.warn(f"{left}, before every gate was decided: the rest is decided now", stacklevel=2)
+            warnings.warn(f"{left}, before every gate was decided: the remaining gates are decided now", stacklevel=2)
         self.small = self.search.compact(self._calibration)
         if not processes.is_main():
             return
@@ -162,13 +162,13 @@ class Session:
             save(self.small, path)
         left = "read it with fastgate.load(path, classes=[...])" if path.exists() else "it was not written"
         warnings.warn(
-            f"{path}: expected a network that a file can describe by itself, got one of which fastgate says: "
-            f"{reasons[0]}; {left}. The compact network is the callback's attribute `small`",
+            f"{path}: expected a network that a file can fully describe, got this error: {reasons[0]}; {left}. The "
+            "compact network is the callback's attribute `small`",
             stacklevel=2,
         )
 
     def _children(self) -> list[nn.Module]:
-        """The only child that has the gates: the network inside a module that knows how to train it."""
+        """The only child with gates, if there is just one: the network inside a module with training code."""
         if self.search is None or self.small is None:
             return []
         names = {name.split(".", maxsplit=1)[0] for name in self.search.gates}
@@ -176,7 +176,7 @@ class Session:
 
 
 def restore_shape(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a plain network to the shape it had when a :class:`Session` was saved, to load its weights."""
+    """Prune a plain network to the shape it had when a :class:`Session` was saved, so that its weights fit."""
     if not any(named_gates(model)):
         attach(model, state["gating"], **state["gate_options"])
     gates = dict(named_gates(model))
@@ -187,30 +187,30 @@ def restore_shape(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def first_batch(batches: Iterable[Any]) -> Any:
-    """The first batch, with the random numbers that it took given back.
+    """Return the first batch, with the random number generator state restored.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no batches.
     """
-    with torch.random.fork_rng(devices=[]):  # loaders draw from the CPU's
+    with torch.random.fork_rng(devices=[]):  # loaders use the CPU generator
         for batch in batches:
             return batch
     raise ValueError("calibration: expected at least one batch, got none")
 
 
 def in_order(loader: Any, shuffled_by: int | None = None) -> Iterable[Any]:
-    """A loader's data in order and once, for this process its own part; the loader itself is left alone.
+    """One pass over a loader's data in order, each process over its own part; the loader itself does not change.
 
     Args:
-        loader: of training.
-        shuffled_by: a seed, for data in random order instead.
+        loader: the training loader.
+        shuffled_by: a seed, for random order instead.
 
     Raises:
-        TypeError: what is trained on is no `DataLoader`.
+        TypeError: `loader` is not a `DataLoader`.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(
-            f"calibration: expected training data in one DataLoader to take it from, got {type(loader).__name__}; pass "
+            f"calibration: expected training data in a single DataLoader, got {type(loader).__name__}; pass "
             "calibration=, a loader of training images"
         )
     dataset: Any = loader.dataset

@@ -1,4 +1,7 @@
-"""Hugging Face: `Trainer(..., callbacks=[GateSearchCallback(), EnergyCallback()])`. Needs transformers, accelerate."""
+"""Callbacks for Hugging Face: `Trainer(..., callbacks=[GateSearchCallback(), EnergyCallback()])`.
+
+Needs the packages transformers and accelerate.
+"""
 
 import inspect
 import io
@@ -14,12 +17,12 @@ from fastgate.energy.timeline import Timeline
 from fastgate.integrations.session import Session
 from fastgate.pruning.config import SearchConfig
 
-# the module that carries the search in the model's state, so that it is in every checkpoint beside the weights
+# name of the module that stores the search in the model's state_dict, and so in every checkpoint
 _CARRIER = "fastgate_search"
 
 
 class _Carrier(nn.Module):
-    """The state of a search as bytes, in a buffer of the model."""
+    """Stores the state of a search as bytes in a buffer of the model."""
 
     state: Tensor
 
@@ -28,47 +31,47 @@ class _Carrier(nn.Module):
         self.register_buffer("state", torch.empty(0, dtype=torch.uint8))
 
     def put(self, state: Mapping[str, Any]) -> None:
-        """Replace it."""
+        """Store a state."""
         file = io.BytesIO()
         torch.save(dict(state), file)
         self.state = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(self.state.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # of any length
+        # may have any length
         self.state = state_dict[f"{prefix}state"].to(self.state.device)
 
 
 class GateSearchCallback(Session, TrainerCallback):
-    """Prunes a network while a Hugging Face `Trainer` trains it; `callbacks=[GateSearchCallback()]` is all it takes.
+    """Prunes a network while a Hugging Face `Trainer` trains it; just pass `callbacks=[GateSearchCallback()]`.
 
-    Gates are added when the trainer is made, unless the model has some; their losses are added to the loss that the
-    model returns. At each epoch's start gates may become final, and what they closed leaves the model and the
-    optimizer. Checkpoints hold the search in the model's state; a run that goes on (`resume_from_checkpoint`) does so
-    from there. Training ends with the compact network in :attr:`small` and, where a file can describe it, in
-    `small.safetensors` in the output folder. In the log history: `gates_open_ratio`, `gates_macs` and
-    `gates_polarization`.
+    Gates are added when the trainer is created, unless the model has some already; their losses are added to the loss
+    that the model returns. Gates may become final at the start of an epoch; their closed parts are then removed from
+    the model and the optimizer. Checkpoints include the search in the model's state, and a resumed run
+    (`resume_from_checkpoint`) continues it. After training, the compact network is in :attr:`small` and, if a file can
+    describe it, in `small.safetensors` in the output folder. The log history contains `gates_open_ratio`, `gates_macs`
+    and `gates_polarization`.
 
-    The weight decay of `TrainingArguments` counts for the weights of the gates too.
+    The weight decay of `TrainingArguments` also applies to the gates' weights.
 
-    Args: see :class:`~fastgate.integrations.session.Session`; without `forward` the model is called with a batch's
-    keywords.
+    Args: see :class:`~fastgate.integrations.session.Session`; without `forward`, the model is called with a batch as
+    keyword arguments.
     """
 
     def __init__(self, config: SearchConfig | None = None, gating: str = "layer", **options: Any) -> None:
         super().__init__(config, gating, **options)
         self._handles: list[Any] = []
         self._state: TrainerState | None = None
-        self._accumulated = 1  # steps that a loss is divided by
-        self._reached = False  # whether a loss of the model has taken those of the gates
+        self._accumulated = 1  # divisor of the gate losses under gradient accumulation
+        self._reached = False  # whether the gate losses have been added to a loss of the model
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the gates, before the optimizer is made or a checkpoint loaded."""
+        """Add the gates, before the optimizer is created or a checkpoint is loaded."""
         model = kwargs["model"]
         if args.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor: expected 0, got "
-                f"{args.label_smoothing_factor}: the Trainer then ignores the model's loss, to which those of the "
-                "gates are added; smooth in the model, for example torch.nn.CrossEntropyLoss(label_smoothing=...)"
+                f"{args.label_smoothing_factor}, with which the Trainer ignores the model's loss and the gate losses "
+                "added to it; smooth in the model, for example torch.nn.CrossEntropyLoss(label_smoothing=...)"
             )
         self.add_gates(model)
         carrier = _Carrier()
@@ -87,7 +90,7 @@ class GateSearchCallback(Session, TrainerCallback):
                 self.restore(model, state)
 
     def _add_losses(self, model: nn.Module, inputs: Any, outputs: Any) -> Any:
-        """The model's outputs with the gate losses in its loss, in training."""
+        """Add the gate losses to the loss in the model's outputs, in training."""
         if self.search is None or self._state is None or not (model.training and torch.is_grad_enabled()):
             return None
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
@@ -102,11 +105,11 @@ class GateSearchCallback(Session, TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the search, or go on with it."""
+        """Begin or resume the search."""
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         self._state = state
         self.begin(model, kwargs["optimizer"], int(state.num_train_epochs), loader)
-        # a loss that counts the items of all accumulated steps is not divided by their number afterwards
+        # if the model's loss is normalized over all accumulated steps, the Trainer does not divide it by their number
         parameters = inspect.signature(model.forward).parameters.values()
         takes_items = getattr(model, "accepts_loss_kwargs", None)
         if takes_items is None:
@@ -116,21 +119,21 @@ class GateSearchCallback(Session, TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The gates' part of the epoch."""
+        """Begin an epoch of the search."""
         self.begin_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make sure that the gates learn."""
+        """Check that the gate losses reach the model's loss."""
         if not self._reached:
             raise ValueError(
                 "GateSearchCallback: expected a model that returns its loss in a dictionary or ModelOutput, got none; "
-                "give the data set labels, or use fastgate.GateSearch in an own compute_loss"
+                "add labels to the data set, or use fastgate.GateSearch in your own compute_loss"
             )
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make running statistics those of the network as it is, for an evaluation, and log what the gates do."""
+        """Recompute running statistics, for an evaluation, and log the gate metrics."""
         self.refresh()
         if self.search is not None:
             metrics = self.search.metrics()
@@ -140,7 +143,7 @@ class GateSearchCallback(Session, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the compact network and write it, and leave the model without what the callback added."""
+        """Create and save the compact network, and remove the callback's hooks and state from the model."""
         for handle in self._handles:
             handle.remove()
         delattr(kwargs["model"], _CARRIER)
@@ -148,12 +151,12 @@ class GateSearchCallback(Session, TrainerCallback):
 
 
 class EnergyCallback(TrainerCallback):
-    """Meters every epoch, training and evaluation apart, and adds their joules to the trainer's log history.
+    """Meters every epoch, training and evaluation separately, and adds their joules to the trainer's log history.
 
-    Each process meters its own device. The work is waited for at the ends of epochs and evaluations only.
+    Each process meters its own device. The device is synchronized only at the end of epochs and evaluations.
 
     Args:
-        meter: default: one for the device that the trainer uses.
+        meter: default: a meter for the device that the trainer uses.
 
     Attributes:
         history: one entry per epoch of training ("train") and per evaluation in it ("eval"): epoch, step, phase,
@@ -170,12 +173,12 @@ class EnergyCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the meter, once the device is known."""
+        """Create the meter, now that the device is known."""
         self._meter = self._given or EnergyMeter(args.device)
         self._timeline, self._phase = Timeline(self._meter), "train"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """There is no event where an evaluation begins: it follows a step, or an epoch, that asks for one."""
+        """End a training phase before an evaluation, which has no begin event but follows a step that requests it."""
         if self._timeline is not None and control.should_evaluate:
             self._timeline.end_phase(self._phase)
             self._phase = "eval"
@@ -199,7 +202,7 @@ class EnergyCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the meter back, unless it was given."""
+        """Close the meter, unless it was passed in."""
         self._timeline = None
         if self._meter is not None and self._meter is not self._given:
             self._meter.close()

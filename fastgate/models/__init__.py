@@ -1,4 +1,4 @@
-"""Networks with residual blocks, and gates on them."""
+"""Networks with residual blocks, and functions that put gates on them."""
 
 from fastgate.models.attachment import attach
 from fastgate.models.block import ResidualBlock

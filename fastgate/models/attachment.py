@@ -1,4 +1,4 @@
-"""Gates on the residual blocks of any network."""
+"""Attaches gates to the residual blocks of any network."""
 
 import warnings
 from collections import Counter
@@ -60,7 +60,7 @@ def _find_cut(name: str, block: ResidualBlock, position: str, shared: set[nn.Mod
         cut = _ConvCut(last, last_at, False)
     else:
         raise ValueError(f"block {name!r}: position 'middle' needs two convolutions in the branch, got 1")
-    # the place is tried out on the block now, so that no network trains with gates that compact() would refuse
+    # checked on the block now, so that no network trains with gates that compact() would reject
     previous, block.gate_at = block.gate_at, cut.gate_at
     try:
         block.check_cut(shared)
@@ -74,7 +74,7 @@ def _find_cut(name: str, block: ResidualBlock, position: str, shared: set[nn.Mod
 
 
 def _map_sizes(model: nn.Module, cuts: dict[str, _ConvCut], image: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Height and width of the maps that each cut sees for images of this size, by one forward."""
+    """Height and width of the feature maps at each cut for images of this size, from one forward."""
     sizes: dict[str, tuple[int, int]] = {}
 
     def hook_for(name: str, cut: _ConvCut) -> RemovableHandle:
@@ -106,14 +106,14 @@ def _refuse_lazy(what: str, network: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a gate is about to be.
+    """A planned gate.
 
     Attributes:
-        name: of the module that gets the gate.
-        target: that module, or the residual block that takes its place.
+        name: name of the module that gets the gate.
+        target: that module, or the residual block that replaces it.
         gate: the gate.
-        how: of a module that keeps its forward: what the gate does to it.
-        gate_at: of a residual block: where a channel gate acts.
+        how: for a module that keeps its forward, the effect of the gate.
+        gate_at: for a residual block, the position of a channel gate.
     """
 
     name: str
@@ -132,31 +132,30 @@ def attach(
     inputs: Any = None,
     **gate_options: Any,
 ) -> Network:
-    """Put a gate on every residual block of the model, in place, and return the model.
+    """Add a gate to every residual block of the model, in place, and return the model.
 
-    Residual blocks are found by running each module that may be one, on a copy and on random numbers: a block returns
-    the sum of its input and of what it makes of it. Names and state_dict keys stay, and so do hooks; what is added are
-    children named `gate`.
+    Residual blocks are found by running copies of candidate modules on random inputs: a residual block returns the sum
+    of its input and a function of its input. Names, state_dict keys and hooks are kept; only children named `gate` are
+    added.
 
-    * A block that is `activation(shortcut(x) + branch(x))`, both chains of its children on images, becomes a
-      :class:`~fastgate.models.block.ResidualBlock`, which computes less where a gate is closed.
-    * Any other block keeps its own forward. Where its layer gate is closed it hands on its shortcut instead. A block of
-      several sums (attention and MLP) has a gate for each, on a module of that sum's branch.
-    * What was found is tried out before anything changes: open and closed, in eval and in training mode; of chains also
-      their gradients.
+    * A block of the form `activation(shortcut(x) + branch(x))`, both chains of its children applied to images, becomes
+      a :class:`~fastgate.models.block.ResidualBlock`, which computes less where a gate is closed.
+    * Any other block keeps its own forward, and returns its shortcut where its layer gate is closed. A block with
+      several sums (attention and MLP) gets a gate for each, on a module of that sum's branch.
+    * Everything found is verified before anything changes: with open and closed gates, in eval and in training mode;
+      for chains, gradients too.
 
-    Shortcuts always run. Blocks without a shortcut have no layer gate. Blocks that cannot be gated have none, and a
-    warning names them.
+    Shortcuts always run. Blocks without a shortcut get no layer gate. A warning names blocks that cannot be gated.
 
     Args:
-        model: any network. Blocks declared with :func:`register_block` are taken as declared.
+        model: any network. Blocks declared with :func:`register_block` are used as declared.
         gating: `"layer"`: one gate per block (or sum); `"channel"`: one per channel at `position`; `"both"`: layer
             gates and, inside the branches, channel gates at `"middle"`.
-        position: of channel gates. `"middle"`: on the input of the branch's last convolution, which shrinks it and the
-            convolution before; `"before"`: on the input of the first; `"after"`: on the branch's result.
-        spatial_size: (H, W) of the image: channel gates then flatten their maps as the paper does; None pools them.
-        inputs: example inputs of the network, for one whose blocks need more than images of a usual size: a tensor; a
-            mapping of keyword arguments; a tuple of positional ones; anything else as the only argument.
+        position: position of channel gates. `"middle"`: on the input of the branch's last convolution, which shrinks it
+            and the convolution before; `"before"`: on the input of the first; `"after"`: on the branch's result.
+        spatial_size: (H, W) of the image, with which channel gates flatten feature maps as the paper does; None pools.
+        inputs: example inputs, for a network whose blocks need more than images of a common size: a tensor; a mapping
+            of keyword arguments; a tuple of positional ones; anything else is the only argument.
         gate_options: passed to :class:`~fastgate.LayerGate` or :class:`~fastgate.ChannelGate`.
 
     Raises:
@@ -171,9 +170,9 @@ def attach(
     _refuse_repeated(model, {*known.values(), *(block.module for block in found.values())})
     if not known and not found:
         raise ValueError(
-            f"model: found no residual block in {type(model).__name__}: no module of it returns the sum of its input "
-            "and of what it makes of that (or none could be run: pass inputs=, example inputs of the network); declare "
-            "what is one with fastgate.register_block()"
+            f"model: found no residual block in {type(model).__name__}: none of its modules returns the sum of its "
+            "input and a function of its input (or none could be run: pass inputs=, example inputs of the network); "
+            "declare residual blocks with fastgate.register_block()"
         )
     for name, module in {**known, **{name: block.module for name, block in found.items()}}.items():
         _refuse_lazy(f"block {name!r}", module)
@@ -192,7 +191,7 @@ def attach(
             f"module {twice[0]!r}: expected one gate, got a layer gate and a channel gate; use gating='layer' or "
             "'channel'"
         )
-    # nothing raises from here on: a model that was refused above is as it was
+    # nothing raises from here on, so a model rejected above has not changed
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for place in sorted(places, key=lambda place: order[place.name]):
         original = model.get_submodule(place.name)
@@ -235,13 +234,13 @@ def _check_options(
             f"model: expected no gates, got {len(existing)} ({existing[0]}, ...); attach to a plain network"
         )
     if "out_channels" in gate_options:
-        raise TypeError("attach() got an unexpected gate option 'out_channels': it is that of the gated features")
+        raise TypeError("attach() got an unexpected gate option 'out_channels': it follows from the gated features")
     if spatial_size is not None:
-        _refuse_lazy("model", model)  # the whole of it runs, to see the size of each map
+        _refuse_lazy("model", model)  # the whole network runs, to determine the size of each feature map
 
 
 def _known_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Blocks that need not be found: ours, and those of registered classes."""
+    """Blocks known without a search: ours, and those of registered classes."""
     known = {}
     for name, module in model.named_modules():
         if registered_layout(module) is not None:
@@ -263,14 +262,14 @@ def _refuse_repeated(model: nn.Module, blocks: set[nn.Module]) -> None:
             continue
         if module in seen:
             raise ValueError(
-                f"block {name!r}: it is the same module as {seen[module]!r}; a gate decides for one place, so give "
-                "each place a block of its own"
+                f"block {name!r}: it is the same module as {seen[module]!r}; a gate decides for one place, so use a "
+                "separate block in each place"
             )
         seen[module] = name
 
 
 def _residual_blocks(known: dict[str, nn.Module], found: dict[str, FoundBlock]) -> dict[str, ResidualBlock]:
-    """Those blocks that are chains, by name; new ones stand for the network's own, and share their children."""
+    """The blocks that are chains, by name; new blocks share the children of the network's own."""
     blocks: dict[str, ResidualBlock] = {}
     for name, module in known.items():
         layout = registered_layout(module)
@@ -280,13 +279,13 @@ def _residual_blocks(known: dict[str, nn.Module], found: dict[str, FoundBlock]) 
             blocks[name] = module
     if compacted := [name for name, b in blocks.items() if b.in_index is not None or b.out_index is not None]:
         raise ValueError(
-            f"block {compacted[0]!r}: expected a block with all its channels, got one that compact() has cut; attach "
-            "gates to the network before it is compacted"
+            f"block {compacted[0]!r}: expected a block with all its channels, got one cut by compact(); attach gates "
+            "before compacting the network"
         )
     if empty := [name for name, block in blocks.items() if not block.branch_convs()]:
         raise ValueError(
-            f"block {empty[0]!r}: expected a convolution in its branch, got none; attach gates before modules are "
-            "fused or wrapped, and name every convolution in its register_block()"
+            f"block {empty[0]!r}: expected a convolution in its branch, got none; attach gates before fusing or "
+            "wrapping modules, and name every convolution in its register_block()"
         )
     for name, module in known.items():
         layout = registered_layout(module)
@@ -300,7 +299,7 @@ def _residual_blocks(known: dict[str, nn.Module], found: dict[str, FoundBlock]) 
 
 
 def _as_found(known: dict[str, nn.Module]) -> dict[str, FoundBlock]:
-    """Known blocks, with images on which their channels can be followed."""
+    """Known blocks, with probe images on which their channels can be traced."""
     probes = {name: guess_probe(probe_copy(module), strict=False) for name, module in known.items()}
     return {
         name: FoundBlock(known[name], probe, None, {}, {}, {}, "", 0, False, 1)
@@ -352,17 +351,17 @@ def _place_channel_gates(
     convs: dict[str, _ConvCut] = {}
     inner: dict[str, list[FoundCut]] = {}
     refused: dict[str, str] = {}
-    seen: dict[Any, tuple[list[FoundCut], str]] = {}  # blocks that are alike are tried once
+    seen: dict[Any, tuple[list[FoundCut], str]] = {}  # identical blocks are tried once
     for name in {**blocks, **found}:
         try:
             if name not in blocks:
-                raise ValueError(f"block {name!r}: position {position!r} needs a block of convolutions one by one")
+                raise ValueError(f"block {name!r}: position {position!r} needs a block that is a chain of convolutions")
             convs[name] = _find_cut(name, blocks[name], position, shared)
         except ValueError as error:
             if name not in found:
                 raise
             inner[name], reason = _find_inner_cuts(found[name], shared, seen) if position == "middle" else ([], "")
-            # of a chain of convolutions it is known what stands in the way
+            # for a chain of convolutions, the reason is already known
             if not inner[name] and name in blocks and sum(c.groups == 1 for *_, c in blocks[name].branch_convs()) > 1:
                 raise
             if not inner[name]:
@@ -375,8 +374,8 @@ def _place_channel_gates(
         raise ValueError(f"block {name!r}: its channels cannot be gated: {reason}; use gating='layer'")
     if cut and spatial_size is not None:
         raise ValueError(
-            "spatial_size: expected None for a network whose gates are inside its blocks' own modules, got "
-            f"{spatial_size}; these gates pool their input"
+            f"spatial_size: expected None for a network with gates inside its blocks' own modules, got {spatial_size}; "
+            "these gates pool their input"
         )
     sizes = {} if spatial_size is None else _map_sizes(model, convs, spatial_size)
     places = [

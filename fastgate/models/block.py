@@ -1,4 +1,4 @@
-"""The residual block that all networks here share: with a gate, without one, and after compaction."""
+"""The residual block used by all networks here: with a gate, without one, and after compaction."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,13 @@ from fastgate.models.hooks import has_call_hooks
 from fastgate.ops.dispatch import requested_impl, transforms_active
 from fastgate.ops.gated_conv import take
 
-# a Proxy of torch.fx cannot tell the memory format that `take` asks for
+# a torch.fx Proxy does not know the memory format that `take` queries
 torch.fx.wrap("take")
 
 POSITIONS = ("middle", "before", "after")
 
-# closed outputs of a convolution are left out for at least so many samples: for fewer the overhead is larger (at one
-# image a frozen ResNet-20 took 2.8 times as long as the plain one)
+# minimum batch size at which closed outputs of a convolution are skipped: for smaller batches the overhead is larger
+# (with one image a frozen ResNet-20 took 2.8 times as long as the plain one)
 _BATCH_WORTH_CUTTING = 16
 
 
@@ -28,24 +28,24 @@ class ResidualBlock(nn.Module):
     """y = activation(shortcut(x) + gate * branch(x)), the branch a chain of named child modules.
 
     A layer gate decides from x and multiplies the branch's result. A channel gate decides from the features that it
-    multiplies: before the branch module number `gate_at`, or after the whole branch where `gate_at` is its length.
+    multiplies: before branch module number `gate_at`, or after the whole branch if `gate_at` is its length.
 
     Args:
-        modules: the children by name, in the order in which they are registered.
+        modules: the children by name, in registration order.
         branch: names of the children that form the branch, in the order they run; a name may occur twice (a ReLU).
-        shortcut: name of the child on the shortcut, None for the identity.
-        activation: name of the child applied to the sum, None for none.
+        shortcut: name of the child on the shortcut; None for the identity.
+        activation: name of the child applied to the sum; None for no activation.
         gate: a layer gate, a channel gate, or None.
-        gate_at: where a channel gate acts; ignored otherwise.
+        gate_at: position of a channel gate; ignored otherwise.
     """
 
-    # what TorchScript may take as known when it compiles a block, and what it need not compile
+    # TorchScript treats these as constants, and need not compile `own_gate`
     __jit_unused_properties__ = ("own_gate",)
     __constants__ = ("activation_name", "branch", "gate_at", "shortcut_name")
 
     in_index: Tensor | None
     out_index: Tensor | None
-    mixes_samples = False  # set by attach(), which saw a sample's result in eval mode change with the others
+    mixes_samples = False  # set by attach() if a sample's result in eval mode depends on the other samples
 
     def __init__(
         self,
@@ -65,22 +65,22 @@ class ResidualBlock(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
         self.gate = gate
-        # set by compaction: which channels go on at `gate_at`, and which channels of the sum the branch adds to
+        # set by compaction: the channels kept at `gate_at`, and the channels of the sum to which the branch is added
         self.register_buffer("in_index", None)
         self.register_buffer("out_index", None)
 
     @property
     def own_gate(self) -> Gate | None:
-        """The gate, as every gated module names it."""
+        """The gate, under the name common to all gated modules."""
         return self.gate
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Take the gate out for a while, or put it back."""
+        """Set the gate, or remove it temporarily with None."""
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the block for x `[N, C, H, W]`; in eval mode what a gate has closed is skipped where that pays."""
-        # apart, so that tracers and TorchScript, which compiles only what can be reached, see nothing of the gates
+        """Compute the block for x `[N, C, H, W]`; in eval mode, closed parts are skipped if that pays off."""
+        # separate methods hide the gates from tracers and from TorchScript, which compiles only reachable code
         if self.gate is None:  # noqa: SIM108 (TorchScript leaves out the other branch of a statement only)
             y = self._forward_plain(x)
         else:
@@ -88,7 +88,7 @@ class ResidualBlock(nn.Module):
         return y
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        """The block without a gate, as it is built or as compaction leaves it, in what every exporter understands."""
+        """Compute the block without a gate, as built or as compacted, with operations that every exporter supports."""
         shortcut = x if self.shortcut_name is None else self._run_child(self.shortcut_name, x)
         in_index, out_index = self.in_index, self.out_index
         y = x
@@ -101,7 +101,7 @@ class ResidualBlock(nn.Module):
 
     def _run_child(self, name: str, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            # it knows getattr for a literal only, and unrolls this
+            # TorchScript supports getattr with literals only, and unrolls this loop
             for child_name, child in self.named_children():
                 if child_name == name:
                     return child(x)
@@ -131,8 +131,8 @@ class ResidualBlock(nn.Module):
         return activation
 
     def _run_branch(self, x: Tensor, decision: Tensor | None) -> Tensor:
-        """The branch of every sample; `decision` is a layer gate's, which the caller applies as well."""
-        # in eval mode a channel that a frozen gate closes, or a sample that is closed, need not be computed at all
+        """Compute the branch for every sample; `decision` is a layer gate's, which the caller also applies."""
+        # in eval mode, channels closed by a frozen gate and closed samples need not be computed
         unread: dict[str, Tensor] = {}
         if self.gate is not None and self._in_eval():
             cuts = decision is None and self.gate.known_frozen and not self.gate.known_all_open and self._cut_outputs()
@@ -147,12 +147,12 @@ class ResidualBlock(nn.Module):
                 # one row of a frozen gate's decisions: the same for the whole batch
                 mask = self.gate(y)[:1] if self.gate.known_frozen else self.gate(y)
                 if self.gate.known_all_open:
-                    mask = None  # then it is the plain network to the bit: a bias added apart may round otherwise
+                    mask = None  # bit-identical to the plain network: a separately added bias may round differently
             y = self._run(name, y, mask, unread.get(name))
         return y
 
     def _run(self, name: str, y: Tensor, in_gate: Tensor | None, out_gate: Tensor | None) -> Tensor:
-        """One module of the branch on gated input; `out_gate` says which outputs nobody will read."""
+        """Run one module of the branch on gated input; outputs closed by `out_gate` are never read."""
         module = getattr(self, name)
         if self.gate is None or (in_gate is None and out_gate is None):
             return module(y)
@@ -165,7 +165,7 @@ class ResidualBlock(nn.Module):
         return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
 
     def _cut_outputs(self) -> str:
-        """The convolution whose outputs a channel gate closes, "" where there is none or others read them too."""
+        """Name of the convolution whose outputs a channel gate closes; "" if there is none or others read them too."""
         try:
             self.cut_with_gate()
         except ValueError:
@@ -173,11 +173,11 @@ class ResidualBlock(nn.Module):
         return next((name for name, _, dim in self.cut_convs() if dim == 0), "")
 
     def _in_eval(self) -> bool:
-        """Whether each sample of the branch is computed by itself, so that others can be skipped."""
+        """Whether the branch computes each sample independently, so that closed ones can be skipped."""
         return not (self.training or self.mixes_samples or any(_mixes(getattr(self, name)) for name in self.branch))
 
     def _may_gather(self, decision: Tensor) -> bool:
-        """Whether to run the branch on the open samples alone, which asks what they are: on a CPU, for constants."""
+        """Whether to run the branch on the open samples only, which requires their values: on a CPU, for constants."""
         return not (
             decision.requires_grad
             or decision.device.type != "cpu"
@@ -186,18 +186,18 @@ class ResidualBlock(nn.Module):
             or transforms_active()
             or getattr(getattr(self, self.branch[0]), "inplace", False)  # changes the shortcut of every sample
             or not self._in_eval()
-            or any(has_gates(getattr(self, name)) for name in self.branch)  # which decide for every sample
+            or any(has_gates(getattr(self, name)) for name in self.branch)  # inner gates decide for every sample
         )
 
     def _add_open(self, shortcut: Tensor, x: Tensor, samples: Tensor) -> Tensor:
-        """The sum of shortcut and branch, the branch for these samples only."""
+        """The sum of shortcut and branch, with the branch computed for these samples only."""
         if len(samples) == 0:
             return shortcut.clone()  # the activation may work in place
         y = self._run_branch(take(x, samples, 0), None)
         return shortcut.index_add(0, samples, y.to(shortcut.dtype))
 
     def branch_convs(self) -> list[tuple[int, str, nn.Conv2d]]:
-        """The branch's convolutions as (place in the branch, name, module), in the order they run."""
+        """The branch's convolutions as (index in the branch, name, module), in the order they run."""
         found = []
         for i, name in enumerate(self.branch):
             module = getattr(self, name)
@@ -206,9 +206,9 @@ class ResidualBlock(nn.Module):
         return found
 
     def cut_convs(self) -> list[tuple[str, nn.Conv2d, int]]:
-        """The convolutions that a channel gate at `gate_at` cuts, as (name, module, dimension of its weight).
+        """The convolutions cut by a channel gate at `gate_at`, as (name, module, weight dimension).
 
-        Dimension 0 (outputs) of the last convolution before the gate, dimension 1 (inputs) of the first one behind it;
+        Dimension 0 (outputs) of the last convolution before the gate, dimension 1 (inputs) of the first one after it;
         at the branch's start or end there is only one of them.
         """
         before = [(name, conv, 0) for at, name, conv in self.branch_convs() if at < self.gate_at]
@@ -219,7 +219,7 @@ class ResidualBlock(nn.Module):
         """The branch's modules between the convolution whose outputs the gate cuts and the gate itself.
 
         Raises:
-            ValueError: one of them can be cut neither as a batch norm nor as an elementwise operation.
+            ValueError: one of them is neither a batch norm nor an elementwise operation and cannot be cut.
         """
         cut = self.cut_convs()
         if not cut or cut[0][2] != 0:
@@ -230,12 +230,12 @@ class ResidualBlock(nn.Module):
         return names
 
     def check_cut(self, shared: set[nn.Module]) -> None:
-        """Raise ValueError unless all that the gate cuts can be cut exactly and stands nowhere else.
+        """Raise ValueError unless everything that the gate cuts can be cut exactly and is used nowhere else.
 
         Args:
-            shared: modules that stand at several places of the network, or tensors of which do.
+            shared: modules used in several places of the network, or with tensors that are.
         """
-        # of convolutions wrapped or fused since gates were attached, none might be left to cut
+        # if convolutions were wrapped or fused after attaching gates, there may be none left to cut
         behind = getattr(self, self.branch[self.gate_at]) if self.gate_at < len(self.branch) else None
         if not isinstance(behind, nn.Conv2d) and (behind is not None or not self.cut_convs()):
             found = "none" if behind is None else f"{type(behind).__name__} {self.branch[self.gate_at]!r}"
@@ -256,16 +256,15 @@ class ResidualBlock(nn.Module):
             module = getattr(self, name)
             if (module._parameters or module._buffers) and (module in shared or runs.count(module) > 1):
                 raise ValueError(
-                    f"cannot cut the channels of {type(module).__name__} {name!r}, which stands at another place of "
-                    "the network too, or a tensor of which does; give each place a module with tensors of its own or "
-                    "use gating='layer'"
+                    f"cannot cut the channels of {type(module).__name__} {name!r}: the module or one of its tensors is "
+                    "also used elsewhere in the network; use a separate module in each place, or gating='layer'"
                 )
 
     def gone_when_empty(self) -> list[str]:
-        """The branch's modules that only feed the convolution behind the gate where the gate has no channel left.
+        """The branch's modules that only feed the convolution after the gate, and are unused if no channel is left.
 
         Raises:
-            ValueError: one of them, or that convolution, may change the map's size in a way that is not known here.
+            ValueError: it is not known how one of them, or that convolution, changes the size of feature maps.
         """
         behind = next(name for name, _, dim in self.cut_convs() if dim == 1)
         start = 0 if len(self.cut_convs()) == 2 else self.gate_at
@@ -275,26 +274,26 @@ class ResidualBlock(nn.Module):
         return names
 
     def extra_repr(self) -> str:
-        """One line: the chain."""
+        """One line: the chain of the branch, the shortcut and the activation."""
         return f"{' -> '.join(self.branch)}, shortcut={self.shortcut_name}, activation={self.activation_name}"
 
 
-# what holds a gate
+# modules that hold a gate
 Gated = ResidualBlock | GatedModule
 
 
 def gated_blocks(model: nn.Module) -> dict[str, Gated]:
-    """What holds each gate, by the gate's name.
+    """The module that holds each gate, by the gate's name.
 
     Raises:
-        ValueError: a gate outside a residual block of this library, whose computation is unknown here.
+        ValueError: a gate outside a residual block of this library, whose computation is unknown.
     """
     blocks: dict[str, Gated] = {}
     for name, gate in named_gates(model):
         parent = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(parent, Gated) or parent.own_gate is not gate:
             raise ValueError(
-                f"gate {name!r}: expected it in a residual block placed by fastgate.attach(), got it in "
+                f"gate {name!r}: expected it in a residual block gated by fastgate.attach(), got it in "
                 f"{type(parent).__name__}; declare that class with fastgate.register_block() and attach the gates"
             )
         blocks[name] = parent
@@ -302,7 +301,7 @@ def gated_blocks(model: nn.Module) -> dict[str, Gated]:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """Whether a module, or one in it, takes statistics over the batch: in training, or having no running ones."""
+    """Whether a module or a submodule uses batch statistics: in training mode, or without running statistics."""
     return (
         module.training
         or "observer_enabled" in module._buffers  # torch.ao.quantization.FakeQuantize
@@ -312,7 +311,7 @@ def _mixes(module: nn.Module) -> bool:
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
-    """A convolution that `functional.gated_conv2d` can compute in place of the module, whose hooks would not run."""
+    """Whether `functional.gated_conv2d` can replace a call of the module, which must not have hooks."""
     return (
         type(module) is nn.Conv2d
         and module.groups == 1
@@ -342,11 +341,11 @@ class PadShortcut(nn.Module):
 
 
 class EmptyConv2d(nn.Module):
-    """What is left of a chain of convolutions when the last one has no input channels: its bias, without any product.
+    """Replaces a chain of convolutions whose last one has no input channels: returns its bias, or zeros.
 
     Args:
         out_channels: channels of the result.
-        geometry: (kernel_size, stride, padding, dilation) pairs of each convolution replaced, for the map's size.
+        geometry: (kernel_size, stride, padding, dilation) of each replaced convolution, for the output size.
         bias: whether there is a bias.
     """
 

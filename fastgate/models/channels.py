@@ -1,4 +1,4 @@
-"""What a channel gate inside a block cuts: found by following channels through a recorded run, and tried out."""
+"""Finds where a channel gate inside a block can cut, by tracing channels through a recorded run, and verifies it."""
 
 import math
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from fastgate.models.probing import Probe, run_probe, same_random_numbers
 from fastgate.models.recording import Recording, Step, Value, replace
 from fastgate.models.residual import record_probe
 
-# relative to the largest value: sums of fewer terms are rounded in other places; a wrong cut is off by its order
+# relative to the largest value: shorter sums round differently; a wrong cut is off by about the largest value
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class FoundCut:
-    """A place for a channel gate.
+    """A possible place for a channel gate.
 
     Attributes:
-        name: the module in the block whose input it gates.
-        cut: what it cuts.
-        width: channels of that input.
+        name: the module in the block whose input is gated.
+        cut: the parts that are cut.
+        width: number of channels of that input.
     """
 
     name: str
@@ -37,21 +37,21 @@ class FoundCut:
 
 
 class _CannotCutError(ValueError):
-    """Why a cut is not possible."""
+    """A cut is not possible; the message says why."""
 
 
 def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tuple[list[FoundCut], str]:
-    """Where the hidden channels of a block can be gated: the last place of each of its sums; and why others cannot.
+    """Find where a block's hidden channels can be gated, the last place in each of its sums, or the reason why not.
 
-    Hidden channels are what one convolution or linear layer (all of whose outputs depend on all inputs) computes and a
-    later one adds up, with nothing between that mixes them: batch norms, elementwise operations, depthwise and grouped
-    convolutions, group norms (the last two by whole groups), squeeze-and-excitation.
+    Hidden channels are computed by one convolution or linear layer (all of whose outputs depend on all inputs) and read
+    by a later one, with only operations in between that do not mix them: batch norms, elementwise operations, depthwise
+    and grouped convolutions, group norms (the last two by whole groups), squeeze-and-excitation.
 
     Args:
-        block: a copy that may run.
+        block: a copy that can be run.
         probe: arguments on which it runs.
-        shared: names of modules that stand at other places of the network too: they are not cut.
-        sums: how many residual sums it has.
+        shared: names of modules that are also used elsewhere in the network and must not be cut.
+        sums: number of its residual sums.
     """
     try:
         recording = record_probe(block, probe, False, is_leaf=_is_whole)
@@ -66,7 +66,7 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
         try:
             cut = _follow(recording, step, modules)
             if repeated := {name for name, _ in cut.cut.parts} & shared:
-                raise _CannotCutError(f"{min(repeated)!r} stands at another place of the network too")
+                raise _CannotCutError(f"{min(repeated)!r} is also used elsewhere in the network")
             _try_out(block, probe, cut)
         except _CannotCutError as error:
             reasons.append(str(error))
@@ -76,11 +76,11 @@ def find_cuts(block: nn.Module, probe: Probe, shared: set[str], sums: int) -> tu
     found: list[FoundCut] = []
     for cut, size in zip(possible, sizes, strict=True):
         parts = {name for name, _ in cut.cut.parts}
-        # the hidden channels of a squeeze-and-excitation are not those of the block
+        # the hidden channels of a squeeze-and-excitation are not the block's
         if len(found) < max(sums, 1) and 4 * size >= max(sizes) and not any(parts & _names(other) for other in found):
             found.append(cut)
-    # why not at the last place, which is the one that was asked for
-    reasons.append("it has no two nn.Conv2d or nn.Linear, one after the other")
+    # the reason for the last place, which is the preferred one, comes first
+    reasons.append("it does not have two nn.Conv2d or nn.Linear in sequence")
     return found[::-1], "" if found else reasons[0]
 
 
@@ -89,7 +89,7 @@ def _names(cut: FoundCut) -> set[str]:
 
 
 def _size(cut: FoundCut, modules: dict[str, nn.Module]) -> int:
-    """Parameters of the modules that a cut makes smaller."""
+    """Number of parameters of the modules that a cut makes smaller."""
     return sum(parameter.numel() for name, _ in cut.cut.parts for parameter in modules[name].parameters())
 
 
@@ -98,12 +98,12 @@ def _is_whole(module: nn.Module) -> bool:
 
 
 def _is_dense(module: nn.Module) -> bool:
-    """A layer each of whose outputs depends on every input channel."""
+    """Whether every output of the layer depends on every input channel."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module]) -> FoundCut:
-    """The cut on the channels that a layer adds up: with all values that hold them, and all that make or read these."""
+    """The cut of a layer's input channels: all values that hold them, and all modules that write or read these."""
     start = consumer.inputs[0]
     dim = 1 if isinstance(modules[str(consumer.name)], nn.Conv2d) else -1
     width = start.shape[dim]
@@ -118,7 +118,7 @@ def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module])
     def give(step: Step, role: str) -> None:
         name = str(step.name)
         if roles.setdefault(name, role) != role:
-            raise _CannotCutError(f"{name!r} both makes and reads the channels")
+            raise _CannotCutError(f"{name!r} both writes and reads the channels")
         try:
             if not (is_group_norm(modules[name]) or runs_as(modules[name], nn.Linear)):
                 check_cut(name, modules[name])
@@ -128,7 +128,7 @@ def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module])
     for value in held:
         step = value.maker
         if step is None or value in recording.outputs:
-            raise _CannotCutError("the channels are those of its input or its result")
+            raise _CannotCutError("the channels belong to its input or its result")
         if step.name is not None and _is_dense(modules[step.name]):
             give(step, "out")
         else:
@@ -137,7 +137,7 @@ def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module])
         for reader in value.readers:
             if reader.name is not None and _is_dense(modules[reader.name]):
                 if (1 if isinstance(modules[reader.name], nn.Conv2d) else -1) != dim:
-                    raise _CannotCutError(f"{reader.name!r} reads the channels as something else")
+                    raise _CannotCutError(f"{reader.name!r} reads the channels along another dimension")
                 give(reader, "in")
                 continue
             for other in _carried(reader, value, dim, width, modules):
@@ -151,7 +151,7 @@ def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module])
     if width % groups or width == groups:
         raise _CannotCutError(f"its {width} channels cannot be cut in groups of {groups}")
     if "out" not in roles.values():
-        raise _CannotCutError("nothing in the block makes the channels")
+        raise _CannotCutError("nothing in the block writes the channels")
     parts = tuple((name, roles[name]) for name in sorted(roles))
     readers = [step for step in recording.steps if step.name is not None and roles.get(step.name) == "in"]
     name = _place(recording, held, readers)
@@ -159,14 +159,14 @@ def _follow(recording: Recording, consumer: Step, modules: dict[str, nn.Module])
 
 
 def _group_size(module: nn.Module) -> int:
-    """Channels that a module treats together."""
+    """Number of channels that a module processes together."""
     if isinstance(module, nn.GroupNorm):
         return module.num_channels // module.num_groups
     return module.in_channels // module.groups if isinstance(module, nn.Conv2d) else 1
 
 
 def _carried(step: Step, value: Value, dim: int, width: int, modules: dict[str, nn.Module]) -> list[Value]:
-    """The other values of a step that hold the same channels one by one, where it treats each channel by itself."""
+    """The values of a step that hold the same channels, if it processes each channel separately; raises otherwise."""
     held = [v for v in (*step.inputs, *step.outputs) if len(v.shape) == len(value.shape) and v.shape[dim] == width]
     if set(step.outputs) - set(held) or not set(step.inputs) & set(held):
         raise _CannotCutError(f"{step.label!r} between the layers changes the channels")
@@ -182,7 +182,7 @@ def _carried(step: Step, value: Value, dim: int, width: int, modules: dict[str, 
 
 
 def _acts_on_each(step: Step, held: set[Value], dim: int, width: int, module: nn.Module | None) -> bool:
-    """Whether the step of some of the channels is some of the step of the channels, tried on random numbers."""
+    """Whether applying the step to a subset of channels gives that subset of its result, tested on random numbers."""
     generator = torch.Generator("cpu").manual_seed(2)
     kept = torch.randperm(width, generator=generator)[: max(width // 2, 1)].sort().values
     given = {v: torch.randn(v.shape, generator=generator).to(v.tensor) for v in step.inputs if v in held}
@@ -201,7 +201,7 @@ def _acts_on_each(step: Step, held: set[Value], dim: int, width: int, module: nn
     try:
         whole = compute(lambda tensor: tensor.clone())
         some = compute(lambda tensor: tensor.index_select(dim, kept.to(tensor.device)))
-    except Exception:  # a size written into it
+    except Exception:  # for example, a hard-coded size
         return False
     if whole is None or some is None:
         return False
@@ -209,18 +209,18 @@ def _acts_on_each(step: Step, held: set[Value], dim: int, width: int, module: nn
 
 
 def _place(recording: Recording, held: list[Value], readers: list[Step]) -> str:
-    """The module whose input is gated, so that all that read the channels see them gated: the last such one."""
+    """The module whose input is gated: the last one such that all readers of the channels see them gated."""
     for value in sorted(held, key=lambda v: -(v.maker.number if v.maker is not None else -1)):
         if not all(value in _sources(step.inputs[0], held) for step in readers):
             continue
         for name, first in sorted(recording.entered, key=lambda e: -e[0].count(".")):
             if first is value and all(_is_within(reader, name) for reader in value.readers):
                 return name
-    raise _CannotCutError("no module takes the channels before all that read them")
+    raise _CannotCutError("no module takes the channels as input before all modules that read them")
 
 
 def _sources(value: Value, held: list[Value]) -> set[Value]:
-    """The values whose channels this one's were made of, itself included."""
+    """The values from whose channels this value's were computed, itself included."""
     found, pending = {value}, [value]
     while pending:
         maker = pending.pop().maker
@@ -236,7 +236,7 @@ def _is_within(step: Step, name: str) -> bool:
 
 
 def _try_out(block: nn.Module, probe: Probe, found: FoundCut) -> None:
-    """Gate a copy and cut another one: they must compute the same, whichever half of the channels is left."""
+    """Gate one copy and cut another: their outputs must agree, whichever half of the channels is kept."""
     decisions = found.width // found.cut.group
     first = torch.randperm(decisions, generator=torch.Generator("cpu").manual_seed(3)) < decisions // 2
     gated = copy_network(block)
@@ -256,4 +256,4 @@ def _try_out(block: nn.Module, probe: Probe, found: FoundCut) -> None:
         if wanted is None or got is None or wanted.shape != got.shape:
             raise _CannotCutError("without some channels its result has another size")
         if not float((wanted - got).abs().max()) <= _TOLERANCE * float(wanted.abs().max()):
-            raise _CannotCutError("without some channels it computes something else than with these at zero")
+            raise _CannotCutError("without some channels its result differs from that with these channels at zero")

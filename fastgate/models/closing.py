@@ -1,4 +1,4 @@
-"""How a residual block is closed that keeps its own forward: as a whole, or sum by sum; tried out on a copy."""
+"""Finds how to close a residual block that keeps its own forward, as a whole or sum by sum; verified on a copy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from fastgate.values import tensors_in
 
 
 def channels_of(module: nn.Module, shape: Sequence[int], default: int | None = None) -> int:
-    """The dimension that holds the channels of a module's input of this shape, 1 or -1, by the sizes of its parts."""
+    """The channel dimension of a module's input of this shape, 1 or -1, inferred from the sizes of its parts."""
     usual = default if default is not None else -1 if len(shape) == 3 else 1
     for part in module.modules():
         if isinstance(part, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
@@ -36,12 +36,12 @@ def channels_of(module: nn.Module, shape: Sequence[int], default: int | None = N
 
 
 def is_shaping(step: Step) -> bool:
-    """Whether a step only changes how features lie."""
+    """Whether a step only reshapes features."""
     return step.name is None and step.label in SHAPING
 
 
 def name_of(block: nn.Module, step: Step, new: dict[str, nn.Module]) -> str | None:
-    """The child that a step calls, or a new one that computes as its function does; None where there is none."""
+    """Name of the child that a step calls, or of a new one equivalent to its function; None if there is none."""
     if step.name is not None:
         single = len(step.inputs) == len(step.outputs) == 1
         return step.name if "." not in step.name and single and len(step.args) == 1 and not step.kwargs else None
@@ -64,14 +64,14 @@ def runs_gated(
     widths: Mapping[str, int],
     new: Mapping[str, nn.Module],
 ) -> bool:
-    """Whether a copy of the block computes the same with open gates, and its shortcuts with closed ones."""
+    """Whether a gated copy computes the same as the block with open gates, and its shortcuts with closed ones."""
     gated = copy_network(block)
     for name, module in new.items():
         gated.add_module(name, module)
     like = next(block.parameters(), torch.zeros(0))
     decided: list[Tensor] = []
     for name, how in closed.items():
-        with same_random_numbers(like.device):  # no number is taken from the user's
+        with same_random_numbers(like.device):  # leaves the user's random number generators unchanged
             gate = LayerGate(widths[name]).to(like)
         gate.register_forward_hook(lambda *_: decided[0])
         put_gate(gated.get_submodule(name), gate, how)
@@ -80,7 +80,7 @@ def runs_gated(
         for run in runs:
             opened = _first(record_probe(block, probe, run.training).result)
             skipped = _first(record_probe(block, probe, run.training, override=_closing(run.sums)).result)
-            # in training a batch norm behind a sum sees what other samples' gates did: there all decide alike
+            # in training, a batch norm after a sum depends on other samples' gates: there all samples decide alike
             each = [torch.ones(samples), torch.zeros(samples)] + [torch.arange(samples) % 2] * (not run.training)
             for decisions in each:
                 decided[:] = [decisions.to(like).reshape(-1, 1, 1, 1)]
@@ -90,7 +90,7 @@ def runs_gated(
                 keep = decided[0].reshape(-1, *[1] * (opened.dim() - 1)) == 1
                 if not torch.equal(got, torch.where(keep, opened, skipped)):
                     return False
-    except Exception:  # of the user's code, which was not written to be called so
+    except Exception:  # the user's code may raise anything when called like this
         return False
     return True
 
@@ -98,17 +98,17 @@ def runs_gated(
 def close_whole(
     block: nn.Module, probe: Probe, runs: Sequence[Residual], new: dict[str, nn.Module], channels: int
 ) -> tuple[Closed | None, str]:
-    """What the block computes without the branch of any sum, or why that is not known."""
+    """How to compute the block without the branches of its sums, or the reason why this is not possible."""
     residual = runs[1]
     if not isinstance(residual.recording.result, Tensor):
-        return None, "it returns more than a tensor"
+        return None, "it returns something other than a tensor"
     names = []
     for step in [*(step for each in residual.sums for step in each.way), *residual.tail]:
         if is_shaping(step):
             continue
         name = name_of(block, step, new)
         if name is None:
-            return None, f"{step.label!r} on its shortcut is no child of it"
+            return None, f"{step.label!r} on its shortcut is not a child of the block"
         if name in new or not is_nothing(getattr(block, name)):
             names.append(name)
     modules = [new[name] if name in new else getattr(block, name) for name in names]
@@ -123,19 +123,19 @@ def close_whole(
             for module in modules:
                 x = module.train(training)(x)
         if expected is None or x.shape != expected.shape or not torch.equal(x, expected):
-            return None, "without its branch it computes something else than its shortcut"
+            return None, "without its branch, it computes something other than its shortcut"
     return Closed(tuple(names), channels=channels, alone=len(probe.args) == 1 and not probe.kwargs), ""
 
 
 def close_sums(
     block: nn.Module, probe: Probe, runs: Sequence[Residual], channels: int
 ) -> tuple[dict[str, tuple[Closed, int]], str]:
-    """A module in each sum's branch whose zeros make it zero, with the width of its input; or why there is none."""
+    """For each sum, a module whose zero output zeroes the branch, with its input width; or why there is none."""
     closed: dict[str, tuple[Closed, int]] = {}
     for i in range(len(runs[1].sums)):
         found = _zero_of(block, probe, runs, i, channels)
         if found is None or found[0] in closed:
-            return {}, f"no module of the branch of its sum number {i + 1} can be left out by itself"
+            return {}, f"no single module in the branch of its sum number {i + 1} can be left out"
         name, each, width = found
         closed[name] = each, width
     return closed, ""
@@ -144,7 +144,7 @@ def close_sums(
 def _zero_of(
     block: nn.Module, probe: Probe, runs: Sequence[Residual], i: int, channels: int
 ) -> tuple[str, Closed, int] | None:
-    """The module of most parameters whose zeros make the branch of sum i zero, and what is left without use then."""
+    """The module with most parameters that zeroes the branch of sum i if its output is zero, and how to close it."""
     run = runs[1]
     each = run.sums[i]
     start = each.way[0].inputs[0] if each.way else each.skip
@@ -177,19 +177,19 @@ def _others(step: Step) -> int | None:
 def _gone_without(
     recording: Recording, step: Step, start: Value, modules: Mapping[str, nn.Module]
 ) -> tuple[tuple[str, ...], bool] | None:
-    """The modules that nothing needs where a step's result is zeros, and whether other steps before it stay.
+    """The modules that are unused if a step's result is zero, and whether other steps before it remain.
 
-    None where one of them cannot be left out.
+    None if one of them cannot be left out.
     """
     before = recording.ancestors(start)
     values = {v for given in step.inputs for v in recording.ancestors(given)} - before
     makers = {v.maker for v in values if v.maker is not None} | {step}
-    needed = {each.name for each in recording.steps if each not in makers}  # one activation may run in several places
+    needed = {each.name for each in recording.steps if each not in makers}  # an activation may run in several places
     gone = []
     for maker in sorted(makers, key=lambda s: s.number):
         if any(reader not in makers for v in maker.outputs for reader in v.readers) and maker is not step:
             return None
-        # its input, or zeros like it, can stand for its result
+        # its input, or zeros of that shape, can replace its result
         if maker.name is not None:
             if maker is not step and (len(maker.args) != 1 or maker.kwargs or not isinstance(maker.result, Tensor)):
                 return None
@@ -208,7 +208,7 @@ def _gone_without(
 
 
 def _is_zero_without(block: nn.Module, probe: Probe, run: Residual, each: Sum, name: str) -> bool:
-    """Whether the block with zeros from a module computes what it does where a sum passes its skip on alone."""
+    """Whether zeroing a module's output has the same effect as replacing the sum by its skip."""
 
     def zero(step: Step, compute: Callable[[], Any]) -> Any:
         result = compute()
@@ -225,7 +225,7 @@ def _first(result: Any) -> Tensor | None:
 
 
 def _closing(sums: Sequence[Sum]) -> Callable[[Step, Callable[[], Any]], Any]:
-    """For :func:`record_probe`: these sums pass their skips on alone."""
+    """Override for :func:`record_probe` that replaces these sums by their skips."""
     operands = {each.step.number: each.operand for each in sums}
 
     def override(step: Step, run: Callable[[], Any]) -> Any:

@@ -1,31 +1,31 @@
-"""Which modules a channel gate can cut exactly, and why another one cannot be cut."""
+"""Checks which modules a channel gate can cut exactly, with the reason for those it cannot."""
 
 from collections import Counter
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# modules that act on each channel (and pixel) by itself and have no weights to cut
+# modules that act on each channel (and pixel) separately and have no weights to cut
 ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus),
     *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d),
 )
-# where timm keeps activations of its own, all of them elementwise
+# timm's module of activations, all of them elementwise
 _ACTIVATIONS = "timm.layers.activations"
 
-# batch norms of other packages, by qualified class name; some have an elementwise dropout and activation of their own
+# batch norms of other packages, by qualified class name; some include an elementwise dropout and activation
 _NORMS = (
     *("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct"),
     *("timm.layers.norm_act.FrozenBatchNorm2d", "timm.layers.norm_act.FrozenBatchNormAct2d"),
     "torchvision.ops.misc.FrozenBatchNorm2d",
 )
-# group norms of other packages, the same
+# group norms of other packages, likewise
 _GROUP_NORMS = ("timm.layers.norm_act.GroupNormAct", "timm.layers.norm.GroupNorm")
 _NORM_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether the module is of one of these classes and computes as that class says: its forward is theirs."""
+    """Whether the module is of one of these classes and uses that class's own forward."""
     return (
         "forward" not in vars(module)
         and type(module).__call__ is nn.Module.__call__
@@ -34,13 +34,13 @@ def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def is_elementwise(module: nn.Module) -> bool:
-    """A module that can stay as it is when channels go; one with children, such as observers, does more."""
+    """Whether a module is elementwise, so that it need not change when channels are cut; it must have no children."""
     of_timm = type(module).__module__ == _ACTIVATIONS and not module._parameters and "forward" not in vars(module)
     return (runs_as(module, *ELEMENTWISE) or of_timm) and not module._modules
 
 
 def is_conv(module: nn.Module) -> bool:
-    """A module that computes as `nn.Conv2d` does, its weight being a parameter or computed from others."""
+    """Whether a module computes like `nn.Conv2d`, whether its weight is a parameter or computed from others."""
     return (
         runs_as(module, nn.Conv2d)
         and type(module)._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A batch norm, synchronised, frozen or neither, whose output's channel depends on that input channel alone."""
+    """Whether a module is a batch norm (also synchronized or frozen), which acts on each channel separately."""
     cls = type(module)
     if f"{cls.__module__}.{cls.__qualname__}" in _NORMS:
         return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
@@ -57,7 +57,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_group_norm(module: nn.Module) -> bool:
-    """A group norm, perhaps with an elementwise dropout and activation of its own: exact where whole groups go."""
+    """Whether a module is a group norm (also with dropout and activation), exact if whole groups are cut."""
     cls = type(module)
     if f"{cls.__module__}.{cls.__qualname__}" in _GROUP_NORMS:
         return "forward" not in vars(module) and all(is_elementwise(child) for child in module.children())
@@ -76,27 +76,27 @@ def check_cut(name: str, module: nn.Module) -> None:
     what = f"{type(module).__name__} {name!r}"
     if any(type(part).__module__.startswith("torch.ao.") for part in module.modules()):
         raise ValueError(
-            f"cannot cut the channels of {what}, which torch.ao.quantization has fused or prepared; do that to the "
-            "compact network or use gating='layer'"
+            f"cannot cut the channels of {what}, fused or prepared by torch.ao.quantization; quantize the compact "
+            "network instead, or use gating='layer'"
         )
     if not known and isinstance(module, nn.Conv2d):
         raise ValueError(
-            f"cannot cut the channels of {what}, which computes otherwise than nn.Conv2d; put an nn.Conv2d in its "
-            "place or use gating='layer'"
+            f"cannot cut the channels of {what}, which does not compute like nn.Conv2d; replace it by an nn.Conv2d, or "
+            "use gating='layer'"
         )
     if not known:
         raise ValueError(
-            f"cannot cut the channels of {what} between a convolution and its gate; use another position or "
+            f"cannot cut the channels of {what} between a convolution and its gate; use another position, or "
             "gating='layer'"
         )
     raise ValueError(
-        f"cannot cut the channels of {what}, whose tensors are computed from others or more than weight and bias; "
+        f"cannot cut the channels of {what}: expected only a weight and a bias, not computed from other tensors; "
         f"{_remedy(module)}or use gating='layer'"
     )
 
 
 def _remedy(module: nn.Module) -> str:
-    """How torch.nn.utils makes a computed weight a parameter again."""
+    """How to turn a weight computed by torch.nn.utils back into a parameter."""
     names = {name for name in module._parameters if module._parameters[name] is not None}
     if parametrize.is_parametrized(module):
         return "call torch.nn.utils.parametrize.remove_parametrizations on it first, "
@@ -110,20 +110,20 @@ def _remedy(module: nn.Module) -> str:
 
 
 def check_size(name: str, module: nn.Module) -> None:
-    """Raise ValueError unless it is known how this module changes the size of a map, so that it can be left out."""
+    """Raise ValueError unless this module's effect on the size of feature maps is known, so that it can be removed."""
     if is_conv(module) and not isinstance(module.padding, str):
         return
     if not is_norm(module) and not is_elementwise(module):
         raise ValueError(
-            f"cannot do without the channels that {type(module).__name__} {name!r} hands on; use another position, "
-            "numeric padding, or gating='layer'"
+            f"cannot remove all channels of {type(module).__name__} {name!r}, whose output size is not known; use "
+            "another position, numeric padding, or gating='layer'"
         )
 
 
 def shared_modules(model: nn.Module) -> set[nn.Module]:
-    """The modules that stand at several places of the network, or a tensor of which does.
+    """The modules that are used in several places of the network, or share a tensor with another module.
 
-    To cut them for one place would cut the others, or end what they share.
+    Cutting them for one place would also cut the others, or break the sharing.
     """
     places: Counter[nn.Module | Tensor] = Counter()
     for parent in model.modules():

@@ -1,4 +1,4 @@
-"""Taking channels out of modules, in place: what each kind of module loses."""
+"""Removes channels from modules, in place, for each kind of module."""
 
 from collections.abc import Iterable
 
@@ -8,26 +8,26 @@ from torch import Tensor, nn
 from fastgate.models.cuts import check_cut, is_group_norm, is_norm, runs_as
 from fastgate.models.gated import without_gate
 
-# what counts a module's channels, by the kind of module
+# attributes that hold a module's channel count, by kind of module
 _OUT_SIZES = ("out_channels", "out_features")
 _IN_SIZES = ("in_channels", "in_features")
 _EACH_SIZES = ("num_features", "num_channels")
 
 
 def cut_parts(block: nn.Module, parts: Iterable[tuple[str, str]], kept: Tensor) -> None:
-    """Keep these channels of every part of a block.
+    """Keep only these channels of every part of a block.
 
     Args:
-        block: what the names are of.
+        block: the block, to which the names are relative.
         parts: (name, role) pairs, see :class:`fastgate.models.gated.Cut`.
-        kept: numbers of the channels that stay, in order.
+        kept: indices of the channels to keep, in order.
     """
     for name, role in parts:
         cut_module(block.get_submodule(name), role, kept)
 
 
 def cut_module(module: nn.Module, role: str, kept: Tensor) -> None:
-    """Keep these channels of one module: of its results ("out"), of its input ("in") or of both ("each")."""
+    """Keep only these channels of a module: of its output ("out"), its input ("in") or both ("each")."""
     if role == "in":
         _take(module, "weight", kept, 1)
         _set_size(module, _IN_SIZES, len(kept))
@@ -52,7 +52,7 @@ def _take(module: nn.Module, name: str, kept: Tensor, dim: int) -> None:
 
 
 def take_channels(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
-    """The kept slices, in the tensor's memory format, which index_select would not keep."""
+    """The kept slices, in the tensor's memory format, which index_select alone does not preserve."""
     taken = tensor.index_select(dim, kept)
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         return taken.contiguous(memory_format=torch.channels_last)
@@ -61,12 +61,12 @@ def take_channels(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
 
 def _set_size(module: nn.Module, names: Iterable[str], size: int) -> None:
     for name in names:
-        if name in vars(module):  # a frozen norm does not say
+        if name in vars(module):  # frozen norms have no such attribute
             setattr(module, name, size)
 
 
 def share_of_channel(module: nn.Module, role: str, total: int, is_params: bool) -> int:
-    """What one channel has in a module's MACs, or parameters."""
+    """One channel's share of a module's MACs or parameters."""
     weight = getattr(module, "weight", None)
     if role == "in":
         bias = getattr(module, "bias", None)
@@ -76,22 +76,22 @@ def share_of_channel(module: nn.Module, role: str, total: int, is_params: bool) 
 
 
 def check_parts(block: nn.Module, parts: Iterable[tuple[str, str]], shared: set[nn.Module]) -> None:
-    """Raise ValueError unless every part can still be cut: it is what it was, and its tensors are its own."""
+    """Raise ValueError unless every part can still be cut: it has not changed and shares no tensors."""
     for name, _ in parts:
         module = block.get_submodule(name)
         with without_gate(module):
             if module in shared:
                 raise ValueError(
-                    f"cannot cut the channels of {type(module).__name__} {name!r}, which stands at another place of "
-                    "the network too, or a tensor of which does; use gating='layer'"
+                    f"cannot cut the channels of {type(module).__name__} {name!r}: the module or one of its tensors is "
+                    "also used elsewhere in the network; use gating='layer'"
                 )
             if (is_group_norm(module) or runs_as(module, nn.Linear)) and {*module._parameters} == {"weight", "bias"}:
-                continue  # its tensors are its own, and not computed
+                continue  # its tensors are neither shared nor computed
             check_cut(name, module)
 
 
 def empty_parts(block: nn.Module, parts: Iterable[tuple[str, str]]) -> None:
-    """Let those that add up the cut channels add up nothing: for a cut of which no channel would be left."""
+    """Zero the weights of the parts that read the cut channels, for a cut that would leave no channel."""
     for name, role in parts:
         if role == "in":
             module = block.get_submodule(name)

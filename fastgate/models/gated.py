@@ -1,7 +1,7 @@
-"""Gates on modules that keep their own forward: on what a module returns, or on the channels of what it is given.
+"""Gates on modules that keep their own forward: on a module's result, or on the channels of its input.
 
-The module stays the same object with its tensors, children and hooks under their names; its class becomes one derived
-from its own, and it gets a child `gate`. When the gate leaves it is of its own class again.
+The module stays the same object, with its tensors, children and hooks; its class is replaced by a subclass, and it gets
+a child `gate`. Removing the gate restores its class.
 """
 
 import inspect
@@ -19,18 +19,18 @@ from fastgate.ops.dispatch import transforms_active
 
 @dataclass(frozen=True)
 class Closed:
-    """What a module computes where its layer gate is closed.
+    """What a module computes when its layer gate is closed.
 
     Attributes:
-        skip: names of its children that run one after the other instead, none for its input itself; None for zeros.
-        within: its name in the block whose residual sum it feeds, "" where it is the block.
-        gone: names in that block of the modules that a closed gate leaves without use, its own among them.
-        zeroed: whether these leave zeros, not their input: other operations of the branch stay, and may work in place
-            on what they are given.
-        others: how many results it has besides the first one; None for a module that returns a tensor.
-        channels: the dimension of its input that holds the channels, 1 or -1.
-        child: name under which it holds its gate.
-        alone: whether it is called with its features and nothing else.
+        skip: names of its children to run in sequence instead; empty: it returns its input; None: it returns zeros.
+        within: its name in the block whose residual sum it feeds; "" if it is the block itself.
+        gone: names in that block of the modules that are unused when the gate is closed, including its own.
+        zeroed: whether these are replaced by zeros instead of their input, because other operations of the branch
+            remain and may work in place on their input.
+        others: number of results besides the first; None for a module that returns a tensor.
+        channels: channel dimension of its input, 1 or -1.
+        child: name of the child that is its gate.
+        alone: whether it is called with its features only.
     """
 
     skip: tuple[str, ...] | None
@@ -45,15 +45,15 @@ class Closed:
 
 @dataclass(frozen=True)
 class Cut:
-    """What the channel gate on a module's input cuts.
+    """The parts that are cut by the channel gate on a module's input.
 
     Attributes:
-        parts: (name in the block, role) of every module that loses channels: "out": features that it computes, "in":
-            features that it adds up, "each": features that it treats one by one or in groups.
+        parts: (name in the block, role) of every module that loses channels: "out": channels that it computes, "in":
+            channels that it sums over, "each": channels that it processes one by one or in groups.
         within: the gated module's name in the block.
-        group: channels that one decision opens or closes.
-        channels: the dimension of the input that holds the channels, 1 or -1.
-        child: name under which it holds its gate.
+        group: number of channels per decision.
+        channels: channel dimension of the input, 1 or -1.
+        child: name of the child that is its gate.
     """
 
     parts: tuple[tuple[str, str], ...]
@@ -64,26 +64,26 @@ class Cut:
 
 
 class GatedModule(nn.Module):
-    """What :func:`put_gate` mixes into a module's class."""
+    """Mixin that :func:`put_gate` adds to a module's class."""
 
     ungated: type[nn.Module]
     gated: Closed | Cut
 
     @property
     def own_gate(self) -> Gate | None:
-        """The gate, None for a while (:mod:`fastgate.pruning.probe`)."""
+        """The gate; None while removed temporarily (:mod:`fastgate.pruning.probe`)."""
         return self._modules[self.gated.child]  # type: ignore[return-value]
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Take the gate out for a while, or put it back."""
+        """Set the gate, or remove it temporarily with None."""
         self._modules[self.gated.child] = gate
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with the gate's decisions for its first argument."""
+        """Run the module's own forward, gated by decisions made from its first argument."""
         gate = self.own_gate
         if gate is None:
             return super().forward(*args, **kwargs)
-        name = "" if args else features_name(self.ungated)  # 10 us of inspection, for calls by keyword alone
+        name = "" if args else features_name(self.ungated)  # inspection takes 10 us: only for keyword-only calls
         x = args[0] if args else kwargs[name]
         features = as_features(x, self.gated.channels)
         if isinstance(self.gated, Cut):
@@ -104,24 +104,24 @@ class GatedModule(nn.Module):
         return (y, *rest) if isinstance(result, tuple) else y
 
     def _others(self) -> Iterator[nn.Module]:
-        """Its children, without the gate."""
+        """The children other than the gate."""
         return (part for name, part in self._modules.items() if part is not None and name != self.gated.child)
 
     def _run_skip(self, x: Tensor) -> Tensor:
         skip = self.gated.skip or ()  # type: ignore[union-attr]
         for i, name in enumerate(skip):
             module = getattr(self, name)
-            # the input goes on to the module's own forward
+            # the module's own forward also needs the input, so an in-place module gets a copy
             x = module(x.clone() if i == 0 and getattr(module, "inplace", False) else x)
         return x
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """The class is made anew for a copy or a pickle."""
+        """Copies and pickles recreate the class."""
         return _restore, (self.ungated,), self.__getstate__()
 
 
 class _GatedSequential(GatedModule):
-    """Its gate is none of the modules that run one after the other."""
+    """A gated `nn.Sequential`, whose gate is not one of the modules in sequence."""
 
     def __iter__(self) -> Iterator[nn.Module | None]:
         return (module for name, module in self._modules.items() if name != self.gated.child)
@@ -134,12 +134,12 @@ _classes: dict[type[nn.Module], type[GatedModule]] = {}
 
 
 def has_gates(module: nn.Module) -> bool:
-    """Whether there are gates in a module that keeps its own forward."""
+    """Whether the module contains gated modules that keep their own forward."""
     return any(isinstance(part, GatedModule) for part in module.modules())
 
 
 def gated_class(cls: type[nn.Module]) -> type[GatedModule]:
-    """The class of a module of this class with a gate."""
+    """The gated subclass of a module class."""
     if cls not in _classes:
         names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "ungated": cls}
         base = _GatedSequential if issubclass(cls, nn.Sequential) else GatedModule
@@ -155,7 +155,7 @@ def _restore(cls: type[nn.Module]) -> GatedModule:
 def put_gate(module: nn.Module, gate: Gate, gated: Closed | Cut) -> None:
     """Gate a module, in place."""
     child = "gate"
-    while hasattr(module, child):  # it may have something of that name itself
+    while hasattr(module, child):  # the name may be in use
         child += "_"
     module.__class__ = gated_class(type(module))
     module.add_module(child, gate)
@@ -163,7 +163,7 @@ def put_gate(module: nn.Module, gate: Gate, gated: Closed | Cut) -> None:
 
 
 def take_gate(module: GatedModule) -> None:
-    """Make it the plain module again that it was, in place."""
+    """Remove the gate and restore the module's class, in place."""
     del module._modules[module.gated.child]
     del module.__dict__["gated"]
     module.__class__ = module.ungated  # type: ignore[assignment]
@@ -171,7 +171,7 @@ def take_gate(module: GatedModule) -> None:
 
 @contextmanager
 def without_gate(module: nn.Module) -> Iterator[None]:
-    """The module as it is without its gate, for a look at it."""
+    """Context in which the module has no gate and its own class, for inspection."""
     if not isinstance(module, GatedModule):
         yield
         return
@@ -186,7 +186,7 @@ def without_gate(module: nn.Module) -> Iterator[None]:
 
 
 def owner_of(model: nn.Module, gate_name: str, module: GatedModule) -> nn.Module:
-    """The block that the names in a gated module's description are of, by the name of its gate."""
+    """The block to which the names in a gated module's description are relative, from the name of its gate."""
     path, within = gate_name.rpartition(".")[0], module.gated.within
     return model.get_submodule(path[: len(path) - len(within)].rstrip(".") if within else path)
 
@@ -197,23 +197,23 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def features_name(cls: type[nn.Module]) -> str:
-    """What the forward of a module's class calls its first argument, the features."""
+    """Name of the first argument, the features, in the forward of a module class."""
     return list(inspect.signature(cls.forward).parameters)[1]
 
 
 def zero_first(result: Any) -> Any:
-    """A module's result with zeros in place of its first tensor."""
+    """A module's result with its first tensor replaced by zeros."""
     if isinstance(result, tuple):
         return (torch.zeros_like(result[0]), *result[1:])
     return torch.zeros_like(result)
 
 
 class Zeros(nn.Module):
-    """What is left of a module in a residual branch when its gate is closed: zeros like its input.
+    """Replaces a module in a residual branch whose gate is closed: returns zeros of its input's shape.
 
     Args:
-        features: the name of its input, which it may be given among others, in any order.
-        others: how many further results it has, which become None; None for a module that returns a tensor.
+        features: name of the input argument; it may be called with other arguments too, in any order.
+        others: number of further results, which become None; None for a module that returns a tensor.
     """
 
     def __init__(self, features: str, others: int | None = None) -> None:
@@ -222,17 +222,17 @@ class Zeros(nn.Module):
         self.others = others
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros of the sizes of the features."""
+        """Return zeros of the features' shape."""
         zeros = torch.zeros_like(args[0] if args else kwargs[self.features])
         return zeros if self.others is None else (zeros, *[None] * self.others)
 
 
 class Skip(nn.Sequential):
-    """What is left of a block that is called with more than its features: its shortcut.
+    """Replaces a closed block that is called with more arguments than its features: computes its shortcut.
 
     Args:
-        shortcut: its modules.
-        features: the name of its input, which it may be given among others, in any order.
+        shortcut: the modules of the shortcut.
+        features: name of the input argument; it may be called with other arguments too, in any order.
     """
 
     def __init__(self, *shortcut: nn.Module, features: str) -> None:
@@ -240,16 +240,16 @@ class Skip(nn.Sequential):
         self.features = features
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Its modules, one after the other, on the features."""
+        """Apply the modules in sequence to the features."""
         return super().forward(args[0] if args else kwargs[self.features])
 
 
 def as_features(x: Tensor, channels: int) -> Tensor:
-    """Any features as `[N, C, H, W]`, for a gate.
+    """Reshape features to `[N, C, H, W]`, for a gate.
 
     Args:
-        x: `[N, C]`, or with any further dimensions, that of the channels being `channels` (1 or -1).
-        channels: 1 for `[N, C, ...]`, -1 for `[N, ..., C]`.
+        x: `[N, C]`, optionally with further dimensions.
+        channels: channel dimension: 1 for `[N, C, ...]`, -1 for `[N, ..., C]`.
     """
     if channels == -1 and x.dim() > 2:
         return x.flatten(1, -2).transpose(1, 2).unsqueeze(-1)
@@ -267,7 +267,7 @@ def _channel_mask(decisions: Tensor, x: Tensor, cut: Cut) -> Tensor:
 
 
 def _all_closed(decisions: Tensor) -> bool:
-    """Whether nothing is open, where that can be asked without waiting for a device and matters to nobody else."""
+    """Whether everything is closed; False where this cannot be read without synchronizing, or gradients are needed."""
     return not (
         decisions.requires_grad
         or decisions.device.type != "cpu"
@@ -278,7 +278,7 @@ def _all_closed(decisions: Tensor) -> bool:
 
 
 def _pick(y: Tensor, closed: Tensor | None, decisions: Tensor) -> Tensor:
-    """y where the decisions are 1, `closed` (None: zero) where they are 0, nan where they are; `[N, 1, 1, 1]`."""
+    """y where the decisions `[N, 1, 1, 1]` are 1, `closed` (None: zero) where they are 0, NaN where they are NaN."""
     gate = decisions.reshape(-1, *[1] * (y.dim() - 1))
     if closed is None:
         closed = y.new_zeros(())
@@ -288,7 +288,7 @@ def _pick(y: Tensor, closed: Tensor | None, decisions: Tensor) -> Tensor:
 
 
 class _Pick(torch.autograd.Function):
-    """y or closed, exact to the bit, with the gradient of `closed + gate * (y - closed)`."""
+    """Select y or closed, bit-exact, with the gradient of `closed + gate * (y - closed)`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, closed: Tensor, gate: Tensor) -> Tensor:

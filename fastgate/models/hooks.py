@@ -1,4 +1,4 @@
-"""Hooks on modules: they move to the module that takes another's place, and those that leave a network are named."""
+"""Handling of module hooks: moves them to a replacement module, and warns of those lost when a network is pruned."""
 
 import copy
 import warnings
@@ -26,28 +26,28 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# how torch.nn.utils computes weights (weight norm, spectral norm, pruning); such a hook belongs to its module
+# torch.nn.utils computes weights with hooks (weight norm, spectral norm, pruning), which belong to their module
 _OF_TORCH = "torch.nn.utils."
-# hooks that are functions, of weight norm and of observers; they belong to their modules too
+# hooks that are plain functions, of weight norm and of observers; they belong to their modules too
 _FUNCTIONS_OF_TORCH = (_OF_TORCH, "torch.ao.")
 
 
 def has_call_hooks(module: nn.Module) -> bool:
-    """Whether anything runs besides the module's forward when it is called or differentiated."""
+    """Whether the module has hooks that run on its forward or backward."""
     return bool(
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     )
 
 
 def move_hooks(source: nn.Module, target: nn.Module, *, state: bool = True) -> None:
-    """Give `target`, which takes the place of `source`, its hooks; the handles that remove them keep working.
+    """Move the hooks of `source` to its replacement `target`; their handles keep working.
 
     Args:
-        source: the module that leaves.
-        target: the module that comes.
-        state: with the hooks of `state_dict` and `load_state_dict`, which read the module's tensors.
+        source: the replaced module.
+        target: its replacement.
+        state: include hooks of `state_dict` and `load_state_dict`, which read the module's tensors.
     """
-    # a handle knows the dictionary that it removes from: the very same dictionaries move
+    # handles refer to the dictionary they remove from, so the dictionaries themselves are moved
     for kind in (*_CALL_HOOKS, *_STATE_HOOKS) if state else _CALL_HOOKS:
         hooks = getattr(source, kind)
         hooks.update(getattr(target, kind))
@@ -59,7 +59,7 @@ def move_hooks(source: nn.Module, target: nn.Module, *, state: bool = True) -> N
 
 
 def is_own(hook: Any) -> bool:
-    """Whether a hook is none of those by which torch.nn.utils computes weights, which see no features."""
+    """Whether a hook is not one with which torch.nn.utils computes weights (these do not see features)."""
     kinds = type(getattr(hook, "hook", hook)).__mro__  # a pruning method may be derived from torch's
     return not any(kind.__module__.startswith(_OF_TORCH) for kind in kinds)
 
@@ -70,7 +70,7 @@ def _is_users(hook: Any) -> bool:
 
 
 def drop_own_hooks(module: nn.Module) -> None:
-    """Remove every hook of a module tree, those excepted by which torch.nn.utils computes weights."""
+    """Remove every hook of a module tree, except those with which torch.nn.utils computes weights."""
     for part in module.modules():
         for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
             hooks = getattr(part, kind)
@@ -79,33 +79,33 @@ def drop_own_hooks(module: nn.Module) -> None:
 
 
 def hooked(model: nn.Module) -> dict[str, list[int]]:
-    """Names of the modules with hooks of the user's own -> ids of the dictionaries that hold these."""
+    """Modules with user-defined hooks: name -> ids of the dictionaries that hold the hooks."""
     found: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
             hooks = getattr(module, kind)
-            hooks = hooks.values() if kind.endswith("hooks") else ()  # the others say how these are called
+            hooks = hooks.values() if kind.endswith("hooks") else ()  # the others only hold call options
             if any(map(_is_users, hooks)):
                 found.setdefault(name, []).append(id(getattr(module, kind)))
     return found
 
 
 def warn_of_lost_hooks(before: dict[str, list[int]], model: nn.Module) -> None:
-    """Name the modules whose hooks (:func:`hooked`, before the network was cut) are no longer in it."""
+    """Warn of modules whose hooks are no longer in the network; `before`: :func:`hooked` before it was pruned."""
     left = {kept for ids in hooked(model).values() for kept in ids}
     if lost := [name for name, ids in before.items() if not left.issuperset(ids)]:
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
         warnings.warn(
-            f"hooks on {', '.join(map(repr, lost[:4]))}{more} do not run any more: what they hung on left the network; "
-            "register them on a module that stays",
+            f"hooks on {', '.join(map(repr, lost[:4]))}{more} no longer run: their modules were removed from the "
+            "network; register them on a module that stays",
             stacklevel=3,
         )
 
 
 def copy_network(model: Module, shared: Iterable[Tensor] = ()) -> Module:
-    """A deep copy, also of modules that hold a computed tensor, which `copy.deepcopy` refuses (weight norm, pruning).
+    """Deep copy that also supports modules with computed tensors, which `copy.deepcopy` rejects (weight norm, pruning).
 
-    In the copy such a tensor is a plain value, until the hook that computes it runs again. The `shared` tensors are not
+    In the copy such a tensor is a plain value until the hook that computes it runs again. The `shared` tensors are not
     copied.
     """
     memo: dict[int, Tensor] = {id(tensor): tensor for tensor in shared}

@@ -1,4 +1,4 @@
-"""What a residual block computes: found by running the block, or registered; tried out before it is believed."""
+"""Determines what a residual block computes, by running it or from its registration, and verifies the result."""
 
 import copy
 import dataclasses
@@ -33,18 +33,18 @@ from fastgate.models.residual import (
 
 # attributes that every module has
 _EVERY_MODULE = frozenset(vars(nn.Module()))
-NOT_BATCH_FIRST = "the first dimension of its input is not that of the samples; put that first (batch_first=True)"
-# of modules that only hold others, whose parts are looked at one by one
+NOT_BATCH_FIRST = "the first dimension of its input is not the batch; put the batch first (batch_first=True)"
+# forwards of containers, whose parts are examined one by one
 _FORWARDS = {container.forward for container in (nn.Sequential, nn.ModuleList, nn.ModuleDict)}
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Which children of a residual block do what; children that are None or missing are left out.
+    """The roles of a residual block's children; children that are None or missing are ignored.
 
     Attributes:
         branch, shortcut, activation: see :func:`register_block`.
-        new: children that stand for functions in the block's forward, by the name that they get.
+        new: new children, by name, that replace functions in the block's forward.
     """
 
     branch: tuple[str, ...]
@@ -55,20 +55,21 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class FoundBlock:
-    """A residual block and how a layer gate may close it: as a chain, as a whole, or by its sums.
+    """A residual block and how a layer gate may close it: as a chain, as a whole, or sum by sum.
 
     Attributes:
         module: the block.
         probe: arguments on which it runs.
-        layout: it is `activation(shortcut(x) + branch(x))` with chains of children on images; None where it is not.
-        closed: by names of modules in the block, what they compute where their gates are closed: of the block itself
-            under "", or of one module in the branch of each sum. Empty where there is no such thing.
-        widths: channels of what those modules are given.
-        new: children to be registered for `closed`.
+        layout: roles of its children if it is `activation(shortcut(x) + branch(x))`, with chains of children applied to
+            images; None otherwise.
+        closed: module name in the block -> its behaviour with a closed gate: for the whole block under "", or for one
+            module in the branch of each sum. Empty if it cannot be closed.
+        widths: number of input channels of those modules.
+        new: children to register for `closed`.
         reason: why no layer gate can close it.
         width: channels of its input.
-        sums: how many residual sums it has; 0 for a block of a residual class that has no shortcut.
-        mixes_samples: whether a sample's result in eval mode depends on the others of its batch.
+        sums: number of residual sums; 0 for a block without a shortcut whose class is a residual one.
+        mixes_samples: whether a sample's result in eval mode depends on the rest of its batch.
     """
 
     module: nn.Module
@@ -83,20 +84,20 @@ class FoundBlock:
     sums: int
 
 
-# by class: what users have registered
+# layouts registered by users, by class
 _registered: dict[type[nn.Module], BlockLayout] = {}
 
 
 def register_block(
     cls: type[nn.Module], *, branch: Sequence[str], shortcut: str | None = None, activation: str | None = None
 ) -> None:
-    """Tell :func:`attach` how a residual block class computes: activation(shortcut(x) + branch(x)).
+    """Declare a residual block class for :func:`attach`: activation(shortcut(x) + branch(x)).
 
     Args:
         cls: the block's class.
         branch: names of the child modules of the branch, in the order they run; a name may occur twice.
-        shortcut: name of the child on the shortcut; None, or a child that is None, is the identity.
-        activation: name of the child applied to the sum; None for none.
+        shortcut: name of the child on the shortcut; None, or a child that is None, means the identity.
+        activation: name of the child applied to the sum; None for no activation.
 
     Example: `register_block(MyBlock, branch=("conv1", "bn1", "relu", "conv2", "bn2"), activation="relu")`
     """
@@ -106,12 +107,12 @@ def register_block(
 
 
 def registered_layout(block: nn.Module) -> BlockLayout | None:
-    """The layout that was registered for the block's class, None where there is none."""
+    """The layout registered for the block's class; None if there is none."""
     return _registered.get(type(block))
 
 
 def to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
-    """The same children under the same names, so that state_dict keys stay as they were."""
+    """Build a `ResidualBlock` with the same children under the same names, so that state_dict keys do not change."""
     # not named_children(): it leaves out a module that is registered under a second name
     children = {name: child for name, child in block._modules.items() if child is not None} | dict(layout.new)
     named = [*layout.branch, *(name for name in (layout.shortcut, layout.activation) if name is not None)]
@@ -131,31 +132,31 @@ def to_residual_block(block: nn.Module, layout: BlockLayout) -> ResidualBlock:
         layout.activation if layout.activation in children else None,
     )
     result.training = block.training
-    # what the network's own forward, or a hook, may read of its block (a stride, a flag)
+    # attributes (a stride, a flag) that the network's own forward or a hook may read
     for name, value in vars(block).items():
         if name not in _RESERVED:
             setattr(result, name, value)
     return result
 
 
-# the names that a ResidualBlock uses itself
+# names used by ResidualBlock itself
 _RESERVED = frozenset({*dir(ResidualBlock), *vars(ResidualBlock({}, (), None, None)), "gate", "in_index", "out_index"})
 
 
 def find_blocks(
     model: nn.Module, known: Mapping[str, nn.Module], inputs: Any = None, *, plain: bool = False
 ) -> dict[str, FoundBlock]:
-    """Every residual block of a network, by name, in the order of `named_modules`; nothing is changed.
+    """Find every residual block of a network, by name, in the order of `named_modules`; nothing is changed.
 
-    A block is a module whose result is a sum of its input (or of something simple made of it) and of more made of it,
-    perhaps of several such sums one after the other. Of blocks within blocks the outer one counts, unless it holds more
-    than one: then it is a stage, or the network.
+    A residual block is a module whose result is a sum of its input (or a simple function of it) and a more complex
+    function of its input, or a sequence of several such sums. Of nested blocks the outer one counts, unless it contains
+    more than one: then it is a stage, or the network.
 
     Args:
         model: the network.
-        known: blocks that need not be found, by name: they are not looked into, nor is what holds them.
-        inputs: of the network, see :func:`fastgate.models.probing.capture_probes`.
-        plain: with the blocks without a shortcut that are of the same classes.
+        known: blocks known already, by name; neither they nor the modules that contain them are examined.
+        inputs: inputs of the network, see :func:`fastgate.models.probing.capture_probes`.
+        plain: include blocks of the same classes that have no shortcut.
     """
     candidates = {
         name: module
@@ -181,7 +182,7 @@ def find_blocks(
         block = read(candidates[name], partial(capture, name))
         if block is not None:
             found = {other: b for other, b in found.items() if other not in inside} | {name: block}
-    if plain:  # those of the same classes that have no shortcut
+    if plain:
         kinds = {type(block.module) for block in found.values()}
         for name, module in candidates.items():
             near = any(name == other or _is_inside(name, other) or _is_inside(other, name) for other in found)
@@ -196,18 +197,18 @@ def _is_inside(name: str, outer: str) -> bool:
 
 
 class _Reader:
-    """Reads blocks; of those that are alike in everything but their tensors' values only the first is tried."""
+    """Reads blocks; of blocks that differ only in tensor values, only the first is run."""
 
     def __init__(self) -> None:
         self._guesses: dict[Any, Probe | None] = {}
         self._found: dict[Any, FoundBlock | None] = {}
 
     def __call__(self, block: nn.Module, capture: Callable[[], Probe | None]) -> FoundBlock | None:
-        """What a block computes, None for one without a residual sum or one that cannot be run.
+        """Determine what a block computes; None if it has no residual sum or cannot be run.
 
         Args:
-            block: it stays as it is.
-            capture: what it is given in its network, if that is known.
+            block: the block; it does not change.
+            capture: returns its arguments in its network, if known.
         """
         probe = self.probe(block, capture)
         if probe is None:
@@ -222,7 +223,7 @@ class _Reader:
         return dataclasses.replace(found, module=block, layout=layout, new=copy.deepcopy(found.new))
 
     def probe(self, block: nn.Module, capture: Callable[[], Probe | None]) -> Probe | None:
-        """Arguments on which it can be tried."""
+        """Arguments on which the block can be run."""
         kind = kind_of(block)
         if kind not in self._guesses:
             self._guesses[kind] = guess_probe(probe_copy(block))
@@ -230,7 +231,7 @@ class _Reader:
 
 
 def kind_of(block: nn.Module) -> Any:
-    """What tells two blocks apart before they run: classes, attributes, names and sizes of their parts."""
+    """Key that distinguishes blocks without running them: classes, attributes, names and sizes of their parts."""
     parts = []
     for name, module in block.named_modules(remove_duplicate=False):
         held = {**module._parameters, **module._buffers}
@@ -245,7 +246,7 @@ def kind_of(block: nn.Module) -> Any:
 
 
 def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
-    """What a block computes on such arguments, None for one without a residual sum or that cannot be run alone."""
+    """Determine what a block computes on these arguments; None if it has no residual sum or cannot be run alone."""
     copied = probe_copy(block)
     try:
         evaluated, trained = (find_residual(copied, probe, training) for training in (False, True))
@@ -272,7 +273,7 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
     closed = {} if whole is None else {"": whole}
     widths = {"": shape[channels]}
     if closed and not runs_gated(copied, probe, runs, closed, widths, new):
-        closed, reason = {}, "closed as a whole it computes something else than its shortcut"
+        closed, reason = {}, "closed as a whole, it computes something other than its shortcut"
     if layout is None and (not closed or len(trained.sums) > 1):
         by_sums, why_not = close_sums(copied, probe, runs, channels)
         reason = f"{reason}; {why_not}"
@@ -285,13 +286,13 @@ def read_block(block: nn.Module, probe: Probe) -> FoundBlock | None:
 
 
 def _signature(residual: Residual) -> list[Any]:
-    """What two runs of one block must have in common."""
+    """The properties that two runs of a block must have in common."""
     steps = [*residual.tail, *(step for each in residual.sums for step in each.way)]
     return [[s.label for s in steps if not is_shaping(s)], len(residual.sums)]
 
 
 def _as_chain(block: nn.Module, residual: Residual) -> BlockLayout | None:
-    """The block as chains of its children, None where it is none."""
+    """The block as chains of its children; None if it is not of that form."""
     if len(residual.sums) != 1:
         return None
     [only] = residual.sums
@@ -316,10 +317,10 @@ def _is_left_out(block: nn.Module, name: str | None) -> bool:
 
 
 def check_layout(name: str, block: nn.Module, layout: BlockLayout, probe: Probe | None = None) -> bool:
-    """Compare what the layout computes with the block's own forward, in eval and in training mode, and the gradients.
+    """Compare a layout with the block's own forward, in eval and in training mode, including gradients.
 
-    Both run on copies with random weights (those of a fresh block may hide a part of it behind zeros) and on the same
-    random numbers; the block, its hooks and every random state stay as they were.
+    Both run on copies with random weights (initial zeros could hide a part of a new block) and on the same random
+    numbers; the block, its hooks and all random number generators are left unchanged.
 
     Returns:
         Whether a sample's result in eval mode depends on the other samples of its batch.
@@ -330,14 +331,14 @@ def check_layout(name: str, block: nn.Module, layout: BlockLayout, probe: Probe 
     own = probe_copy(block)
     ours = to_residual_block(copy_network(own), layout)
     what = f"block {name!r}: {type(block).__name__}"
-    remedy = "declare what it computes with fastgate.register_block(), every operation as a child module"
+    remedy = "declare what it computes with fastgate.register_block(), with every operation as a child module"
     device = next((p.device.type for p in own.parameters()), "cpu")
     with torch.enable_grad(), torch.autocast(device, enabled=False):
         convs = ours.branch_convs()
         probe = probe or guess_probe(own, strict=False, channels=convs[0][2].in_channels if convs else None)
         if probe is None:
             raise ValueError(
-                f"{what} cannot be compared with its layout, as its own forward raises on random images of every size "
+                f"{what} cannot be compared with its layout: its own forward raises on random images of every size "
                 f"tried; {remedy}"
             )
         for training in (False, True):
@@ -349,6 +350,6 @@ def check_layout(name: str, block: nn.Module, layout: BlockLayout, probe: Probe 
                 raise ValueError(f"{what} runs, but its layout raises in {mode} mode ({error}); {remedy}") from error
             if difference := first_difference(expected, got):
                 raise ValueError(
-                    f"{what} computes something else than its layout says: in {mode} mode {difference}; {remedy}"
+                    f"{what} computes something other than its layout: in {mode} mode {difference}; {remedy}"
                 )
         return mixes_samples(own, probe)

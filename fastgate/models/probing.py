@@ -1,4 +1,4 @@
-"""Trying modules out: arguments on which they run, copies that may be changed, and what a copy computes there."""
+"""Runs modules on trial: finds arguments on which they run, makes copies, and compares what the copies compute."""
 
 import dataclasses
 import inspect
@@ -16,10 +16,10 @@ from fastgate.models.recording import record, replace
 from fastgate.modes import eval_mode
 from fastgate.values import call, device_of, tensors_in, with_tensors
 
-# maps that a block is tried on: small, and not square where its own forward takes such; a window or a patch may ask for
-# a size that it divides
+# feature map sizes to try on a block: small ones first, and not square if possible; windows or patches may require a
+# size that they divide
 _MAPS = ((9, 10), (8, 8), (14, 14), (32, 32), (56, 56), (224, 224))
-# sides of images that a network is tried on, after those that it names itself
+# image sizes to try on a network, after those in its configuration
 _IMAGES = (64, 224, 32, 96, 128, 192, 256, 299, 384)
 _FRAMES = 4  # of a clip, for networks of 3-D convolutions
 _SAMPLES = 3
@@ -31,12 +31,12 @@ Found = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Probe:
-    """Arguments of a module: random numbers of known sizes, and all else as it was given.
+    """Arguments of a module: random tensors of known sizes, and everything else as given.
 
     Attributes:
-        args, kwargs: with tensors on the meta device in the places of random numbers.
-        follows_batch: whether the first dimension of the first tensor is as long as the network is given samples, or in
-            proportion; True where that is not known.
+        args, kwargs: the arguments, with meta tensors as placeholders for random ones.
+        follows_batch: whether the first dimension of the first tensor equals, or is proportional to, the network's
+            batch size; True if unknown.
     """
 
     args: tuple[Any, ...]
@@ -44,7 +44,7 @@ class Probe:
     follows_batch: bool = True
 
     def make(self, module: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, the same each time, on the module's device and in its dtype."""
+        """Create the arguments, the same each time, on the module's device and in its dtype."""
         generator = torch.Generator("cpu").manual_seed(1)
         like = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), torch.zeros(0))
 
@@ -57,18 +57,18 @@ class Probe:
 
     @property
     def sizes(self) -> Any:
-        """The arguments with sizes in the places of tensors."""
+        """The arguments with tensors replaced by their sizes."""
         return replace((self.args, self.kwargs), lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf)
 
 
 def guess_probe(block: nn.Module, *, strict: bool = True, channels: int | None = None) -> Probe | None:
-    """Images `[N, C, H, W]` for a block that takes nothing else, of as many channels as it asks for; None if unknown.
+    """Guess images `[N, C, H, W]` for a block that takes nothing else, with the channels it expects; None if unknown.
 
     Args:
-        block: a copy that may run (:func:`probe_copy`).
-        strict: whether a convolution or batch norm must be what reads the image first, so that the channels are known
-            to be C, and the forward must take a single argument.
-        channels: C, where it is known.
+        block: a copy that can be run (:func:`probe_copy`).
+        strict: require that a convolution or batch norm reads the image first, so that C is certain, and that the
+            forward takes a single argument.
+        channels: C, if known.
     """
     conv = next((m for m in block.modules() if isinstance(m, nn.Conv2d)), None)
     norm = next((m for m in block.modules() if isinstance(m, nn.BatchNorm2d)), None)
@@ -91,7 +91,7 @@ def guess_probe(block: nn.Module, *, strict: bool = True, channels: int | None =
 
 
 def _takes_more(block: nn.Module) -> bool:
-    """Whether the forward has parameters besides the first one."""
+    """Whether the forward takes more than one argument."""
     try:
         parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -100,19 +100,19 @@ def _takes_more(block: nn.Module) -> bool:
 
 
 def capture_probes(model: nn.Module, names: Container[str], inputs: Any = None) -> dict[str, Probe]:
-    """What modules are given in a run of the whole network, by name; nothing where it cannot be run.
+    """Record the arguments of modules in a run of the whole network, by name; empty if the network cannot be run.
 
     Args:
-        model: it stays as it is: a copy runs, in eval mode.
-        names: of the modules.
-        inputs: of the network, see :func:`fastgate.values.call`; None tries images of usual sizes.
+        model: the network; a copy runs, in eval mode.
+        names: names of the modules.
+        inputs: inputs of the network, see :func:`fastgate.values.call`; None tries images of common sizes.
     """
     copied = probe_copy(model, randomize=False)
     found: dict[str, Probe] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in found and tensors_in((args, kwargs)):
-            # in the order of the signature: the first one is what the module works on
+            # in signature order: the first one is the features
             order = [key for key in inspect.signature(module.forward).parameters if key in kwargs]
             kwargs = {key: kwargs[key] for key in dict.fromkeys([*order, *kwargs])}
             found[name] = Probe(replace(args, _describe), replace(kwargs, _describe))
@@ -137,7 +137,7 @@ def capture_probes(model: nn.Module, names: Container[str], inputs: Any = None) 
             continue
         probes, other = dict(found), _other_batch(candidate)
         if other is not None:
-            with suppress(Exception):  # it takes no other batch
+            with suppress(Exception):  # it may not accept another batch size
                 run(other)
                 fixed = [
                     name for name, probe in found.items() if name in probes and _length(probe) == _length(probes[name])
@@ -145,12 +145,12 @@ def capture_probes(model: nn.Module, names: Container[str], inputs: Any = None) 
                 probes |= {name: dataclasses.replace(probes[name], follows_batch=False) for name in fixed}
         return probes
     if inputs is not None:
-        raise ValueError(f"inputs: expected those of the network, but it raises on them ({failure})") from failure
+        raise ValueError(f"inputs: expected valid inputs of the network, but it raises ({failure})") from failure
     return {}
 
 
 def _other_batch(inputs: Any) -> Any:
-    """The inputs with one sample less, or two for one; None where their tensors are not all batches of one length."""
+    """The inputs with one sample fewer, or two instead of one; None if the tensors are not batches of equal length."""
     tensors = tensors_in(inputs)
     lengths = {len(tensor) if tensor.dim() else None for tensor in tensors}
     if len(lengths) != 1 or lengths & {None, 0} or isinstance(inputs, list):
@@ -169,7 +169,7 @@ def _describe(leaf: Any) -> Any:
 
 
 def _images_for(model: nn.Module) -> Iterator[Any]:
-    """Batches of images that the network may take."""
+    """Batches of images that the network may accept."""
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
     if conv is None:
         return
@@ -183,7 +183,7 @@ def _images_for(model: nn.Module) -> Iterator[Any]:
 
 
 def _own_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Sizes of images that torchvision's, timm's and Hugging Face's networks name."""
+    """Image sizes from the configuration of torchvision, timm and Hugging Face networks."""
     config = getattr(model, "config", None)
     embedding = getattr(model, "patch_embed", None)
     default = getattr(model, "default_cfg", None)
@@ -199,7 +199,7 @@ def _own_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def probe_copy(block: nn.Module, *, randomize: bool = True) -> nn.Module:
-    """A copy that can be tried: no hooks that are seen outside, no weights that hide what is computed."""
+    """A copy for trial runs, without hooks that have outside effects, and with weights that hide no computation."""
     copied = copy_network(block)
     drop_own_hooks(copied)
     if any(tensor.is_meta for tensor in copied.parameters()):
@@ -210,7 +210,7 @@ def probe_copy(block: nn.Module, *, randomize: bool = True) -> nn.Module:
     with torch.no_grad():
         for parameter in copied.parameters():
             if parameter.is_floating_point():
-                # of unit order after a layer
+                # keeps activations at unit scale
                 scale = 1.0 if parameter.dim() < 2 else (parameter[0].numel()) ** -0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, device="cpu"))
         for module in copied.modules():
@@ -223,9 +223,9 @@ def probe_copy(block: nn.Module, *, randomize: bool = True) -> nn.Module:
 
 
 def run_probe(block: nn.Module, probe: Probe, training: bool, samples: int | None = None) -> Found:
-    """What the block makes of the probe, by a description of it; with the gradients in training mode.
+    """Results of the block on the probe, by description, including gradients in training mode.
 
-    `samples`: of only so many of the batch.
+    `samples`: use only this many samples of the batch.
     """
     block.train(training)
     args, kwargs = probe.make(block)
@@ -233,7 +233,7 @@ def run_probe(block: nn.Module, probe: Probe, training: bool, samples: int | Non
         of = len(tensors_in((args, kwargs))[0])
         args, kwargs = replace((args, kwargs), lambda leaf: leaf[:samples] if _is_batch(leaf, of) else leaf)
     leaf = tensors_in((args, kwargs))[0].requires_grad_(training)
-    given = leaf * 1  # a block may work in place, which a leaf forbids
+    given = leaf * 1  # a block may work in place, which is not allowed on a leaf
     args, kwargs = replace((args, kwargs), lambda value: given if value is leaf else value)
     with same_random_numbers(leaf.device):
         result = block(*args, **kwargs)
@@ -254,12 +254,12 @@ def run_probe(block: nn.Module, probe: Probe, training: bool, samples: int | Non
 
 
 def first_difference(expected: Found, got: Found) -> str | None:
-    """What differs between two runs by more than rounding, and by how much; None where nothing does.
+    """Describe the first difference between two runs beyond rounding; None if there is none.
 
-    The same operations are expected to be bit-equal; 16 units in the last place of the largest value are let pass for a
-    forward that adds up in another order.
+    Equal operations should be bit-equal; 16 units in the last place of the largest value are tolerated for a forward
+    that sums in another order.
     """
-    # of one scale: what should cancel out, such as the gradient of a bias before a norm, is rounding alone
+    # one scale for all gradients: those that should cancel, such as of a bias before a norm, consist of rounding only
     of_gradients = max((_largest(value) for key, value in expected.items() if key.startswith(_GRADIENT)), default=0)
     for of, wanted in expected.items():
         scale = of_gradients if of.startswith(_GRADIENT) else _largest(wanted)
@@ -274,7 +274,7 @@ def _largest(value: Tensor | None) -> float:
 
 
 def _difference(wanted: Tensor | None, got: Tensor | None, scale: float) -> str | None:
-    """How far apart two tensors of this scale are, None where no more than rounding."""
+    """Describe the difference between two tensors of this scale; None if it is only rounding."""
     if wanted is None or got is None:
         return None if wanted is got else "all of it (one of them has none)"
     if wanted.shape != got.shape:
@@ -289,7 +289,7 @@ def _is_batch(leaf: Any, of: int) -> bool:
 
 
 def mixes_samples(block: nn.Module, probe: Probe) -> bool:
-    """Whether a sample's result in eval mode depends on the others of its batch, or cannot be had alone."""
+    """Whether a sample's result in eval mode depends on the rest of its batch, or cannot be computed alone."""
     with torch.no_grad():
         try:
             alone, batch = (run_probe(block, probe, False, samples)["its result"] for samples in (1, None))
@@ -297,20 +297,20 @@ def mixes_samples(block: nn.Module, probe: Probe) -> bool:
             return True
     if alone is None or batch is None or alone.shape[1:] != batch.shape[1:]:
         return True
-    # convolutions of one and of several samples round differently, statistics of others change the first digits
+    # convolutions round differently for one and for several samples; batch statistics change the leading digits
     rounding = torch.finfo(batch.dtype).eps ** 0.5
     return not torch.allclose(alone, batch[:1], rtol=0, atol=rounding * float(batch.abs().max()))
 
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """The same random numbers each time; the random states of the process are as before afterwards."""
+    """Context with fixed random seeds; all random number generators are restored on exit."""
     state = random.getstate()
     on_cuda = device.type == "cuda"
     index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
     with torch.random.fork_rng([index] if on_cuda else []):
         random.seed(0)
-        # not torch.manual_seed: it reaches every device, those not forked too
+        # not torch.manual_seed, which also seeds devices that were not forked
         torch.default_generator.manual_seed(0)
         if on_cuda:
             torch.cuda.default_generators[index].manual_seed(0)

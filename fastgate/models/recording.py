@@ -1,6 +1,7 @@
-"""What a module computes, operation by operation, seen while it runs once on real tensors.
+"""Records what a module computes, operation by operation, while it runs once on real tensors.
 
-Unlike a symbolic trace it takes any Python code. What it shows is true of that run: of its mode, sizes and arguments.
+Unlike symbolic tracing, it supports any Python code. A recording is valid for that run only: its mode, sizes and
+arguments.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +18,11 @@ _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 @dataclass(eq=False)
 class Value:
-    """A tensor at one point of the run; one that is changed in place is another value afterwards.
+    """A tensor at one point of the run; after an in-place change it becomes another value.
 
     Attributes:
-        tensor: the tensor itself; where it was changed in place later, it holds what it held last.
-        maker: the step that made it; None for an input, a parameter or a constant.
+        tensor: the tensor itself; if it was changed in place later, it has its final contents.
+        maker: the step that produced it; None for an input, a parameter or a constant.
         readers: the steps that read it.
     """
 
@@ -32,22 +33,22 @@ class Value:
 
     @property
     def shape(self) -> torch.Size:
-        """Its sizes."""
+        """The shape of the tensor."""
         return self.tensor.shape
 
 
 @dataclass(eq=False)
 class Step:
-    """One operation: a module's call, or that of a function of PyTorch outside of all such modules.
+    """One operation: a call of a module, or of a PyTorch function outside all such modules.
 
     Attributes:
-        name: the module's name in the recorded one; None for a function.
+        name: the module's name in the recorded module; None for a function.
         function: the function; None for a module.
-        args, kwargs: with a `Value` in every tensor's place.
-        result: what it returned.
-        inputs, outputs: the values among the arguments and in the result.
-        number: its place among the steps.
-        scope: name of the module in whose forward it is, "" for the recorded one.
+        args, kwargs: the arguments, with tensors replaced by `Value`.
+        result: the return value.
+        inputs, outputs: the values in the arguments and in the result.
+        number: index among the steps.
+        scope: name of the module in whose forward it runs; "" for the recorded one.
     """
 
     name: str | None
@@ -62,7 +63,7 @@ class Step:
 
     @property
     def label(self) -> str:
-        """What it is called in messages: the module's name, or the function's."""
+        """Name for messages: the module's or the function's."""
         return self.name or str(getattr(self.function, "__name__", "an operation"))
 
     @property
@@ -72,7 +73,7 @@ class Step:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it adds two values of one shape."""
+        """Whether it adds two values of the same shape."""
         return (
             self.adds
             and len(self.inputs) == 2
@@ -84,13 +85,13 @@ class Step:
 
 @dataclass(eq=False)
 class Recording:
-    """A run.
+    """A recorded run.
 
     Attributes:
-        steps: its operations in order.
-        inputs, outputs: the values that went in and came out.
-        result: what it returned.
-        entered: (name, first argument) of every module that ran, those aside that ran within a single step.
+        steps: the operations in order.
+        inputs, outputs: the input and output values.
+        result: the return value.
+        entered: (name, first argument) of every module that ran, except those inside a single step.
     """
 
     steps: list[Step]
@@ -100,7 +101,7 @@ class Recording:
     entered: list[tuple[str, Value]]
 
     def ancestors(self, value: Value) -> set[Value]:
-        """Every value that this one was made of, itself included."""
+        """All values from which this one was computed, itself included."""
         found, pending = {value}, [value]
         while pending:
             maker = pending.pop().maker
@@ -123,7 +124,7 @@ def values_in(nested: Any) -> Iterator[Value]:
 
 
 def replace(nested: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists and dictionaries with `change` of everything else in them."""
+    """Apply `change` to every leaf of nested tuples, lists and dictionaries."""
     if type(nested) in (tuple, list):
         return type(nested)(replace(item, change) for item in nested)
     if type(nested) is dict:
@@ -144,15 +145,15 @@ def record(
     """Run a module and record its steps.
 
     Args:
-        module: what is run.
+        module: the module to run.
         args, kwargs: its arguments.
-        is_leaf: which modules called on the way are single steps; into others it is looked, except where they are
-            called by a leaf. The default: whatever the module itself calls is one step.
-        override: called with each step (known by its name, function and inputs) and what runs it; gives the result.
-            A module has run by then.
+        is_leaf: whether a called module is recorded as a single step; other modules are entered, unless called by a
+            leaf. Default: every module called directly is one step.
+        override: called with each step (with its name, function and inputs) and a function that runs it; returns the
+            result. For a module step, the module has already run.
 
     Raises:
-        ValueError: a value is read after another one, which shares its memory, was changed in place.
+        ValueError: a value is read after one that shares its memory was changed in place.
     """
     recorder = _Recorder(override)
     given = list(recorder.wrap((args, kwargs or {})))
@@ -160,7 +161,7 @@ def record(
         for name, part in module.named_modules():
             if part is not module:
                 enter, leave = recorder.hooks(name) if is_leaf(part) else recorder.scope_hooks(name)
-                # the first of its hooks: others may compute its weights
+                # prepended, as other hooks may compute its weights
                 stack.callback(part.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
                 stack.callback(part.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         stack.enter_context(recorder)
@@ -174,14 +175,14 @@ class _Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self.override = override
         self._current: dict[int, Value] = {}
-        self._all: list[Value] = []  # also keeps every tensor, so that no id comes twice
+        self._all: list[Value] = []  # also keeps every tensor alive, so that ids are unique
         self.entered: list[tuple[str, Value]] = []
         self._scopes: list[str] = []
         self._running: list[str] = []
         self._started: tuple[Step, list[int]] | None = None
 
     def wrap(self, nested: Any) -> Iterator[Value]:
-        """New values for tensors that come from outside."""
+        """Create values for tensors from outside."""
         yield from values_in(self.values_of(nested))
 
     def values_of(self, nested: Any) -> Any:
@@ -192,7 +193,7 @@ class _Recorder(TorchFunctionMode):
         if value is None:
             value = self._add(tensor, None)
         if value.stale:
-            raise ValueError("it reads a tensor after another one, which shares its memory, was changed in place")
+            raise ValueError("it reads a tensor after one that shares its memory was changed in place")
         return value
 
     def _add(self, tensor: Tensor, maker: Step | None) -> Value:
@@ -215,7 +216,7 @@ class _Recorder(TorchFunctionMode):
         ]
 
         def fresh(leaf: Any) -> Any:
-            # what hands its input on returns another view of it: so its input can still be told from its output
+            # a step that returns its input returns a view instead, so that input and output are distinct tensors
             if isinstance(leaf, Tensor) and id(leaf) in given and given[id(leaf)] not in changed:
                 return leaf.view_as(leaf)
             return leaf
@@ -224,7 +225,7 @@ class _Recorder(TorchFunctionMode):
         outputs: list[Tensor] = []
         replace(result, lambda leaf: outputs.append(leaf) if isinstance(leaf, Tensor) else None)
         if not outputs and not changed:
-            return result  # a size, a dtype
+            return result  # for example, a size or a dtype
         for value in step.inputs:
             value.readers.append(step)
         memory = {value.tensor.untyped_storage().data_ptr() for value in changed}
@@ -245,7 +246,7 @@ class _Recorder(TorchFunctionMode):
         return self._end(step, versions, lambda: func(*args, **(kwargs or {})))
 
     def hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., Any]]:
-        """What is called before and after the module of this name runs."""
+        """Pre-forward and forward hooks for a module recorded as one step."""
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not self._running:
@@ -266,7 +267,7 @@ class _Recorder(TorchFunctionMode):
         return enter, leave
 
     def scope_hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """The same for a module whose operations are steps of their own."""
+        """Pre-forward and forward hooks for a module whose operations are separate steps."""
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not self._running:

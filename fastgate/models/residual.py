@@ -1,4 +1,4 @@
-"""Where a block adds up: its residual sums, found in recordings of one run in eval and one in training mode."""
+"""Finds the residual sums of a block in recordings of one run in eval and one in training mode."""
 
 import dis
 import inspect
@@ -13,14 +13,14 @@ from torch import nn
 from fastgate.models.probing import Probe, same_random_numbers
 from fastgate.models.recording import Recording, Step, Value, record
 
-# functions of one tensor without settings, and the module that computes the same
+# functions of one tensor without options, and the equivalent modules
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     **dict.fromkeys(("relu", "relu_"), nn.ReLU),
     **dict.fromkeys(("sigmoid", "sigmoid_"), nn.Sigmoid),
     **dict.fromkeys(("tanh", "tanh_"), nn.Tanh),
     **{"silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish, "mish": nn.Mish, "relu6": nn.ReLU6},
 }
-# functions that hand on the same numbers in another shape
+# functions that only change the shape
 SHAPING = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "contiguous", "permute", "transpose"}
 
 
@@ -30,9 +30,9 @@ class Sum:
 
     Attributes:
         step: the addition.
-        skip, branch: what is added.
-        operand: which input of the step the skip is.
-        way: the steps from the block's input, or the sum before, to the skip.
+        skip, branch: the two summands.
+        operand: index of the skip among the step's inputs.
+        way: the steps from the block's input, or the previous sum, to the skip.
     """
 
     step: Step
@@ -44,7 +44,7 @@ class Sum:
 
 @dataclass(eq=False)
 class Residual:
-    """A block's residual sums in the order they run, and the steps between the last of them and the result."""
+    """The residual sums of a block in the order they run, and the steps from the last one to the result."""
 
     recording: Recording
     sums: list[Sum]
@@ -53,7 +53,7 @@ class Residual:
 
     @property
     def origin(self) -> Value:
-        """The input that the skips start from."""
+        """The input at which the skips start."""
         value = self.sums[0].skip
         for step in reversed(self.sums[0].way):
             value = step.inputs[0] if value in step.outputs else value
@@ -61,11 +61,11 @@ class Residual:
 
 
 def may_add(cls: type[nn.Module]) -> bool:
-    """Whether the code of a module's forward, with the methods and functions that it mentions, has an addition.
+    """Whether the code of a module's forward, or of methods and functions that it mentions, contains an addition.
 
-    A look at the code alone, which spares running what cannot be a residual block.
+    A static check that avoids running modules that cannot be residual blocks.
     """
-    classes = [base for base in cls.__mro__ if base not in nn.Module.__mro__]  # one may call that of another
+    classes = [base for base in cls.__mro__ if base not in nn.Module.__mro__]  # a forward may call a base class's
     pending: list[Any] = [vars(base).get("forward") for base in classes]
     seen: set[Any] = set()
     while pending:
@@ -90,13 +90,13 @@ def may_add(cls: type[nn.Module]) -> bool:
 
 
 def _global(function: Any, name: str) -> Any:
-    """A function that a function's module knows by this name; not one of PyTorch."""
+    """The global of this name in a function's module, unless it is PyTorch's."""
     value = getattr(function, "__globals__", {}).get(name)
     return None if (getattr(value, "__module__", None) or "").partition(".")[0] == "torch" else value
 
 
 def find_residual(block: nn.Module, probe: Probe, training: bool) -> Residual | None:
-    """The residual sums of a block (a copy that may run), None where its result is not made of one."""
+    """The residual sums of a block (a copy that can be run); None if its result is not a residual sum."""
     recording = record_probe(block, probe, training)
     if not recording.outputs or not recording.inputs:
         return None
@@ -111,7 +111,7 @@ def find_residual(block: nn.Module, probe: Probe, training: bool) -> Residual | 
     modules = dict(block.named_modules())
 
     def weight(step: Step) -> int:
-        """How much a step does: the modules in it that have parameters, at least 1; 0 for a change of shape."""
+        """Weight of a step: its number of modules with parameters, at least 1; 0 for a reshape."""
         if step.name is None:
             return int(step.label not in SHAPING)
         parts = modules[step.name].modules()
@@ -143,17 +143,17 @@ def record_probe(
 
 
 def probe_device(block: nn.Module) -> torch.device:
-    """Where a block's probes are made."""
+    """Device for a block's probes."""
     return next((tensor.device for tensor in block.parameters()), torch.device("cpu"))
 
 
 def is_nothing(module: nn.Module) -> bool:
-    """Whether a module hands its input on."""
+    """Whether a module is the identity."""
     return type(module) is nn.Identity
 
 
 def _read_sum(recording: Recording, step: Step, origin: Value, weight: Callable[[Step], int]) -> Sum | None:
-    """The step as a residual sum: one operand is the stream itself, or less is done on the way to it."""
+    """Read a step as a residual sum: one operand is the stream itself, or has less computation on its path."""
     candidates = []
     for operand in (0, 1):
         skip, branch = step.inputs[operand], step.inputs[1 - operand]
@@ -166,14 +166,14 @@ def _read_sum(recording: Recording, step: Step, origin: Value, weight: Callable[
         before = recording.ancestors(start)
         work = {v.maker for v in recording.ancestors(branch) if v not in before and v.maker is not None}
         on_way, in_branch = sum(map(weight, way)), sum(map(weight, work))
-        # beside the stream there may be a norm and a convolution on the way
+        # the shortcut may contain a norm and a convolution
         if on_way < in_branch and sum(weight(s) > 0 for s in way) <= 2:
             candidates.append((on_way, operand, Sum(step, skip, branch, operand, way)))
     return min(candidates, key=lambda c: c[:2])[2] if candidates else None
 
 
 def way_back(value: Value, origin: Value) -> list[Step] | None:
-    """The steps, each of one input, from the block's input or a sum to this value; None where there are others."""
+    """The single-input steps from the block's input or a sum to this value; None if other steps are on the path."""
     way: list[Step] = []
     while value is not origin and value.maker is not None and not value.maker.is_sum:
         if len(value.maker.inputs) != 1:

@@ -33,14 +33,14 @@ def basic_block(in_channels: int, out_channels: int, stride: int, shortcut: str)
     return ResidualBlock(modules, BRANCH, "shortcut" if downsamples else None, "relu")
 
 
-# a Proxy of torch.fx has no shape to compare
+# a torch.fx Proxy has no shape to compare
 @torch.fx.wrap
 def _check_images(x: Tensor, in_channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_channels:
         # int(): under tracing (fvcore) the sizes are tensors
         shape = [int(n) for n in x.shape]
         raise ValueError(
-            f"x: expected [N, {in_channels}, H, W], got {shape}; for others build the network with in_channels"
+            f"x: expected [N, {in_channels}, H, W], got {shape}; set in_channels when building the network"
         )
 
 
@@ -49,7 +49,7 @@ class ResNet(nn.Module):
 
     Args:
         depth: 6n + 2, for example 20, 32, 44, 56, 110.
-        num_classes: outputs.
+        num_classes: number of classes.
         in_channels: channels of the image.
         widths: channels of the three stages.
         shortcut: `"conv"` (1x1 convolution + batch norm, option B) or `"pad"` (option A) on downsampling blocks.
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         """Class scores."""
         _check_images(x, self.in_channels)
         x = self.relu(self.bn1(self.conv1(x)))
-        # by name: TorchScript knows no others
+        # by attribute: TorchScript does not support getattr with computed names
         x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
         return self.fc(x.mean((2, 3)))
 
@@ -111,15 +111,15 @@ def resnet(
     shortcut: str = "conv",
     **gate_options: Any,
 ) -> ResNet:
-    """A CIFAR ResNet of any depth 6n + 2, with gates where `gating` is not None.
+    """Build a CIFAR ResNet of any depth 6n + 2, with gates unless `gating` is None.
 
     Args:
         depth: 6n + 2.
-        num_classes: outputs.
+        num_classes: number of classes.
         in_channels: channels of the image.
         widths: channels of the three stages.
         gating: None, `"layer"`, `"channel"` or `"both"`.
-        position: of channel gates, see :func:`fastgate.attach`.
+        position: position of channel gates, see :func:`fastgate.attach`.
         shortcut: `"conv"` or `"pad"`.
         gate_options: passed to the gates, see :func:`fastgate.attach`.
     """

@@ -1,1 +1,1 @@
-"""One file per operation: its plain-PyTorch meaning, its autograd Function, its dispatch."""
+"""Operations, one file each: the PyTorch reference, the autograd Function and the dispatch."""

@@ -1,18 +1,19 @@
-"""Which implementation of an operation `auto` takes on a GPU: measured, once per kind of call, where it runs.
+"""Choice of the implementation of an operation that `auto` uses on a GPU, measured once per kind of call.
 
-The first eager call of a kind runs every candidate on random inputs of that kind. One that differs from the PyTorch
-meaning, raises, or gives what is not finite is ruled out with a warning; the others are timed in turns, and the fastest
-is taken if it gains 5 % on PyTorch. They are timed as launched one by one, where the host may be the limit (on an H200
-a residual of a CIFAR network takes PyTorch 50 us of kernels and 160 us of launches, ours 23 and 600), and as replayed
-from a CUDA graph; the second is what counts inside :func:`for_graphs`.
+The first eager call of a kind runs every candidate on random inputs of that kind. A candidate that differs from the
+PyTorch reference, raises, or gives non-finite results is ruled out with a warning; the others are timed in turn, and
+the fastest is chosen if it gains 5 % over PyTorch. Candidates are timed launched one by one, where the host may be the
+bottleneck (on an H200 a residual of a CIFAR network takes PyTorch 50 us of kernels and 160 us of launches, ours 23 and
+600), and replayed from a CUDA graph; inside :func:`for_graphs` the latter counts.
 
-What was found is remembered in the process and, a file for each kind, in the user's cache folder (`FASTGATE_CACHE`,
-else `fastgate` in the system's place for caches), under a name made of all that it depends on: device, driver,
-versions, the kernels' sources, modes of the libraries.
+Choices are cached in the process and, one file per kind, in the user's cache folder (`FASTGATE_CACHE`, otherwise
+`fastgate` in the system's cache folder). The file name depends on everything that affects a choice: device, driver,
+versions, kernel sources, library modes.
 
-Nothing is measured while a graph is captured, inside :func:`looking_up`, or with `FASTGATE_TUNE=off`: what is known is
-then used, and where nothing is, PyTorch. What is compiled, traced, transformed or watched by a dispatch mode (fake
-tensors, a counter of operations) is PyTorch's alone. On a CPU nothing is measured: operations have rules of their own.
+Nothing is measured while a graph is being captured, inside :func:`looking_up`, or with `FASTGATE_TUNE=off`: a cached
+choice is then used, or PyTorch if there is none. Calls that are compiled, traced, transformed or observed by a dispatch
+mode (fake tensors, an operation counter) always use PyTorch. On a CPU nothing is measured: operations follow fixed
+rules.
 """
 
 import hashlib
@@ -43,11 +44,11 @@ FORMAT = "fastgate-choice"
 VERSION = 1
 MODES = ("eager", "captured")
 
-# a candidate leaves PyTorch behind only if it takes at most this share of its time
+# a candidate beats PyTorch only if it takes at most this fraction of its time
 _MARGIN = 0.95
-# input sets that calls go round, calls in a timing and timings of each candidate
+# input sets to cycle through, calls per timing, and timings per candidate
 _INPUTS, _CALLS, _ROUNDS = 4, 12, 5
-# a result may be off by several times what PyTorch's own is, or by some units in its last place
+# allowed error: a multiple of PyTorch's own, or some units in the last place
 _TIMES_TORCH, _UNITS, _LEAST = 4, 8, 1e-5
 
 Outputs = tuple[Tensor, ...]
@@ -55,7 +56,7 @@ Call = Callable[[], Outputs]
 
 
 class Kind(Protocol):
-    """A kind of call: a frozen dataclass of plain values, which say all that its time depends on."""
+    """A kind of call: a frozen dataclass of the plain values that determine its run time."""
 
     operation: ClassVar[str]
 
@@ -63,28 +64,28 @@ class Kind(Protocol):
         """Random inputs, on the device."""
 
     def run(self, candidate: str, inputs: dict[str, Any]) -> Outputs:
-        """Results and gradients by a candidate; `"torch"` is the PyTorch meaning, which also takes float64."""
+        """Results and gradients of a candidate; `"torch"` is the PyTorch reference, which also takes float64."""
 
     def candidates(self) -> Sequence[str]:
         """All but `"torch"`."""
 
     def eps(self, dtype: torch.dtype) -> float:
-        """The rounding of results of this dtype, as a share of the largest."""
+        """Relative rounding error of results of this dtype."""
         return float(torch.finfo(dtype).eps)
 
     def describe(self) -> str:
-        """Its sizes in a few words, for tables."""
+        """A short description of its sizes, for tables."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for a kind of call.
+    """The measured choice for a kind of call.
 
     Attributes:
-        chosen: the candidate to take, "eager" and "captured".
-        microseconds: per call, "eager" and "captured", by candidate; of those that gave right results.
-        differences: the largest one from the float64 meaning, by candidate, as a share of the largest value.
-        refused: why a candidate is never taken.
+        chosen: the candidate to use, "eager" and "captured".
+        microseconds: time per call, "eager" and "captured", of each candidate with correct results.
+        differences: largest difference of each candidate from the float64 reference, relative to the largest value.
+        refused: reason why a candidate is never used.
     """
 
     chosen: dict[str, str]
@@ -94,14 +95,14 @@ class Choice:
 
 
 class Timer(Protocol):
-    """Tells the microseconds of calls on a device, one after the other."""
+    """Measures the microseconds of consecutive calls on a device."""
 
     def __call__(self, calls: Sequence[Call]) -> Callable[[], dict[str, float]]:
-        """Prepare them; what is returned times them once, "eager" and "captured", per call."""
+        """Prepare the calls; the returned function times them once, "eager" and "captured", per call."""
 
 
 class CudaTimer:
-    """Calls between events: launched one by one, and captured in a CUDA graph, which is the kernels alone."""
+    """Times calls with CUDA events: launched one by one, and replayed from a CUDA graph, without launch overhead."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -113,10 +114,10 @@ class CudaTimer:
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                for call in calls[:_INPUTS]:  # compiles, allocates
+                for call in calls[:_INPUTS]:  # compile and allocate
                     call()
                 torch.cuda.synchronize()
-                # not torch.cuda.graph, which empties the cache of memory each time; threads beside this one go on
+                # not torch.cuda.graph, which empties the memory cache each time; other threads can continue
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     for call in calls:
@@ -146,12 +147,12 @@ class CudaTimer:
 
 
 def make_timer(device: torch.device) -> Timer | None:
-    """What times calls on a device; None where nothing is measured."""
+    """The timer for a device; None if nothing is measured there."""
     return CudaTimer(device) if device.type == "cuda" else None
 
 
 class _Memory:
-    """What this process knows, by context and kind."""
+    """The choices known to this process, by context and kind."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[str, Kind], Choice | None] = {}  # None: not on disk either
@@ -166,7 +167,7 @@ _collected: ContextVar[dict[Kind, None] | None] = ContextVar("collected", defaul
 
 
 def choose(kind: Kind, *tensors: Tensor | None) -> str:
-    """The candidate for a call of this kind on these tensors' device."""
+    """The candidate to use for a call of this kind on these tensors' device."""
     device = next(tensor.device for tensor in tensors if tensor is not None)
     if _is_recorded(tensors) or make_timer(device) is None:
         return REFERENCE
@@ -205,7 +206,7 @@ def _use(context: str, kind: Kind, choice: Choice) -> None:
 
 
 def _is_recorded(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether something watches or rewrites the operations of this call, which it should see as PyTorch's."""
+    """Whether something records or rewrites the operations of this call and should see PyTorch's."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -227,10 +228,10 @@ def _is_capturing() -> bool:
 
 
 def measure(kind: Kind, device: torch.device) -> Choice:
-    """Compare and time the candidates of a kind of call, write what was found to disk, and return it.
+    """Compare and time the candidates for a kind of call, store the choice on disk, and return it.
 
-    Neither the global random state nor the modes of the caller (gradients, autocast) are touched or in the way. Where
-    memory does not suffice PyTorch is taken, and that is not written.
+    The caller's global random state and modes (gradients, autocast) neither change nor have an effect. If memory is
+    insufficient, PyTorch is chosen, and the choice is not stored.
     """
     timer = make_timer(device)
     if timer is None:
@@ -265,14 +266,14 @@ def _measure(kind: Kind, device: torch.device, timer: Timer) -> Choice:
                 ]
             elif odd := [i for i, (off, limit) in enumerate(zip(found, allowed, strict=True)) if not off <= limit]:
                 raise ArithmeticError(
-                    f"result {odd[0]} is off by {found[odd[0]]:.2g} of its largest value, PyTorch's allows "
-                    f"{allowed[odd[0]]:.2g}"
+                    f"result {odd[0]} is off by {found[odd[0]]:.2g} of its largest value, with {allowed[odd[0]]:.2g} "
+                    "allowed"
                 )
             differences[name] = max(found, default=0.0)
             timings[name] = timer([partial(kind.run, name, sets[i % _INPUTS]) for i in range(_CALLS)])
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler or a board comes up with: it must not end the user's run
+        except Exception as error:  # no failure of a compiler or GPU may end the user's run
             if name == REFERENCE:
                 raise
             refused[name] = str(error).partition("\n")[0] or type(error).__name__
@@ -281,7 +282,7 @@ def _measure(kind: Kind, device: torch.device, timer: Timer) -> Choice:
             )
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in timings}
     for _ in range(_ROUNDS):
-        for name, time in timings.items():  # in turns, so that all share the board's clocks
+        for name, time in timings.items():  # in turn, so that clock changes affect all equally
             rounds[name].append(time())
     medians = {
         name: {mode: round(statistics.median(times[mode] for times in found), 2) for mode in MODES}
@@ -307,21 +308,21 @@ def _copied(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict
 
 
 def _difference(got: Tensor, exact: Tensor) -> float:
-    """The largest difference as a share of the largest value; nan where something is not finite."""
+    """The largest difference relative to the largest value; nan if something is not finite."""
     if got.shape != exact.shape:
-        raise ArithmeticError(f"a result of {list(got.shape)} where PyTorch has one of {list(exact.shape)}")
+        raise ArithmeticError(f"a result has shape {list(got.shape)}, PyTorch's has {list(exact.shape)}")
     if got.numel() == 0:
         return 0.0
     scale = max(float(exact.detach().abs().max()), 1e-30)
     return float((got.detach().double() - exact.detach()).abs().max()) / scale
 
 
-# what a choice depends on besides the kind of call
+# context of a choice, besides the kind of call
 
 
 @cache
 def _sources() -> str:
-    """A hash of the kernels' sources and of their launchers."""
+    """Hash of the sources of the kernels and their launchers."""
     folder = Path(importlib.import_module("fastgate.kernels").__path__[0])
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
@@ -331,7 +332,7 @@ def _sources() -> str:
 
 @cache
 def _board(device: torch.device) -> dict[str, Any]:
-    """What stays for the life of the process."""
+    """The part of the context that does not change during the process."""
     versions = {name: package_version(name) for name in ("fastgate", "torch", "triton")}
     found: dict[str, Any] = {"device": device.type, "versions": versions, "sources": _sources()}
     if device.type == "cuda":
@@ -346,7 +347,7 @@ def _board(device: torch.device) -> dict[str, Any]:
 
 
 def _driver_version() -> str | None:
-    """NVML's, which torch does not tell; None where NVML is missing, as in some containers."""
+    """The driver version from NVML, as torch does not report it; None if NVML is missing, as in some containers."""
     import pynvml
 
     try:
@@ -360,7 +361,7 @@ def _driver_version() -> str | None:
 
 
 def _context(device: torch.device) -> str:
-    """All that a choice depends on besides the kind of call, as text."""
+    """Everything that a choice depends on besides the kind of call, as text."""
     cudnn: Any = torch.backends.cudnn
     return _describe_context(
         device,
@@ -378,11 +379,11 @@ def _describe_context(device: torch.device, *modes: Any) -> str:
     return json.dumps({**_board(device), "modes": modes}, sort_keys=True)
 
 
-# where choices are kept
+# storage of choices
 
 
 def folder() -> Path:
-    """Where choices are kept on disk; it need not be there."""
+    """The folder in which choices are stored; it need not exist."""
     if chosen := os.environ.get("FASTGATE_CACHE"):
         return Path(chosen)
     if sys.platform == "win32":
@@ -395,7 +396,7 @@ def folder() -> Path:
 
 
 def kept() -> int:
-    """How many choices are kept on disk."""
+    """Number of choices stored on disk."""
     return sum(1 for _ in folder().glob("choice-*.json"))
 
 
@@ -427,14 +428,14 @@ def _write(context: str, kind: Kind, choice: Choice) -> None:
         write_atomically(path, json.dumps(_record(context, kind, choice), indent=1) + "\n")
     except OSError as error:
         warnings.warn(
-            f"choices are measured again in every process: {path.parent} cannot be written ({error}); set "
-            "FASTGATE_CACHE to a folder that can",
+            f"kernel choices are measured again in every process: {path.parent} is not writable ({error}); set "
+            "FASTGATE_CACHE to a writable folder",
             stacklevel=2,
         )
 
 
 def _read(name: str) -> Choice | None:
-    """What another process found; None where nothing is, or what is there is damaged: it is then measured anew."""
+    """A choice stored by another process; None if there is none, or if it is damaged and must be measured again."""
     try:
         record = json.loads(_path(name).read_text())
         return _parse(record) if _name_of(record["context"], record["kind"]) == name else None
@@ -456,19 +457,19 @@ def _parse(record: Mapping[str, Any]) -> Choice:
     return choice
 
 
-# runs whose choices are to stay
+# recording and pinning the choices of a run
 
 
 def used() -> list[dict[str, Any]]:
-    """The choices that are pinned or that this process has met, as plain values for a file of the run."""
+    """The choices that are pinned or were used by this process, as plain values for a file of the run."""
     return [_memory.used[name] for name in sorted(_memory.used)]
 
 
 def pin(records: Iterable[Mapping[str, Any]]) -> None:
-    """Take these choices, from :func:`used`, before anything on disk: a choice fixes the order of sums, hence bits.
+    """Prefer these choices, from :func:`used`, to those on disk; they fix the order of sums and thus the exact bits.
 
     Raises:
-        ValueError: they are not what `used` gives.
+        ValueError: they do not come from `used`.
     """
     pinned, used = {}, {}
     for record in records:
@@ -482,7 +483,7 @@ def pin(records: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def for_graphs(captured: bool = True) -> Iterator[None]:
-    """What is called inside is captured in CUDA graphs, or warms up for that: kernels count, launches do not."""
+    """Context for calls captured in CUDA graphs, and their warmup: choices go by kernel time without launches."""
     token = _graphs.set(captured)
     try:
         yield
@@ -492,7 +493,7 @@ def for_graphs(captured: bool = True) -> Iterator[None]:
 
 @contextmanager
 def looking_up() -> Iterator[None]:
-    """Nothing is measured inside: several processes would choose each on its own."""
+    """Context in which nothing is measured, for several processes, each of which would choose differently."""
     token = _look_up_only.set(True)
     try:
         yield
@@ -502,7 +503,7 @@ def looking_up() -> Iterator[None]:
 
 @contextmanager
 def collecting() -> Iterator[dict[Kind, None]]:
-    """Note the kinds of calls that are made inside, and measure none: of what is not known PyTorch is taken."""
+    """Context that collects the kinds of calls made inside without measuring; unknown kinds use PyTorch."""
     found: dict[Kind, None] = {}
     token = _collected.set(found)
     try:

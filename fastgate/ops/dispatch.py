@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: `impl="auto" | "triton" | "torch"`."""
+"""Selection of the implementation of an operation: `impl="auto" | "triton" | "torch"`."""
 
 import functools
 import importlib
@@ -21,7 +21,7 @@ _library = torch.library.Library("fastgate", "FRAGMENT")
 
 
 def requested_impl(impl: str) -> tuple[str, str]:
-    """(what is asked for, who asks): `FASTGATE_IMPL` overrides `impl="auto"`.
+    """(requested implementation, source of the request): `FASTGATE_IMPL` overrides `impl="auto"`.
 
     Raises:
         ValueError: an unknown name.
@@ -35,44 +35,44 @@ def requested_impl(impl: str) -> tuple[str, str]:
 
 
 def resolve_impl(impl: str, operation: str, obstacle: Callable[[], str | None], choose: Callable[[], T]) -> T | str:
-    """What serves this call: "triton", "torch", or what the operation chooses among its ways.
+    """The implementation of this call: "triton", "torch", or the result of `choose`.
 
     `FASTGATE_IMPL` overrides `impl="auto"`. An explicit request that cannot be honoured raises.
 
     Args:
-        impl: what was asked for.
+        impl: the requested implementation.
         operation: name for messages.
-        obstacle: says why the operation's kernel cannot serve this call, or None.
-        choose: what "auto" takes where there is no obstacle, from what was measured; with one it takes PyTorch.
+        obstacle: returns the reason why the operation's kernel does not support this call, or None.
+        choose: returns the choice of "auto", from measurements, if there is no obstacle; otherwise PyTorch is used.
 
     Raises:
-        ValueError: an unknown name, or `"triton"` where it cannot be honoured.
+        ValueError: an unknown name, or `"triton"` for a call that it does not support.
     """
     impl, source = requested_impl(impl)
     if impl == "torch" or (impl == "auto" and torch.compiler.is_compiling()):
-        return "torch"  # which a compiler fuses as it likes
+        return "torch"  # a compiler can fuse these operations
     reason = obstacle()
     if impl == "auto":
         return "torch" if reason is not None else choose()
     if reason is not None:
-        raise ValueError(f"{operation}: {source} asks for 'triton', but {reason}; use 'auto' or 'torch'")
+        raise ValueError(f"{operation}: {source} requests 'triton', but {reason}; use 'auto' or 'torch'")
     return "triton"
 
 
 def transforms_active() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, ...) is at work: values may then not be there to be read."""
+    """Whether a transform of `torch.func` (vmap, grad, ...) is active, so that values may not be readable."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def escaped(tensor: Tensor) -> bool:
-    """Whether a tensor is left from a transform of `torch.func` that has ended."""
+    """Whether a tensor is left over from a `torch.func` transform that has ended."""
     return not transforms_active() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def tensor_obstacle(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot read these tensors, or None."""
     if transforms_active():
-        return "its kernels have no rules for the transforms of torch.func"
+        return "its kernels do not support torch.func transforms"
     if not HAS_TRITON:
         return "Triton is not installed"
     for tensor in tensors:
@@ -85,12 +85,12 @@ def tensor_obstacle(*tensors: Tensor | None) -> str | None:
         if tensor.dim() == 4 and not (
             tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
         ):
-            return f"its kernels read dense NCHW or channels_last maps, and one has strides {tensor.stride()}"
+            return f"its kernels read dense NCHW or channels_last tensors, and one has strides {tensor.stride()}"
     return None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on gradients, whose own gradient is an error."""
+    """Identity on gradients that raises when it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, what: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -99,17 +99,17 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(f"{ctx.what} where gradients of gradients count")
+        raise RuntimeError(f"{ctx.what} to differentiate gradients")
 
 
 def once_differentiable(
     backward: Callable[..., Any],
     what: str = "fastgate's kernels have no second derivative; use impl='torch'",
 ) -> Callable[..., Any]:
-    """For a backward without a gradient of its own: whoever differentiates its result gets an error that says `what`.
+    """Decorator for a backward without a derivative: differentiating its result raises an error with `what`.
 
-    PyTorch's own of that name says nothing where the arriving gradient is a constant: what depends on saved tensors is
-    then taken for constant too.
+    PyTorch's decorator of the same name does not raise if the incoming gradient is a constant; results that depend on
+    saved tensors are then silently treated as constants too.
     """
 
     @functools.wraps(backward)
@@ -124,7 +124,7 @@ def once_differentiable(
 
 
 def device_guard(arguments: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Makes the GPU of the first tensor the current one, on which Triton launches."""
+    """Context in which the first tensor's GPU is current, as Triton launches on the current GPU."""
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -133,10 +133,10 @@ def register(name: str, schema: str, module: str, fake: Callable[..., Any]) -> N
     """Register a dispatcher operation `fastgate::name`, for CUDA and for Triton's interpreter on the CPU, once.
 
     Args:
-        name: of the operation.
+        name: name of the operation.
         schema: its arguments and results.
-        module: the module of `fastgate.kernels` that has a launcher of the same name; imported at the first call.
-        fake: makes results of the right shapes, dtypes and layouts.
+        module: module of `fastgate.kernels` with a launcher of the same name; imported at the first call.
+        fake: returns results of the right shapes, dtypes and layouts.
     """
     if hasattr(torch.ops.fastgate, name):
         return  # a reloaded module: the first registration stays

@@ -16,7 +16,7 @@ WINDOWS = ("clipped", "restoring", "identity")
 
 
 def check_window(window: str) -> str:
-    """Return `window`, or raise a `ValueError` that lists the known ones."""
+    """Return `window` if it is known; otherwise raise a `ValueError` that lists the known ones."""
     if window not in WINDOWS:
         raise ValueError(f"window: expected one of {', '.join(WINDOWS)}, got {window!r}")
     return window
@@ -62,7 +62,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off, where the device has it (meta has not)."""
+    """Context that disables autocast, if the device supports it (meta does not)."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -83,17 +83,17 @@ def gate_head_torch(
     eps: float,
     window: str,
 ) -> tuple[Tensor, Tensor]:
-    """The plain-PyTorch meaning of :func:`fastgate.functional.gate_head`; in fp64 the oracle of every kernel.
+    """PyTorch reference of :func:`fastgate.functional.gate_head`; in fp64, the ground truth of every kernel test.
 
     x is [N, C, H, W], or already pooled [N, C].
     """
-    # the head is tiny and its threshold sensitive: it computes in its parameters' dtype, also under autocast
+    # the head is tiny and its threshold sensitive: it is computed in its parameters' dtype, also under autocast
     with no_autocast(x.device.type):
         if x.dim() == 2:
             features = x
         elif fc1_weight.shape[1] == x.shape[1]:
-            # not x.mean: its backward writes a map of pixel gradients, that of a sum expands a row (5 ms of a 230 ms
-            # ResNet-20 step on two EPYC cores)
+            # not x.mean, whose backward writes a full map of gradients, while that of a sum only expands (5 ms of a
+            # 230 ms ResNet-20 step on two EPYC cores)
             wide = torch.promote_types(fc1_weight.dtype, torch.float32)  # sums of fp16 maps overflow
             features = (x.sum((2, 3), dtype=wide) * (1 / (x.shape[2] * x.shape[3]))).to(fc1_weight.dtype)
         else:
@@ -151,24 +151,24 @@ def gate_head_obstacle(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, fc2_weight: Tensor | None, fc2_bias: Tensor | None,
 ) -> str | None:  # fmt: skip
-    """Why the kernel cannot serve these arguments, or None."""
-    # ablations of the paper use the other heads, which the plain path serves well enough
+    """Why the kernel does not support these arguments, or None."""
+    # other heads are used only in ablations of the paper, for which PyTorch is fast enough
     if fc2_weight is None:
-        return "its kernel takes heads of two dense layers, and this one has one"
+        return "its kernel supports heads with two dense layers, and this one has one"
     if fc1_weight.shape[1] != x.shape[1]:
-        return f"its kernel takes pooled features, and this head flattens {list(x.shape)}"
+        return f"its kernel supports pooled features, and this head flattens {list(x.shape)}"
     if fc1_weight.dtype != torch.float32:
-        return f"its kernel takes float32 parameters, and they are {fc1_weight.dtype}"
+        return f"its kernel supports float32 parameters, and these are {fc1_weight.dtype}"
     parameters = (fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias)
     for tensor in parameters:
         if tensor is not None and not tensor.is_contiguous():
-            return f"its kernel takes contiguous parameters, and one has strides {tensor.stride()}"
+            return f"its kernel supports contiguous parameters, and one has strides {tensor.stride()}"
     reason = tensor_obstacle(x, *parameters)
     if reason is None:
         from fastgate.kernels.gate_head import MAX_HIDDEN
 
         if fc1_weight.shape[0] > MAX_HIDDEN:
-            return f"its kernel takes up to {MAX_HIDDEN} hidden features, and there are {fc1_weight.shape[0]}"
+            return f"its kernel supports up to {MAX_HIDDEN} hidden features, and there are {fc1_weight.shape[0]}"
     return reason
 
 
@@ -193,7 +193,7 @@ class GateHead(torch.autograd.Function):
         eps: float,
         window: str,
     ) -> tuple[Tensor, Tensor]:
-        """x is [N, C, H, W], not read where its means [N, C] are known (constants: gradients go to x), or pooled."""
+        """x is [N, C, H, W], or pooled; a map is not read if its means [N, C] (constants) are known."""
         source = x if means is None else means
         decisions, logits, features, *saved = torch.ops.fastgate.gate_head_fwd(
             source, fc1_weight, fc1_bias, bn_weight, bn_bias, running_mean, running_var, fc2_weight, fc2_bias, training,
@@ -209,14 +209,14 @@ class GateHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the parameters; that of a map is one value per channel, expanded."""
+        """Gradients of x and the parameters; a map's gradient is one value per channel, expanded."""
         if all(grad is None for grad in grads):
             return (None,) * 14
         contiguous = [None if grad is None else grad.contiguous() for grad in grads]
         dx, dw1, db1, dgamma, dbeta, dw2, db2 = torch.ops.fastgate.gate_head_bwd(
             *contiguous, *ctx.saved_tensors, *ctx.options
         )
-        dx = dx.to(ctx.dtype)  # before it is expanded: afterwards it would write a whole map
+        dx = dx.to(ctx.dtype)  # before expanding: afterwards it would write a whole map
         if len(ctx.shape) == 4:
             dx = dx[:, :, None, None].expand(ctx.shape)
         gradients = (dx, None, dw1, db1, dgamma, dbeta, None, None, dw2, db2)
@@ -226,9 +226,9 @@ class GateHead(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class HeadCall(Kind):
-    """A kind of call, for :mod:`fastgate.ops.choices`; `means` says where the features come from.
+    """A kind of call, for :mod:`fastgate.ops.choices`; `means` is the source of the features.
 
-    "map": the means of x are computed; "known": they travel with x, for the kernel alone; "pooled": x is the means.
+    "map": the means of x are computed; "known": they are cached with x, for the kernel only; "pooled": x is the means.
     """
 
     operation: ClassVar[str] = "gate_head"
@@ -267,12 +267,11 @@ class HeadCall(Kind):
         return ", ".join([*words, *(["backward"] if self.gradient or self.learns else [])])
 
     def candidates(self) -> tuple[str, ...]:
-        """The fused kernel; of two samples batch norm leaves gradients of rounding alone, with nothing to compare."""
+        """The fused kernel; with two samples, gradients through batch norm are only rounding and cannot be compared."""
         return () if self.training and self.samples < 3 else ("triton",)
 
     def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
-        """Features, parameters and gradients with no value near where ReLU and the windows bend, so that roundings
-        cannot decide."""
+        """Features, parameters and gradients with no value near kinks of ReLU and windows, where rounding counts."""
         n, c, hidden, out = self.samples, self.channels, self.hidden, self.out
         make = inputs.Maker(device, generator, self.channels_last)
         shape = (n, c, self.height, self.width)
@@ -295,7 +294,7 @@ class HeadCall(Kind):
         values["bn_bias"] = exact["bn_bias"] = -_widest_gap(before).float()
         logits = F.linear(F.relu(before + exact["bn_bias"]), exact["fc2_weight"], exact["fc2_bias"])
         at_edge = (logits.abs() - 1).abs() < 1e-3
-        # statistics have none, and behind a batch norm that of a bias is zero but for roundings
+        # statistics have no gradient, and that of a bias before a batch norm is zero up to rounding
         constant = ("running_mean", "running_var", *(["fc1_bias"] if self.training else []))
         return {
             "x": x.requires_grad_(self.gradient),
@@ -306,7 +305,7 @@ class HeadCall(Kind):
         }
 
     def run(self, candidate: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Logits, decisions as far as they are not theirs, gradients, running statistics."""
+        """Logits, gradients, decisions minus those implied by the logits, running statistics."""
         values = dict(values)
         x, means, *grads = (values.pop(name) for name in ("x", "means", "grad_decisions", "grad_logits"))
         arguments = (*values.values(), self.training, 0.1, 1e-5, WINDOWS[0])
@@ -320,7 +319,7 @@ class HeadCall(Kind):
 
 
 def _widest_gap(values: Tensor) -> Tensor:
-    """Middles of the widest gaps between the middle values of each column of [N, M]."""
+    """Midpoint of the widest gap between the middle values of each column of [N, M]."""
     n = len(values)
     if n < 2:
         return values[0] - 1

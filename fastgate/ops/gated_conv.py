@@ -14,8 +14,8 @@ from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle
 from fastgate.ops.gated_residual import GatedProduct
 from fastgate.ops.inputs import is_channels_last
 
-# On a CPU: taking and putting back what is open costs about this share of a dense convolution (0.06 to 0.12 on an AMD
-# EPYC), and below so many multiply-adds (about a millisecond on two cores) asking what is open costs more than it saves
+# On a CPU: gathering and scattering open channels costs about 1 minus this fraction of a dense convolution (0.06 to
+# 0.12 on an AMD EPYC); below this many multiply-adds (about a millisecond on two cores) reading gates does not pay off
 _WORTH_GATHERING = 0.9
 _WORTH_ASKING = 1e8
 
@@ -23,7 +23,7 @@ _WORTH_ASKING = 1e8
 def gated_conv2d_torch(
     x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
 ) -> Tensor:
-    """The plain-PyTorch meaning of :func:`fastgate.functional.gated_conv2d`; gates are [N or 1, C or 1]."""
+    """PyTorch reference of :func:`fastgate.functional.gated_conv2d`; gates are [N or 1, C or 1]."""
     y = F.conv2d(_gated(x, in_gate), weight, None, stride, padding)
     return _gated(y, out_gate)
 
@@ -40,11 +40,11 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
 def gated_conv2d_gathered(
     x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
 ) -> Tensor:
-    """The same by a smaller dense convolution: take what is open, convolve, put the result in its place.
+    """The same with a smaller dense convolution: gather the open parts, convolve, scatter the result.
 
-    For constant gates of shape [1, C] (open channels) and [N, 1] (open samples). Asks the device what is open.
+    For constant gates of shape [1, C] (open channels) and [N, 1] (open samples). Reads the gates, which synchronizes.
     """
-    # asked once: a single channel or pixel would not tell
+    # determined once: gathered tensors with a single channel or pixel are ambiguous
     n, out, layout = x.shape[0], weight.shape[0], _layout(x)
     samples = inputs = outputs = None
     sample_gate = _sample_gate(in_gate, out_gate)
@@ -56,7 +56,7 @@ def gated_conv2d_gathered(
         outputs = _open_unless_all(out_gate[0])
     if any(indices is not None and len(indices) == 0 for indices in (samples, inputs, outputs)):
         size = [(x.shape[d] + 2 * padding - weight.shape[d]) // stride + 1 for d in (2, 3)]
-        # sums of nothing: gradients of zero, as the plain path has them, not of None
+        # empty sums: gradients are zero, as in the reference, not None
         y = x.new_zeros(n, out, *size).contiguous(memory_format=layout)
         return y + (x[:0].sum() + weight[:0].sum())
     if samples is not None:
@@ -74,8 +74,8 @@ def gated_conv2d_gathered(
 
 
 def take(x: Tensor, indices: Tensor, dim: int) -> Tensor:
-    """`x.index_select` on samples (dim 0) or channels (dim 1) in the layout of x, where its own is always NCHW."""
-    # in TorchScript's words, as compact networks call it
+    """`x.index_select` on samples (dim 0) or channels (dim 1) that keeps the layout of x instead of giving NCHW."""
+    # must be scriptable, as compact networks call it
     if not is_channels_last(x):
         return x.index_select(dim, indices)
     n, c, h, w = x.shape
@@ -87,7 +87,7 @@ def take(x: Tensor, indices: Tensor, dim: int) -> Tensor:
 
 
 def put(y: Tensor, indices: Tensor, dim: int, total: int, layout: torch.memory_format) -> Tensor:
-    """The inverse of :func:`take`: zeros of `total` samples or channels with y in those places, in this layout."""
+    """The inverse of :func:`take`: zeros of `total` samples or channels with y at these indices, in this layout."""
     n, c, h, w = y.shape
     if layout is torch.contiguous_format:
         shape = (total, c, h, w) if dim == 0 else (n, total, h, w)
@@ -101,12 +101,12 @@ def put(y: Tensor, indices: Tensor, dim: int, total: int, layout: torch.memory_f
 
 
 def worth_gathering(x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int) -> bool:
-    """Whether `impl="auto"` takes :func:`gated_conv2d_gathered`: on a CPU, where what is open is there to be read."""
+    """Whether `impl="auto"` uses :func:`gated_conv2d_gathered`: on a CPU, where gates can be read without waiting."""
     gates = [gate for gate in (in_gate, out_gate) if gate is not None]
-    # under a tracer the choice would be frozen into the graph; a transform of torch.func has no values to read
+    # a tracer would freeze the choice into the graph; under a torch.func transform values cannot be read
     if not gates or torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return False
-    # closed channels of live gates have gradients of their own
+    # closed channels of live gates need gradients too
     live = torch.is_grad_enabled() and any(gate.requires_grad for gate in gates)
     if x.device.type != "cpu" or live or any(_is_pairs(gate) for gate in gates):
         return False
@@ -121,7 +121,7 @@ def _open_unless_all(gate: Tensor) -> Tensor | None:
 
 
 def _sample_gate(*gates: Tensor | None) -> Tensor | None:
-    """[N, 1]: the samples that every gate of that shape leaves open; None where there is no such gate."""
+    """Product of the per-sample gates, [N, 1]; None if there are none."""
     of_samples = [gate for gate in gates if gate is not None and gate.shape[1] == 1]
     return math.prod(of_samples[1:], start=of_samples[0]) if of_samples else None
 
@@ -156,16 +156,16 @@ register("gated_conv_wgrad", f"(Tensor x, Tensor dy, Tensor weight, {_GATES}) ->
 
 
 def gated_conv2d_obstacle(x: Tensor, weight: Tensor, *gates: Tensor | None) -> str | None:
-    """Why the kernels cannot serve these arguments, or None."""
+    """Why the kernels do not support these arguments, or None."""
     return tensor_obstacle(x, weight, *gates)
 
 
 class Ways(NamedTuple):
-    """How a gated convolution and its gradients are computed, each "triton" or "torch"."""
+    """Implementations of a gated convolution and its gradients, each "triton" or "torch"."""
 
     forward: str
-    dgrad: str  # by the input
-    wgrad: str  # by the weight
+    dgrad: str  # gradient of the input
+    wgrad: str  # gradient of the weight
 
 
 def _forward_torch(
@@ -233,14 +233,13 @@ _ways: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class GatedConv2d(torch.autograd.Function):
-    """The convolution, by skipping kernels in some directions at least, with its gradients.
+    """The gated convolution and its gradients, with skipping kernels in at least one direction.
 
     Gates are None or [N or 1, C or 1].
 
-    What a gate closes is skipped wherever its own gradient is not asked for. A gate that requires grad is skipped too,
-    but for what its gradient needs: an input gate's is <dz, x> with dz computed for closed channels as well, an output
-    gate's is <dy, z> with z computed for them in the forward pass. Without `write_closed` the values of closed outputs
-    are unspecified; nothing here reads them.
+    Closed channels and samples are skipped except where the gradient of a gate needs them: an input gate's is <dz, x>
+    with dz computed for closed channels as well, an output gate's is <dy, z> with z computed for them in the forward
+    pass. Without `write_closed` the values of closed outputs are unspecified; nothing here reads them.
     """
 
     @staticmethod
@@ -255,7 +254,7 @@ class GatedConv2d(torch.autograd.Function):
         write_closed: bool,
         ways: Ways,
     ) -> Tensor:
-        """y [N, C_out, H', W']."""
+        """Compute y [N, C_out, H', W']."""
         ctx.live_in, ctx.live_out = ctx.needs_input_grad[2:4]
         skipped = None if ctx.live_out else out_gate
         z = _ways["forward", ways.forward](x, weight, in_gate, skipped, stride, padding, write_closed)
@@ -266,7 +265,7 @@ class GatedConv2d(torch.autograd.Function):
         return z * out_gate.to(z.dtype)[:, :, None, None]
 
     @staticmethod
-    @once_differentiable  # the kernels have no gradient of their own: a second one would come out as zero
+    @once_differentiable  # the kernels have no second derivative: it would silently be zero
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and the gates."""
         x, weight, in_gate, out_gate, z = ctx.saved_tensors
@@ -328,17 +327,17 @@ class ConvCall(choices.Kind):
         )
 
     def candidates(self) -> tuple[str, ...]:
-        """The skipping kernels; on sm_75 their fp16 goes to the tensor cores, if that proves right there."""
+        """The skipping kernels; on sm_75, fp16 uses the tensor cores if that is enabled."""
         return ("triton",)
 
     def eps(self, dtype: torch.dtype) -> float:
-        """That of TF32 where the kernels may use it, which PyTorch does not for every shape."""
+        """The rounding of TF32 if the kernels may use it, even for shapes where PyTorch does not."""
         backends: Any = torch.backends
         allows_tf32 = dtype == torch.float32 and backends.cudnn.conv.fp32_precision == "tf32"
         return 2**-10 if allows_tf32 else super().eps(dtype)
 
     def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
-        """Maps, a weight, gates that are half open."""
+        """Feature maps, a weight, and half-open gates."""
         make = inputs.Maker(device, generator, self.channels_last)
         size = [
             (side + 2 * self.padding - kernel) // self.stride + 1
@@ -361,7 +360,7 @@ class ConvCall(choices.Kind):
         }
 
     def run(self, candidate: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
-        """What the direction computes."""
+        """Compute the direction."""
         way = _ways[self.direction, candidate]
         x, dy, weight, in_gate, out_gate = values.values()
         geometry = (self.stride, self.padding)
@@ -377,7 +376,7 @@ class ConvCall(choices.Kind):
 def choose_ways(
     x: Tensor, weight: Tensor, in_gate: Tensor | None, out_gate: Tensor | None, stride: int, padding: int
 ) -> Ways:
-    """What `impl="auto"` takes on a GPU for each direction, from what was measured there."""
+    """The implementation that `impl="auto"` uses on a GPU for each direction, from measurements."""
     records = torch.is_grad_enabled()
     needed = {
         "forward": True,

@@ -13,7 +13,7 @@ from fastgate.ops.means import remember_means
 
 
 def gated_residual_torch(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:
-    """The plain-PyTorch meaning of :func:`fastgate.functional.gated_residual`, `gate` already [N, 1 or C, 1, 1]."""
+    """PyTorch reference of :func:`fastgate.functional.gated_residual`, with `gate` reshaped to [N, 1 or C, 1, 1]."""
     y = shortcut + gate * branch
     return torch.relu(y) if relu else y
 
@@ -21,7 +21,7 @@ def gated_residual_torch(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: b
 def gated_residual_plain(
     shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, return_pooled: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What `impl="torch"` computes: y, and its means over H and W if asked for; `gate` is [N] or [N, C]."""
+    """Implementation of `impl="torch"`: y, and its means over H and W if requested; `gate` is [N] or [N, C]."""
     # 0 and 1 are exact in any dtype; a wider gate must not widen the result, as it does not in the kernel
     gate = gate.reshape(*gate.shape, *[1] * (4 - gate.dim())).to(torch.promote_types(shortcut.dtype, branch.dtype))
     if shortcut.dtype == branch.dtype == gate.dtype and not transforms_active():
@@ -34,8 +34,8 @@ def gated_residual_plain(
 def gated_residual_fused(
     shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, return_pooled: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What `impl="triton"` computes: the same."""
-    # the means cost the kernel next to nothing, and save the next block's gate head a pass over y
+    """Implementation of `impl="triton"`, with the same results."""
+    # the means are nearly free in the kernel, and save the next block's gate head a pass over y
     pool = return_pooled or not torch.compiler.is_compiling()
     y, pooled = GatedResidual.apply(shortcut, branch, gate.contiguous(), relu, pool)
     if pool:
@@ -44,15 +44,15 @@ def gated_residual_fused(
 
 
 class PlainGatedResidual(torch.autograd.Function):
-    """:func:`gated_residual_torch` with fewer passes over memory: one less forward, one map less in backward.
+    """:func:`gated_residual_torch` with less memory traffic: one pass less in forward, one map less in backward.
 
-    `gate` is [N, 1 or C, 1, 1]. Forward and backward take 0.7 to 0.95 of the time that autograd's way takes at the
-    first stage of ResNet-110 on two EPYC cores (bench/results/amd-epyc).
+    `gate` is [N, 1 or C, 1, 1]. Forward and backward take 0.7 to 0.95 of the time of plain autograd at the first stage
+    of ResNet-110 on two EPYC cores (bench/results/amd-epyc).
     """
 
     @staticmethod
     def forward(ctx: Any, shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:
-        """All of one dtype."""
+        """Compute y; all arguments have the same dtype."""
         y = torch.addcmul(shortcut, gate, branch)
         if relu:
             y.relu_()
@@ -72,7 +72,7 @@ class GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        """The product."""
+        """Compute the product."""
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, gate)
         return x * gate
 
@@ -84,12 +84,12 @@ class GatedProduct(torch.autograd.Function):
 
 
 def _product_gradients(dy: Tensor, branch: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `branch` and of the gate that multiplied it; of the latter only where `branch` is given."""
+    """Gradients of the branch and of the gate that multiplied it; the latter only if `branch` is given."""
     if branch is None:
         return dy * gate, None
     products = dy * branch
     dgate = products.sum([d for d in range(4) if gate.shape[d] == 1 or d > 1], keepdim=True)
-    # a double backward (create_graph) still needs the products, else their memory takes dbranch
+    # reuse the memory of the products for dbranch, unless a double backward (create_graph) still needs them
     dbranch = dy * gate if torch.is_grad_enabled() else torch.mul(dy, gate, out=products)
     return dbranch, dgate
 
@@ -124,15 +124,15 @@ register(
 
 
 def gated_residual_obstacle(shortcut: Tensor, branch: Tensor, gate: Tensor) -> str | None:
-    """Why the kernel cannot serve these arguments, or None."""
-    # the gate is made contiguous by its caller, its layout does not matter
+    """Why the kernel does not support these arguments, or None."""
+    # the caller makes the gate contiguous, so its layout does not matter
     return tensor_obstacle(shortcut, branch, gate.flatten())
 
 
 class GatedResidual(torch.autograd.Function):
     """The fused kernel with its gradient: (y, means of y over H and W).
 
-    Saved for backward: y where there is a ReLU (its sign; the next block keeps it alive anyway), the gate, and the
+    Saved for backward: y if there is a ReLU (for its sign; the next block keeps it alive anyway), the gate, and the
     branch.
     """
 
@@ -143,7 +143,7 @@ class GatedResidual(torch.autograd.Function):
         """`gate` is [N] or [N, C]."""
         y, pooled = torch.ops.fastgate.gated_residual_fwd(shortcut, branch, gate, relu, pool)
         ctx.set_materialize_grads(False)
-        # without a ReLU nothing reads y, and what follows may change it in place
+        # without a ReLU, backward does not read y, and later operations may change it in place
         ctx.save_for_backward(y if relu else None, branch, gate)
         ctx.relu, ctx.pool = relu, pool
         ctx.like = {
@@ -160,10 +160,10 @@ class GatedResidual(torch.autograd.Function):
         y, branch, gate = ctx.saved_tensors
         dy, dpooled = grads
         if not ctx.pool:
-            dpooled = None  # a compiled backward materialises it, empty
+            dpooled = None  # a compiled backward passes an empty tensor
         if dy is None and dpooled is None:
             return (None,) * 5
-        if y is None:  # not read: it says what the gradient of the shortcut looks like
+        if y is None:  # values are not read: it gives dtype and layout of the shortcut's gradient
             y = torch.empty_like(branch, **ctx.like)
         if dy is not None and tensor_obstacle(dy) is not None:
             dy = torch.empty_like(y, dtype=dy.dtype).copy_(dy)  # an expanded gradient, such as that of a sum
@@ -177,7 +177,7 @@ class GatedResidual(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ResidualCall(Kind):
-    """A kind of call, for :mod:`fastgate.ops.choices`; sizes of the maps, dtypes by name."""
+    """A kind of call, for :mod:`fastgate.ops.choices`: sizes of the feature maps, dtypes by name."""
 
     operation: ClassVar[str] = "gated_residual"
 
@@ -218,7 +218,7 @@ class ResidualCall(Kind):
         return ("triton",)
 
     def make(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
-        """Maps, a gate that is half open, and gradients of the results."""
+        """Feature maps, a half-open gate, and gradients of the results."""
         shape = (self.samples, self.channels, self.height, self.width)
         make = inputs.Maker(device, generator, self.channels_last)
         gate = make.gate(shape[:2] if self.per_channel else shape[:1], self.gate_dtype)

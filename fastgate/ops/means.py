@@ -1,10 +1,9 @@
-"""Means of a map over its pixels that travel with it, from the kernel that wrote it to the gate head that asks.
+"""Cache of the pooled means of feature maps, from the kernel that wrote a map to the gate head that needs its means.
 
-They are kept by the identity of the tensor object, so whatever makes another tensor of it (a hook, a copy, a view, a
-cast, a recomputation) leaves them behind, and with the version at which they were true, so a change in place makes them
-void.
-As everywhere in autograd, a write through `.data` goes unseen. They are constants: the gradient of who uses them
-belongs to the map itself, where hooks and `torch.autograd.grad` look for it.
+Means are stored by the identity of the tensor object, so any new tensor made from it (a hook, a copy, a view, a cast, a
+recomputation) has none, and with the tensor's version, so an in-place change invalidates them. As everywhere in
+autograd, a write through `.data` is not noticed. The means are constants: the gradient of their users goes to the map
+itself, where hooks and `torch.autograd.grad` expect it.
 """
 
 import torch
@@ -13,11 +12,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgate.ops.dispatch import transforms_active
 
-_means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # map -> (version, means)
+_means: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # feature map -> (version, means)
 
 
 def _out_of_sight(x: Tensor) -> bool:
-    """Whether a change in place would go unseen, or what is looked up here would be left out of a recording."""
+    """Whether an in-place change would not be noticed, or a lookup would be missing from a recorded graph."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -28,13 +27,13 @@ def _out_of_sight(x: Tensor) -> bool:
 
 
 def remember_means(x: Tensor, means: Tensor) -> None:
-    """Let `means` [N, C] travel with x [N, C, H, W] as it is now."""
+    """Store the means [N, C] of the current x [N, C, H, W]."""
     if not _out_of_sight(x):
         _means[x] = (x._version, means.detach())
 
 
 def known_means(x: Tensor) -> Tensor | None:
-    """The means that travel with x, if x has not changed since."""
+    """The stored means of x, if x has not changed since; otherwise None."""
     if _out_of_sight(x):
         return None
     version, means = _means.get(x, (None, None))

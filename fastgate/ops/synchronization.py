@@ -1,8 +1,8 @@
-"""Batch statistics over the samples of all processes, so that k processes compute what one does with all samples.
+"""Batch statistics over all processes, so that k processes compute the same as one process with all samples.
 
-Inside :func:`synchronized` every batch norm in training takes its statistics over all processes (`torch.nn`'s own
-synchronised batch norm needs CUDA), and so do the gate losses and the estimators. Batch norms count the samples of
-every process; for the losses every process has as many as the others.
+Inside :func:`synchronized`, every batch norm in training uses statistics over all processes (`torch.nn`'s own
+synchronized batch norm needs CUDA), and so do the gate losses and the estimators. Batch norms weight processes by their
+number of samples; the losses assume equal numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,32 +25,32 @@ _group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def processes() -> int:
-    """Over how many processes gate losses take their means here: 1 outside of :func:`synchronized`."""
+    """Number of processes over which gate losses average: 1 outside :func:`synchronized`."""
     return _processes.get()
 
 
 def batch_norm_processes() -> int:
-    """Over how many processes batch norms take their statistics here."""
+    """Number of processes over which batch norms compute statistics."""
     return processes() if _batch_norms.get() else 1
 
 
 def statistics_obstacle() -> str | None:
-    """Why a kernel that takes batch statistics itself cannot serve here, or None."""
+    """Why a kernel that computes batch statistics itself cannot be used, or None."""
     if batch_norm_processes() == 1:
         return None
-    return f"its kernel takes batch statistics of one process, and they are taken over {batch_norm_processes()}"
+    return f"its kernel supports batch statistics of one process, and these are over {batch_norm_processes()}"
 
 
 @contextmanager
 def synchronized(group: dist.ProcessGroup | None = None, *, batch_norms: bool = True) -> Iterator[None]:
-    """Take batch statistics over all processes of a group, by default all there are; with one nothing changes.
+    """Compute batch statistics over all processes of a group; with a single process nothing changes.
 
-    All processes do the same work inside, and backward too, as each of its steps may wait for the others.
+    All processes must run the same forward and backward inside, since each step may wait for the others.
 
     Args:
-        group: of `torch.distributed`; None is its default group.
-        batch_norms: those of `F.batch_norm` as well, which a mode over every call of a torch function sees to. Without
-            them it is gate losses and estimators alone.
+        group: a `torch.distributed` group; None: the default group.
+        batch_norms: also synchronize `F.batch_norm`, by a `TorchFunctionMode`; otherwise only gate losses and
+            estimators.
     """
     count = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if count == 1:
@@ -67,7 +67,7 @@ def synchronized(group: dist.ProcessGroup | None = None, *, batch_norms: bool = 
 
 
 def all_mean(x: Tensor) -> Tensor:
-    """The mean of x over the processes, with gradient; the same shape."""
+    """Mean of x over the processes, with gradient; same shape."""
     if processes() == 1:
         return x
     mean: Tensor = _AllMean.apply(x)
@@ -75,9 +75,9 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 def rand_like(x: Tensor) -> Tensor:
-    """Uniform numbers for this process' samples x `[N, ...]`: its rows of what one process would draw for all samples.
+    """Uniform random numbers like x `[N, ...]`: this process's rows of what one process would draw for all samples.
 
-    The random state stays the same in all processes.
+    The random number generators of all processes stay in the same state.
     """
     if processes() == 1:
         return torch.rand_like(x)
@@ -87,7 +87,7 @@ def rand_like(x: Tensor) -> Tensor:
 
 
 class _AllMean(torch.autograd.Function):
-    """Mean over processes. Every process' loss depends on it, so backward gathers the gradients of all."""
+    """Mean over processes. Every process's loss depends on it, so backward averages the gradients of all."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class _AllMean(torch.autograd.Function):
         return _mean_over(ctx.group, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # it saves nothing, so a constant gradient is a constant result
+    @torch.autograd.function.once_differentiable  # saves no tensors: a constant gradient gives a constant result
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return _mean_over(ctx.group, grads[0])
 
@@ -107,7 +107,7 @@ def _mean_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
 
 
 class _SynchronizedBatchNorms(TorchFunctionMode):
-    """While active, `F.batch_norm` is :func:`_batch_norm`: networks need not be converted, nor converted back."""
+    """Replaces `F.batch_norm` by :func:`_batch_norm` while active, so that networks need not be converted."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,7 +125,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm` with the statistics of all processes."""
+    """`F.batch_norm` with statistics over all processes."""
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     y: Tensor = _BatchNorm.apply(x, running_mean, running_var, weight, bias, momentum, eps)
@@ -133,9 +133,9 @@ def _batch_norm(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Batch norm in training, one exchange forward (mean, variance, samples) and one backward (two sums) per channel.
+    """Batch norm in training, with one exchange forward (mean, variance, samples) and one backward (two sums).
 
-    Between the exchanges it is batch norm with constant statistics, for which PyTorch's own kernels serve.
+    Between the exchanges it is batch norm with constant statistics, computed by PyTorch's own kernels.
     """
 
     @staticmethod

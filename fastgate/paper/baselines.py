@@ -3,9 +3,9 @@
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
 from torch import nn
@@ -19,8 +19,22 @@ from fastgate.training.data import Loader
 from fastgate.training.networks import evaluate
 
 SHARES = (0.2, 0.3, 0.5, 0.6, 0.8)
-# a single draw says little: which layers go decides
+# a single draw says little: much depends on which layers go
 DRAWS = 3
+
+
+class NaivePoint(TypedDict):
+    """A naive baseline at a share `pruned` (%): its accuracy (%, mean over the draws, lowest and highest) and FLOPs.
+
+    `flops_cut` is in %, a mean too; None for dropout, which computes as much as before.
+    """
+
+    kind: Literal["dropout", "layers"]
+    pruned: float
+    accuracy: float
+    lowest: float
+    highest: float
+    flops_cut: float | None
 
 
 def drop_parameters(model: nn.Module, share: float, seed: int) -> nn.Module:
@@ -42,7 +56,7 @@ def drop_layers(model: nn.Module, share: float, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     gated = attach(copy.deepcopy(model), "layer")
     gates = [gate for _, gate in named_gates(gated)]
-    # halves upwards: round() would go to the even number
+    # halves are rounded up: round() would take the even number
     closed = set(torch.randperm(len(gates), generator=generator)[: math.floor(share * len(gates) + 0.5)].tolist())
     for index, gate in enumerate(gates):
         gate.freeze(torch.tensor([index not in closed]))
@@ -51,18 +65,16 @@ def drop_layers(model: nn.Module, share: float, seed: int) -> nn.Module:
 
 def measure_naive(
     model: nn.Module, batches: Loader, image_size: Sequence[int], dtype: torch.dtype, file: Path
-) -> list[dict[str, Any]]:
-    """Test accuracy of both naive baselines at every share of :data:`SHARES`; measured once, then read from `file`.
-
-    Returns:
-        A point each with its `kind` ("dropout" or "layers"), `pruned` (%), `accuracy` (%, mean over the draws),
-        `lowest` and `highest`, and `flops_cut` (%, mean; None for dropout, which computes as much as before).
-    """
+) -> list[NaivePoint]:
+    """Both naive baselines at every share of :data:`SHARES`; measured once, then read from `file`."""
+    points: list[NaivePoint] = []
     if file.is_file():
-        points: list[dict[str, Any]] = json.loads(file.read_text())
+        points = json.loads(file.read_text())
         return points
-    points, whole = [], flops(model, image_size)
-    for kind, drop in (("dropout", drop_parameters), ("layers", drop_layers)):
+    whole = flops(model, image_size)
+    drops: dict[Literal["dropout", "layers"], Callable[[nn.Module, float, int], nn.Module]]
+    drops = {"dropout": drop_parameters, "layers": drop_layers}
+    for kind, drop in drops.items():
         for share in SHARES:
             accuracies, cuts = [], []
             for seed in range(1, DRAWS + 1):

@@ -17,7 +17,7 @@ class Printed:
         polarization: R_polar at the end of training.
         unpruned: top-1 accuracy of the unpruned network, %.
         flops_cut: reduction of FLOPs, %.
-        spread: half-widths printed behind a ±, by attribute.
+        spread: half-widths printed after a ±, by attribute.
         source: whose result it is, where it is not the paper's own.
     """
 
@@ -35,7 +35,7 @@ class Printed:
 
 @dataclass(frozen=True)
 class PrintedTable:
-    """Rows by (data set, name as printed), and remarks on what in them cannot be true at once."""
+    """Rows by (data set, name as printed), and remarks on their contradictions."""
 
     title: str
     rows: dict[tuple[str, str], Printed]
@@ -58,8 +58,8 @@ TABLE2 = PrintedTable(
     },
     (
         "The layer-pruned CIFAR-10 network with 53.70 % open gates has 92.82 % here, 92.44 % in Table 5 (lambda = 1).",
-        "The two channel rows fit different gate positions: FLOPs of CIFAR-10 'after', those of CIFAR-100 'middle'. So "
-        "are our runs.",
+        "The two channel rows fit different gate positions: FLOPs of CIFAR-10 'after', those of CIFAR-100 'middle'. "
+        "Our runs have the same.",
         "Section 5.2 says channel pruning loses less than 3 % and layer pruning saves at least 1/3: on CIFAR-100 the "
         "channel row loses 4.94 and the layer row saves 33.0 %.",
         "Section 6 says more than 50 % of the FLOPs go at less than 1 % loss: the layer row saves 46 % and loses 0.86.",
@@ -127,7 +127,7 @@ TABLE5 = PrintedTable(
         "The rising lambda changes at epochs 125 and 190: marks of CIFAR-100's learning rate, in a run on CIFAR-10.",
         "The open ratios fit gates decided by initialisation (half of 54 open, ± 7 %); the text, too, sees no "
         "correlation with lambda.",
-        "Behind our open ratio, in brackets where they differ: gates open for all training images - for at least one.",
+        "After our open ratio, in brackets where they differ: gates open for all training images - for at least one.",
     ),
 )
 
@@ -143,7 +143,7 @@ TABLE6 = PrintedTable(
         (CIFAR10, "2FC-after"): Printed(91.01, 2.67, 48.76),
     },
     (
-        "Table 1 gives the channel gate one output; Eq. 9 needs one per channel, and so have our gates.",
+        "Table 1 gives the channel gate one output; Eq. 9 needs one per channel, as our gates have.",
         "Table 1's caption explains mid_channel, which the table does not contain.",
         "lambda of these runs is not printed: ours is 1.",
     ),

@@ -41,7 +41,7 @@ class Scale:
         return self.activations[len(self.activations) // 2]
 
 
-# so few epochs would spend half of their time at a ten-thousandth of the rate if the printed steps were kept
+# with the printed steps, so few epochs would spend half of their time at a ten-thousandth of the learning rate
 _COSINE = "a cosine instead of the printed learning-rate steps"
 SCALES = {
     scale.name: scale

@@ -1,4 +1,4 @@
-"""The paper's rows beside ours, as plain values for JSON."""
+"""The paper's rows next to ours, as plain values for JSON."""
 
 import statistics
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastgate import schedules
+from fastgate.paper.baselines import NaivePoint
 from fastgate.paper.targets import Plan, Row
 
 FORMAT, VERSION = "fastgate-paper", 1
@@ -19,7 +20,7 @@ _MAP_EPOCHS = 50
 
 
 def collect(
-    plan: Plan, measured: Mapping[str, Mapping[str, Any]], naive: list[dict[str, Any]] | None = None
+    plan: Plan, measured: Mapping[str, Mapping[str, Any]], naive: list[NaivePoint] | None = None
 ) -> dict[str, Any]:
     """A table's result so far.
 
@@ -97,13 +98,14 @@ def _average(runs: list[Mapping[str, Any]], baseline: Mapping[str, Any]) -> dict
     return {**ours, **kept, "open_range": open_range, "seeds": [run["recipe"]["seed"] for run in each]}
 
 
-def _against(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float]:
-    share = run["flops"] / baseline["flops"]
+def _against(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, float | None]:
+    counted = run["flops"] is not None and baseline["flops"] is not None
+    share = run["flops"] / baseline["flops"] if counted else None
     return {
         "drop": baseline["accuracy"] - run["accuracy"],
         "unpruned": baseline["accuracy"],
         "flops_share": share,
-        "flops_cut": 100 * (1 - share),
+        "flops_cut": None if share is None else 100 * (1 - share),
     }
 
 

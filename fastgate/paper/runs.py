@@ -1,14 +1,13 @@
-"""Run what a table needs: every run in a folder of its own, resumed or reused where it is there already."""
+"""Run what a table needs: every run in a folder of its own, resumed or reused if it is already there."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgate.paper.baselines import measure_naive
+from fastgate.paper.baselines import NaivePoint, measure_naive
 from fastgate.paper.measures import measure_run
 from fastgate.paper.recipes import PlannedRun
 from fastgate.paper.results import collect
@@ -18,7 +17,7 @@ from fastgate.training.controls import match_recipe
 from fastgate.training.networks import resolve_precision
 from fastgate.training.pipeline import Run, train
 from fastgate.training.recipe import Recipe, change, list_values
-from fastgate.training.run_folder import CONFIG, NETWORK, SUMMARY, read_config
+from fastgate.training.run_folder import CONFIG, NETWORK, SUMMARY, read_config, read_summary
 
 RUNS, NAIVE = "runs", "naive.json"
 # the control is another network of the same recipe
@@ -27,7 +26,7 @@ _OWN_FIELDS = {"network", "widths", "gating"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs lie and what they work on; `command` is the command line that asked for them."""
+    """Where runs are kept, their data and their device; `command` is the command line that asked for them."""
 
     output: Path
     data_root: str | None = None
@@ -43,7 +42,7 @@ class Place:
         """A planned run with the recipe in force."""
         control = None if planned.equal_to is None else "equal-macs"
         folder = self.folder(planned)
-        return Run(recipe, folder, self.data_root, self.download, self.device, control, self.command)
+        return Run(recipe, folder, self.data_root, self.download, self.device, control, self.command, count_flops=True)
 
 
 def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:
@@ -58,7 +57,7 @@ def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:
         stale.unlink()
     measured: dict[str, dict[str, Any]] = {}
     for planned in plan.runs:
-        measured[planned.name] = _finish(planned, place)
+        measured[planned.name] = _finish(planned, place, measured)
         naive = None
         if plan.naive is not None and len(measured) == len(plan.runs):
             naive = _naive_points(plan.naive, place)
@@ -66,7 +65,7 @@ def reproduce(plan: Plan, place: Place) -> Iterator[dict[str, Any]]:
 
 
 def _check(plan: Plan, place: Place) -> None:
-    """Refuse before the first hour of training what would end it later."""
+    """Refuse before any training what would fail after hours of it."""
     if place.output.exists() and not place.output.is_dir():
         raise ValueError(f"output: expected a folder, got the file {place.output}")
     for planned in plan.runs:
@@ -91,26 +90,28 @@ def _check(plan: Plan, place: Place) -> None:
         place.run(planned, planned.recipe).load_data()
 
 
-def _finish(planned: PlannedRun, place: Place) -> dict[str, Any]:
-    """Train a run, or what is left of it; its measures, or the reason why there is no such run."""
+def _finish(planned: PlannedRun, place: Place, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Train a run, or what is left of it; its measures, or the reason why there is no such run.
+
+    A control follows the run that it is a control of, whose measures are in `measured`.
+    """
     folder = place.folder(planned)
-    if not (folder / SUMMARY).exists():
+    summary = read_summary(folder)
+    if summary is None:
         resume = (folder / CONFIG).exists()
         recipe = read_config(folder) if resume else planned.recipe
         if planned.equal_to is not None and not resume:
             dataset = place.run(planned, recipe).load_data()
-            gated = json.loads((place.folder(planned.equal_to) / SUMMARY).read_text())["rows"]["compact"]
+            macs = measured[planned.equal_to.name]["macs"]
             try:
-                recipe = match_recipe(
-                    change(recipe, gating="none"), dataset.image_size, dataset.num_classes, gated["macs"]
-                )
+                recipe = match_recipe(change(recipe, gating="none"), dataset.image_size, dataset.num_classes, macs)
             except ValueError as error:
                 return {"reason": str(error)}
-        train(place.run(planned, recipe), resume=resume)
-    return measure_run(folder)
+        summary = train(place.run(planned, recipe), resume=resume)
+    return measure_run(folder, summary)
 
 
-def _naive_points(planned: PlannedRun, place: Place) -> list[dict[str, Any]]:
+def _naive_points(planned: PlannedRun, place: Place) -> list[NaivePoint]:
     run = place.run(planned, planned.recipe)
     dataset = run.load_data()
     model = load(run.folder / NETWORK).to(run.device).to(memory_format=torch.channels_last)

@@ -21,7 +21,7 @@ class NotEqual(RuntimeError):
 
 
 def check_equal(frozen: nn.Module, cut: nn.Module, inputs: Any, forward: Forward | None = None) -> float:
-    """Largest difference between two networks' outputs in eval mode (see :func:`fastgate.compare`), checked to be small.
+    """Check that two networks have equal outputs in eval mode, and return the difference (:func:`fastgate.compare`).
 
     Raises:
         NotEqual: the difference exceeds both the rounding error that the gates of `frozen` allow and the network's own

@@ -41,9 +41,10 @@ def mark_stale(wrapper: DistributedDataParallel) -> None:
 
 def _refuse(wrapper: nn.Module, inputs: Any) -> None:
     raise StaleWrapper(
-        "DistributedDataParallel: expected a wrapper of the network as it is, got one made before frozen gates left "
-        "it, which would not average the gradients of new parameters; wrap the network again after "
-        "begin_epoch or commit has returned names, for example model = DistributedDataParallel(model.module), or "
+        "DistributedDataParallel: expected a wrapper of the current network, got one created before the network was "
+        "pruned, which would not average the gradients of new parameters; wrap the network again after "
+        "begin_epoch has returned names or commit was called, for example "
+        "model = DistributedDataParallel(model.module), or "
         "model = accelerator.prepare(accelerator.unwrap_model(model))"
     )
 

@@ -32,8 +32,8 @@ class Reads:
     """The attributes that a network's code may read.
 
     The analysis starts from the methods that run a module (forward, special methods, and others of `nn.Module`), and in
-    classes from outside `packages` from every public method. It follows all methods and functions that these mention. It
-    does not distinguish objects: `x.name` reads `name` of every object. If a name is computed or source is missing,
+    classes from outside `packages` from every public method. It follows all methods and functions that these mention.
+    It does not distinguish objects: `x.name` reads `name` of every object. If a name is computed or source is missing,
     every attribute counts as read. The result is conservative: an attribute not reported as read is never read.
     """
 

@@ -74,7 +74,7 @@ def draw_curves(
     floor: float | None = None,
     strips: Sequence[Strip] = (),
 ) -> str:
-    """Curves over epochs, with their last values beside them.
+    """Curves over epochs, labelled with their last values.
 
     Args:
         curves: at least one point in all.
@@ -169,7 +169,7 @@ def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
 
 
 def draw_gate_map(rows: Sequence[Sequence[float]], epochs: int) -> str:
-    """A row per gate and a column per epoch, the stronger the more open; epochs to come are empty.
+    """A row per gate and a column per epoch, the more open the stronger; epochs to come are empty.
 
     The picture is stretched to the width it is given; every row is one unit high.
     """

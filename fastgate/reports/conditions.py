@@ -1,4 +1,4 @@
-"""Under which conditions runs were made: machine, versions, precision, command, recipe."""
+"""The conditions under which runs were made: machine, versions, precision, command, recipe."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ def list_conditions(run: RunRecord) -> dict[str, str]:
         "system": f"Python {say('python')}, CUDA {cuda}, {say('system')}",
         "variables": _list(environment.get("variables"), "="),
     }
-    load = max((row["load_average"] for row in summary.get("rows", {}).values() if row.get("load_average")), default=0)
+    load = max((row.get("load_average") or 0 for row in summary.get("rows", {}).values()), default=0)
     if load:
         conditions["load average"] = f"{load:.2f} in the minute before times were measured, the run's own included"
     if "latency" in summary:

@@ -21,17 +21,17 @@ def print_table(
     keys: int = 1,
     ends: Collection[int] = (),
 ) -> None:
-    """Print a table; columns that do not fit the console's width follow below, beside the same keys.
+    """Print a table; columns that do not fit the console's width follow below, with the keys repeated.
 
     A single column that is too wide for the console is printed whole.
 
     Args:
-        title: stands above.
+        title: printed above.
         headings: of the columns.
         rows: cells; a cell may have several lines.
         console: where to print.
-        keys: how many of the first columns say what a row is about: they are flush left and repeated.
-        ends: rows (from 0) below which a line is left free.
+        keys: how many of the first columns say what a row is about: they are left-aligned and repeated.
+        ends: rows (from 0) after which a line is left blank.
     """
     widths = [max(map(_width, column)) for column in zip(headings, *rows, strict=True)]
     parts: list[list[int]] = []

@@ -8,7 +8,7 @@ from fastgate.files import write_atomically
 
 
 def draw_gate_map(maps: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw maps beside each other, over one colour scale.
+    """Draw maps side by side, on one colour scale.
 
     Args:
         maps: each with its `name`, the `first_epoch` (counted from 1), `open_ratios` `[epochs][layers]` from 0 to 1 and

@@ -1,19 +1,14 @@
-"""What the gates of a run did: their map over the epochs, and a table of how each ended."""
+"""The gates of a run: their open ratios over the epochs, and a table of how each of them ended."""
 
 from typing import NamedTuple
 
-import torch
-
-from fastgate.pruning.costs import gate_costs
 from fastgate.pruning.decisions import GateDecision
 from fastgate.reports.quantities import UNKNOWN, format_si
 from fastgate.reports.runs import RunRecord
-from fastgate.training.networks import build_network
-from fastgate.training.recipe import recipe_from_dict
 
 
 class SortableCell(NamedTuple):
-    """What a cell says and what its column is sorted by; an unknown value has no key and comes last."""
+    """The text of a cell and the key that its column is sorted by; an unknown value has no key and comes last."""
 
     text: str
     key: float | None
@@ -23,14 +18,14 @@ _UNKNOWN = SortableCell(UNKNOWN, None)
 
 
 def trace_gates(run: RunRecord) -> dict[str, list[float]]:
-    """Gate -> its open ratio in every epoch, in forward order; a decided gate's stays what it is."""
+    """Gate -> its open ratio in every epoch, in forward order; that of a decided gate no longer changes."""
     names = run.history[-1].get("gates", ()) if run.history else ()
     return {name: [_mean(line["gates"][name]) for line in run.history] for name in names}
 
 
 def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
-    """Column -> cell, for every gate in forward order."""
-    costs = _count_costs(run)
+    """Column -> cell, for every gate in forward order; MACs only where the run's summary has them."""
+    costs = (run.summary or {}).get("gate_macs", {})
     rows = []
     for index, (name, trace) in enumerate(trace_gates(run).items(), 1):
         decision = run.decisions.get(name) if run.decisions else None
@@ -41,7 +36,8 @@ def list_gates(run: RunRecord) -> list[dict[str, SortableCell]]:
         row["open"] = SortableCell(f"{trace[-1]:.1%}", trace[-1])
         row["decision"] = _UNKNOWN if decision is None else _describe_decision(decision)
         row["unanimity"] = _UNKNOWN if decision is None else _describe_unanimity(decision)
-        row["MACs"] = _UNKNOWN if name not in costs else SortableCell(format_si(costs[name]), costs[name])
+        if costs:
+            row["MACs"] = SortableCell(format_si(costs[name]), costs[name])
         rows.append(row)
     return rows
 
@@ -60,19 +56,3 @@ def _describe_decision(decision: GateDecision) -> SortableCell:
 def _describe_unanimity(decision: GateDecision) -> SortableCell:
     lowest = float(decision.unanimity.min())
     return SortableCell(f"{lowest:.1%}", lowest)
-
-
-def _count_costs(run: RunRecord) -> dict[str, int]:
-    """MACs that each gate switches; nothing before the summary says how large the images are.
-
-    Nor for a recipe of a version whose networks this one does not build.
-    """
-    if run.summary is None or "image_size" not in run.summary:
-        return {}
-    try:
-        recipe = recipe_from_dict(run.config["recipe"])
-    except ValueError:
-        return {}
-    with torch.random.fork_rng(devices=[]):  # building a network draws its weights
-        network = build_network(recipe, run.summary["image_size"], num_classes=1)
-    return {name: int(cost.sum()) for name, cost in gate_costs(network, run.summary["image_size"]).items()}

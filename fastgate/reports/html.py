@@ -1,4 +1,4 @@
-"""A report of runs as one HTML page that needs nothing else: no network, no other file."""
+"""A report of runs as one HTML page that needs nothing else: no internet connection, no other file."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -93,7 +93,7 @@ def _describe(run: RunRecord) -> str:
 
 
 def _list_tracks(named: Mapping[str, RunRecord]) -> list[Track]:
-    """Every run with its controls behind it; each has a colour of its own, the controls are dashed."""
+    """Every run, followed by its controls; each has a colour of its own, the controls are dashed."""
     tracks: list[Track] = []
     for label, run in named.items():
         own = {label: run} | {f"{label}, {name} control": control for name, control in run.controls.items()}

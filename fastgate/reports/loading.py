@@ -1,10 +1,11 @@
-"""How the network of a run is loaded and fed, as code to copy."""
+"""How the network of a run is loaded and used, as code to copy."""
 
 from typing import Any
 
 from fastgate.reports.runs import RunRecord
 from fastgate.training.data.interface import RESIZED
-from fastgate.training.pipeline import NETWORK
+from fastgate.training.records import Preprocessing
+from fastgate.training.run_folder import NETWORK
 
 _CODE = """import fastgate as fg
 import torch
@@ -22,16 +23,15 @@ with torch.inference_mode():
 
 
 def explain_loading(run: RunRecord) -> dict[str, Any] | None:
-    """The code, and what in it the run folder does not say; None before the run is finished.
+    """The code, and what is missing in it because the run did not record it; None before the run is finished.
 
-    The summary's `preprocessing` says `mean` and `std` per channel, of images scaled to 0..1, and `class_names` by
-    label (None where they have none). Summaries of earlier versions know the size of the images alone.
+    Summaries of earlier versions have the size of the images alone, no `preprocessing`.
     """
     if run.summary is None or "image_size" not in run.summary:
         return None
     channels, height, width = run.summary["image_size"]
-    known = run.summary.get("preprocessing") or {}
-    if str(known.get("dataset", "")).startswith("folder:"):  # as the images of folders are read
+    known = run.summary.get("preprocessing", Preprocessing())
+    if known.get("dataset", "").startswith("folder:"):  # as the images of folders are read
         sized = [f"v2.Resize({round(height * RESIZED)})", f"v2.CenterCrop({height})", "v2.ToImage()"]
     else:
         sized = ["v2.ToImage()", f"v2.Resize(({height}, {width}))"]

@@ -1,17 +1,16 @@
 """The first table of a report: what each run's networks reach and cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastgate.energy.sums import add_known
 from fastgate.reports.quantities import UNKNOWN, format_seconds, format_si, shorten
 from fastgate.reports.runs import RunRecord, look_up
 from fastgate.reports.targets import describe_target, share_reached
 from fastgate.reports.timing import doubt_times
+from fastgate.training.records import EnergySource, Row, Rows
 from fastgate.training.spending import sum_joules
-
-Rows = Mapping[str, Mapping[str, Any]]
 
 _NOT_METERED = "not metered"
 
@@ -25,9 +24,9 @@ class Column:
         field: the entry of a summary's row.
         form: writes a value.
         shared: whether to add the share of the unpruned network's value.
-        absent: what stands for a value that could not be had; one that does not apply, or that the run's version did
-            not record, is a dash.
-        spread: the entry of the quartiles, if it is measured over rounds.
+        absent: what stands for a value that could not be measured; one that does not apply, or that the run's version
+            did not record, is a dash.
+        spread: the entry of its quartiles, if it is measured over rounds.
     """
 
     title: str
@@ -39,7 +38,7 @@ class Column:
 
 
 class Cell(NamedTuple):
-    """What a cell says, and smaller remarks below it."""
+    """The text of a cell, and smaller remarks below it."""
 
     text: str
     notes: tuple[str, ...] = ()
@@ -66,18 +65,17 @@ COLUMNS = (
 def collect_rows(run: RunRecord) -> Rows:
     """Network -> its row: those of the summary, or while there is none the last epoch of the run and its controls."""
     if run.summary is not None:
-        rows: Rows = run.summary["rows"]
-        return rows
+        return run.summary["rows"]
     own = "unpruned" if run.recipe.gating == "none" else "gated"
     return {name: _last_epoch(track) for name, track in {**run.controls, own: run}.items() if track.history}
 
 
-def _last_epoch(run: RunRecord) -> dict[str, Any]:
+def _last_epoch(run: RunRecord) -> Row:
     last = run.history[-1]
     return {
         "accuracy": look_up(last, "eval", "accuracy"),
-        "open_ratio": last.get("open_ratio"),
-        "macs": last.get("macs"),
+        "open_ratio": look_up(last, "open_ratio"),
+        "macs": look_up(last, "macs"),
         "seconds_training": add_known([look_up(line, "seconds", "train") for line in run.history]),
         "macs_training": look_up(last, "macs_training", "total"),
         "joules_training": sum_joules(run.history, "train"),
@@ -92,19 +90,19 @@ def choose_columns(groups: Sequence[Rows]) -> list[Column]:
 
 def write_cells(rows: Rows, columns: Sequence[Column]) -> dict[str, list[Cell]]:
     """Network -> a cell per column."""
-    base = rows.get("unpruned", {})
+    base = rows.get("unpruned", Row())
     return {
-        name: [_write_cell(row, {} if row is base else base, column) for column in columns]
+        name: [_write_cell(row, Row() if row is base else base, column) for column in columns]
         for name, row in rows.items()
     }
 
 
-def _write_cell(row: Mapping[str, Any], base: Mapping[str, Any], column: Column) -> Cell:
-    value, other = row.get(column.field), base.get(column.field)
+def _write_cell(row: Row, base: Row, column: Column) -> Cell:
+    value, other = look_up(row, column.field), look_up(base, column.field)
     if value is None:
         return Cell(column.absent if column.field in row else UNKNOWN)
     notes = [f"{value / other:.0%}"] if column.shared and other else []
-    if column.spread and (quartiles := row.get(column.spread)):
+    if column.spread and (quartiles := look_up(row, column.spread)):
         low, high = map(column.form, quartiles)
         notes.append(f"{low.split()[0]}\N{EN DASH}{high}")
     return Cell(column.form(value), tuple(notes))
@@ -145,14 +143,15 @@ def explain_energy(runs: Sequence[RunRecord]) -> str:
     """Where the joules of the runs and their controls come from, or why there are none."""
     sources: dict[str, None] = {}
     remarks: dict[str, None] = {}  # each once
-    records: list[Mapping[str, Any]] = []
+    metered: list[EnergySource | None] = []
     for track in [track for run in runs for track in (run, *run.controls.values())]:
-        records += [*track.history, *(track.summary["rows"].values() if track.summary else ())]
-    for energy in [record["energy"] for record in records if record.get("energy")]:
-        if energy["source"] != "unavailable":
-            sources[energy["source"]] = None
+        metered += [record.get("energy") for record in track.history]
+        metered += [row.get("energy") for row in (track.summary["rows"].values() if track.summary else ())]
+    for energy in filter(None, metered):
+        if (source := energy["source"]) not in (None, "unavailable"):
+            sources[source] = None
         remarks |= dict.fromkeys(energy["warnings"])
-    if not records:
+    if not metered:
         return "no epoch is finished"
     if not sources and not remarks:
         return "not recorded: the runs are of a version that did not meter it"

@@ -1,4 +1,4 @@
-"""The paper's figures with our runs, and for its tables a picture of both."""
+"""The paper's figures with our runs, and for its tables a plot of both."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +102,7 @@ def _draw_naive(figure: Any, result: Mapping[str, Any]) -> None:
 
 
 def _draw_literature(figure: Any, result: Mapping[str, Any]) -> None:
-    """Accuracy over the pruning rate, and the drop over the FLOPs saved beside the paper's Table 3."""
+    """Accuracy over the pruning rate, and the drop over the FLOPs saved together with the paper's Table 3."""
     left, right = _two_panels(figure)
     _plot_ours(left, result, lambda row: 100 - row["open_ratio"], "accuracy")
     _plot_ours(right, result, lambda row: row["flops_cut"], "drop", plain=True)
@@ -133,7 +133,8 @@ def _plot_ours(axis: Any, result: Mapping[str, Any], x: Any, measure: str, *, pl
     for kind, (style, color, label) in _STYLES.items():
         if kind == "plain" and not plain:
             continue
-        if points := sorted((x(row), row[measure]) for row in ours[kind]):
+        known = [row for row in ours[kind] if x(row) is not None]  # FLOPs that an earlier version did not record
+        if points := sorted((x(row), row[measure]) for row in known):
             axis.plot(*zip(*points, strict=True), style, color=color, label=label)
 
 

@@ -1,4 +1,4 @@
-"""The paper's rows beside ours, in the terminal and as Markdown."""
+"""The paper's rows next to ours, in the terminal and as Markdown."""
 
 import json
 import textwrap
@@ -50,7 +50,7 @@ def _flops(row: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     millions = value if row.get("macs") is None else value / 1e6  # the paper counts in millions
-    return f"{millions:.2f} ({share:.2f})"
+    return f"{millions:.2f}" + ("" if share is None else f" ({share:.2f})")
 
 
 def _macs(row: Mapping[str, Any]) -> str:
@@ -87,7 +87,7 @@ _SPECIAL |= {"figure4": {"FLOPs cut %"}, "figure5": _SPECIAL["table3"]}
 _ALL_SPECIAL = set().union(*_SPECIAL.values())
 
 _EXPLANATIONS = (
-    "top-1: test accuracy of the network without gates, last epoch; live gates: of the network that trained; drop: "
+    "top-1: test accuracy of the network without gates, last epoch; live gates: of the network as trained; drop: "
     "points below the unpruned network.",
     "FLOPs: fvcore's count, the paper's convention; MACs: of convolutions and linear layers; both without gate heads. "
     "training, energy: all epochs of one seed's training, evaluation left out; training is the time that passed, "
@@ -135,7 +135,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
     lines += [f"Our runs: {text}." for text in result["conditions"]]
     lines += [f"Energy not metered: {'; '.join(reasons)}."] if reasons else []
     if result["unfinished"]:
-        lines.append(f"{result['unfinished']} runs are still to come: the same command goes on with them.")
+        lines.append(f"Runs still to come: {result['unfinished']}; the same command continues with them.")
     return lines
 
 
@@ -165,7 +165,7 @@ def _stack(headings: list[str], lines: list[list[str]]) -> tuple[list[str], list
 
 
 def to_markdown(result: Mapping[str, Any], figure: Path | None = None) -> str:
-    """The same as Markdown, with a link to the figure beside it."""
+    """The same as Markdown, with a link to the figure in the same folder."""
     headings, lines = _write_rows(result)
     table = [headings, ["---" if heading in _WORDS else "---:" for heading in headings], *lines]
     parts = [f"# {result['title']}", f"Ours: {result['ran']}.", "\n".join(f"| {' | '.join(line)} |" for line in table)]

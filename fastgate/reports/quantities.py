@@ -1,4 +1,4 @@
-"""Numbers as people read them: three digits and a unit."""
+"""Numbers written for people: three digits and a unit."""
 
 import re
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def shorten(remarks: Iterable[str]) -> list[str]:
-    """Remarks that differ in their numbers alone become the first of them, with how many more there are."""
+    """Of remarks that differ only in their numbers the first, with the number of the others."""
     alike: dict[str, list[str]] = {}
     for remark in remarks:
         alike.setdefault(re.sub(r"(?<![\w-])\d+(\.\d+)?(e-?\d+)?(?![\w-])", "#", remark), []).append(remark)

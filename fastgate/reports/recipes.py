@@ -1,4 +1,4 @@
-"""What reports read of a recipe: the one place that knows how recipes of all versions are written down."""
+"""What reports read from a recipe: the one place that knows how recipes of all versions are written down."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def without_seed(facts: RecipeFacts) -> dict[str, Any]:
 
 
 def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, whatever section they stand in; those of the first version by what they are called now."""
+    """Options by name, whatever section they stand in; those of the first version by their present names."""
     flat: dict[str, Any] = {}
     for name, value in recipe.items():
         if isinstance(value, Mapping):

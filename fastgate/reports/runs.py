@@ -1,6 +1,5 @@
 """Run folders read back, finished or still in progress, of this version and of earlier ones."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,7 +8,8 @@ from typing import Any, NamedTuple
 
 from fastgate.pruning.decisions import Decisions
 from fastgate.reports.recipes import RecipeFacts, read_recipe
-from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, SUMMARY, read_history
+from fastgate.training.records import Config, EpochRecord, Summary
+from fastgate.training.run_folder import CONFIG, CONTROL_PREFIX, DECISIONS, read_history, read_json, read_summary
 
 
 class Phase(NamedTuple):
@@ -27,18 +27,18 @@ class RunRecord:
     Attributes:
         folder: where it lies.
         recipe: what was trained.
-        config: `config.json`; of a folder that kept its summary alone, what of it stands there too.
+        config: `config.json`; in a folder that kept only its summary, what the summary repeats of it.
         history: `metrics.jsonl`, a record per finished epoch.
         summary: `summary.json`; None while the run is in progress.
-        decisions: of its gates; None before they were decided, and for a plain network.
+        decisions: of its gates; None before they are made, and for a plain network.
         controls: name -> the run in the subfolder `control-<name>`.
     """
 
     folder: Path
     recipe: RecipeFacts
-    config: dict[str, Any]
-    history: list[dict[str, Any]]
-    summary: dict[str, Any] | None
+    config: Config
+    history: list[EpochRecord]
+    summary: Summary | None
     decisions: Decisions | None
     controls: dict[str, "RunRecord"]
 
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         ValueError: the folder holds no run, or a damaged one.
     """
-    summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    summary = read_summary(folder)
     config = _read_config(folder, summary)
     decisions = folder / DECISIONS
     controls = [path.parent for path in sorted(folder.glob(f"{CONTROL_PREFIX}*/{CONFIG}"))]
@@ -77,47 +77,38 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def look_up(record: Mapping[str, Any], *path: str) -> Any:
-    """What stands at a path in a record; None where it is missing: what a version did not write is not known."""
+    """The value at a path in a record; None where it is missing, as what a version did not write."""
     value: Any = record
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
-def _name_phase(line: Mapping[str, Any], recipe: RecipeFacts, epochs: int) -> str | None:
+def _name_phase(line: EpochRecord, recipe: RecipeFacts, epochs: int) -> str | None:
     """The phase of an epoch, by its line of metrics; None where there are no gates.
 
-    Lines of earlier versions do not say it: gates that are frozen there were held open in the first epochs, and
+    Earlier versions did not write it: gates that are frozen there were held open in the first epochs, and
     decided after that.
     """
     if not line.get("gates"):
         return None
     if "phase" in line:
-        return str(line["phase"])
+        return line["phase"]
     if not line["frozen"]:
         return "search"
     held_open = line["open_ratio"] == 1.0 and line["epoch"] <= round((recipe.open_until or 0.0) * epochs)
     return "open" if held_open else "settled"
 
 
-def _read_config(folder: Path, summary: dict[str, Any] | None) -> dict[str, Any]:
+def _read_config(folder: Path, summary: Summary | None) -> Config:
     file = folder / CONFIG
+    config: Config
     if file.is_file():
-        config = _read_json(file)
+        config = read_json(file)
     elif summary is not None:
-        config = {key: summary[key] for key in ("recipe", "environment") if key in summary}
+        config = {"recipe": look_up(summary, "recipe"), "environment": look_up(summary, "environment")}
     else:
         raise ValueError(f"{folder}: expected a run folder with {CONFIG}, found none")
     if not isinstance(config.get("recipe"), dict):
         raise ValueError(f"{file}: expected the configuration of a run with its recipe, got none; the file is foreign")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; the file is damaged") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; the file is foreign")
-    return content

@@ -1,20 +1,22 @@
 """Results in the terminal: every table fits 80 columns as long as its numbers have their usual lengths.
 
-A dash is what is not known or does not apply.
+A dash stands for what is not known or does not apply.
 """
 
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
+from fastgate.reports.comparison import Comparison, Group, Measure
 from fastgate.reports.console import print_lines, print_table
 from fastgate.reports.quantities import UNKNOWN, format_joules, format_si, shorten
 from fastgate.reports.recipes import read_recipe
 from fastgate.reports.targets import describe_target, share_reached
 from fastgate.reports.timing import doubt_times
+from fastgate.training.records import Row, Summary
 from fastgate.tuning import Tuned
 
 # characters of the description of a call, in lines of its own cell
@@ -23,7 +25,7 @@ _CALL_WIDTH = 26
 _SAID = {"network", "gating", "epochs", "target", "target_macs"}
 
 
-def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print the rows of a run's summary and the conditions they were measured under."""
     console = console or Console()
     recipe, rows, environment = read_recipe(summary["recipe"]), summary["rows"], summary.get("environment", {})
@@ -33,7 +35,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         [
             (
                 name,
-                "untrained" if row.get("accuracy") is None else f"{100 * row['accuracy']:.2f}",
+                _write(row.get("accuracy"), lambda share: f"{100 * share:.2f}", absent="untrained"),
                 _write(row.get("open_ratio"), lambda share: f"{100 * share:.1f}"),
                 _write(row.get("macs"), format_si),
                 _write(row.get("parameters"), format_si),
@@ -67,8 +69,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     _print_energy(summary, console)
 
 
-def _write(value: Any, form: Callable[[Any], str]) -> str:
-    return UNKNOWN if value is None else form(value)
+def _write(value: Any, form: Callable[[Any], str], absent: str = UNKNOWN) -> str:
+    return absent if value is None else form(value)
 
 
 def _milliseconds(value: float) -> str:
@@ -80,8 +82,8 @@ def _range(quartiles: Sequence[float]) -> str:
     return "\N{EN DASH}".join(map(_milliseconds, quartiles))
 
 
-def _print_training(summary: dict[str, Any], console: Console) -> None:
-    """What training each network took in all, next to the unpruned one."""
+def _print_training(summary: Summary, console: Console) -> None:
+    """What training each network took in total, compared with the unpruned one."""
     rows = summary["rows"]
     trained = {name: row for name, row in rows.items() if "seconds_training" in row}
     if not trained:
@@ -112,7 +114,7 @@ def _percent(value: float | None, of: float | None) -> str:
     return UNKNOWN if value is None or not of else f"{100 * value / of:.1f}"
 
 
-def print_comparison(comparison: dict[str, Any], console: Console | None = None) -> None:
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print what :func:`fastgate.reports.comparison.compare_runs` found, all runs in one table."""
     console = console or Console()
     groups = comparison["groups"]
@@ -154,7 +156,7 @@ def print_comparison(comparison: dict[str, Any], console: Console | None = None)
     print_lines(lines, console)
 
 
-def _describe_group(number: int | None, group: Mapping[str, Any]) -> str:
+def _describe_group(number: int | None, group: Group) -> str:
     recipe, reached = read_recipe(group["recipe"]), group["share_reached"]
     target = describe_target(recipe, None if reached is None else reached["mean"])
     parts = [
@@ -171,7 +173,7 @@ def _gates(gating: str | None) -> str:
     return "no gates" if gating == "none" else f"{gating or UNKNOWN} gates"
 
 
-def _spread(measure: dict[str, Any] | None, sign: str = "") -> str:
+def _spread(measure: Measure | None, sign: str = "") -> str:
     """Mean and spread of a share, in percent."""
     if measure is None:
         return UNKNOWN
@@ -179,7 +181,7 @@ def _spread(measure: dict[str, Any] | None, sign: str = "") -> str:
     return f"{100 * measure['mean']:{sign}.2f}{spread}"
 
 
-def _print_energy(summary: dict[str, Any], console: Console) -> None:
+def _print_energy(summary: Summary, console: Console) -> None:
     """Joules of training, evaluation and inference as a table, or in one line why there are none."""
     rows, epochs = summary["rows"], read_recipe(summary["recipe"]).epochs
     energy = summary.get("energy")
@@ -194,7 +196,7 @@ def _print_energy(summary: dict[str, Any], console: Console) -> None:
         cells = ["not trained"] * 3
         if "joules_training" in row:
             train, evaluation = row["joules_training"], row["joules_evaluation"]
-            per_epoch = [None if joules is None else joules / epochs for joules in (train, evaluation)]
+            per_epoch = [None if joules is None or not epochs else joules / epochs for joules in (train, evaluation)]
             cells = [format_joules(joules) for joules in (*per_epoch, train)]
         lines.append((name, *cells, format_joules(row["joules_per_image"])))
     headings = ("network", "training/epoch", "evaluation/epoch", "training", "image")
@@ -229,7 +231,7 @@ def print_evaluation(result: dict[str, Any], console: Console | None = None) -> 
     energy = result["energy"]
     if quartiles := result.get("latency_ms_quartiles"):
         print_lines([f"latency: quartiles over the rounds {_range(quartiles)} ms"], console)
-    doubt = doubt_times({"network": result}, {"cpu_cores": os.cpu_count()})  # measured here and now
+    doubt = doubt_times({"network": cast(Row, result)}, {"cpu_cores": os.cpu_count()})  # measured here and now
     print_lines([doubt] if doubt else [], console)
     print_lines([f"energy: {energy['source'] if joules is not None else 'not metered'}", *energy["warnings"]], console)
 

@@ -1,23 +1,20 @@
-"""What share of the network's cost was asked for, and what the compact network came to."""
-
-from collections.abc import Mapping
-from typing import Any
+"""What share of the network's cost was asked for, and what the compact network reached."""
 
 from fastgate.reports.recipes import RecipeFacts
-
-_Rows = Mapping[str, Mapping[str, Any]]
+from fastgate.reports.runs import look_up
+from fastgate.training.records import Rows
 
 # cost -> where it stands in a summary's row, and its name
 _COSTS = {"macs": ("macs", "MACs"), "params": ("parameters", "parameters"), "latency": ("latency_ms", "latency")}
 
 
-def share_reached(recipe: RecipeFacts, rows: _Rows) -> float | None:
+def share_reached(recipe: RecipeFacts, rows: Rows) -> float | None:
     """The compact network's share of the unpruned one's cost, the one that the target is of; None where unknown.
 
-    A share of latency is the one measured at the end, not what the search went by.
+    A share of latency is the one measured at the end, not the one that the search aimed at.
     """
     field, _ = _COSTS[recipe.cost]
-    small, whole = rows.get("compact", {}).get(field), rows.get("unpruned", {}).get(field)
+    small, whole = look_up(rows, "compact", field), look_up(rows, "unpruned", field)
     return None if small is None or not whole else small / whole
 
 

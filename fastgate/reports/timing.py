@@ -1,7 +1,10 @@
-"""Whether measured times can be trusted: their spread over the rounds, and who else used the machine."""
+"""Whether measured times can be trusted: their spread over the rounds, and the load of the machine."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from fastgate.reports.runs import look_up
+from fastgate.training.records import Row, Rows
 
 # a definition, as a share of the median: half of the passes lie between the quartiles
 _SPREAD = 0.1
@@ -11,7 +14,7 @@ _LOAD = 1.25
 _QUARTILES = {"latency_ms": "latency", "images_per_second": "images per second"}
 
 
-def doubt_times(rows: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
+def doubt_times(rows: Rows, environment: Mapping[str, Any]) -> str:
     """A warning about the latencies and rates of a summary's rows; empty if there is no reason, or none is known.
 
     The machine counts as busy when the quartiles of a time are further apart than 10 % of its median, or when more
@@ -24,7 +27,7 @@ def doubt_times(rows: Mapping[str, Mapping[str, Any]], environment: Mapping[str,
             reasons.append(
                 f"the quartiles of {name} lie {', '.join(wide)} of the median apart, more than {_SPREAD:.0%}"
             )
-    load = max((row["load_average"] for row in rows.values() if row.get("load_average") is not None), default=None)
+    load = max((known for row in rows.values() if (known := row.get("load_average")) is not None), default=None)
     cores = environment.get("cpu_cores")
     if load is not None and cores and load > _LOAD * cores:
         reasons.append(f"the load average was {load:.1f} on {cores} cores")
@@ -33,7 +36,7 @@ def doubt_times(rows: Mapping[str, Mapping[str, Any]], environment: Mapping[str,
     return f"busy machine: {'; '.join(reasons)}; measure the times again on a quiet machine before they are compared"
 
 
-def _spread(row: Mapping[str, Any], field: str) -> float | None:
+def _spread(row: Row, field: str) -> float | None:
     """Distance of the quartiles as a share of the median."""
-    quartiles = row.get(f"{field}_quartiles")
-    return None if quartiles is None else (quartiles[1] - quartiles[0]) / float(row[field])
+    quartiles, median = look_up(row, f"{field}_quartiles"), look_up(row, field)
+    return None if quartiles is None else float((quartiles[1] - quartiles[0]) / median)

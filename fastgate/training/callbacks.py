@@ -1,4 +1,4 @@
-"""What happens around a training: a base class with every event, and what the command line hangs on it."""
+"""Callbacks of a training run: a base class with every event, and those that the command line uses."""
 
 import json
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from fastgate.pruning.config import Phase
 from fastgate.training.checkpoint import save_checkpoint
 from fastgate.training.loggers import TensorBoardLogger
 from fastgate.training.progress import RunProgress
+from fastgate.training.records import EpochRecord
 from fastgate.training.run_folder import CHECKPOINT, CHOICES, DECISIONS, METRICS
 from fastgate.training.spending import Spending, describe_epoch
 from fastgate.tuning import tune
@@ -26,22 +27,22 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Events of a :class:`~fastgate.training.trainer.Trainer`, in the order of a run; each does nothing here.
+    """Events of a :class:`~fastgate.training.trainer.Trainer`, in the order of a run; by default each does nothing.
 
-    Under several processes every one of them has its callbacks: only the main one's may write.
+    With several processes each has callbacks of its own; only those of the main process may write.
     """
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
-        """Training begins or goes on."""
+        """Training begins or resumes."""
 
     def on_epoch_begin(self, trainer: "Trainer") -> None:
-        """Before the gates' part of an epoch, also where a run goes on in the middle of one."""
+        """Before the gates' part of an epoch, also when a run resumes in the middle of one."""
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Before the first step: what the gates' part removed is gone."""
+        """Before the first step, after the gates' part: what it prunes has left the network."""
 
     def on_step_end(self, trainer: "Trainer") -> None:
-        """After every step. On a GPU it may not have been computed yet."""
+        """After every step; on a GPU it may still be running."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """After the last step of an epoch, or the last before an interruption."""
@@ -52,21 +53,21 @@ class Callback:
     def on_eval_end(self, trainer: "Trainer") -> None:
         """After it."""
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
-        """The epoch's record is there, to add to and to write; the trainer already stands before the next epoch."""
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
+        """After an epoch, with its record, to add to or to write; `trainer.epoch` is already the next one."""
 
     def on_interrupt(self, trainer: "Trainer") -> None:
-        """The run was interrupted between two steps and ends."""
+        """The run was interrupted between two steps and is about to end."""
 
     def on_fit_end(self, trainer: "Trainer") -> None:
         """Training has ended, or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: tensors, numbers, strings, and containers of these."""
+        """What a checkpoint keeps of the callback: tensors, numbers, strings, and containers of these."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
 
 
 class Metering(Callback):
@@ -76,7 +77,7 @@ class Metering(Callback):
         self._meter: EnergyMeter | None = None
         self._window = ExitStack()
         self._train, self._evaluation = Spending(), Spending()
-        self._totals: dict[str, Any] = {"seconds": 0.0, "joules": 0.0}
+        self._totals: dict[str, Any] = {"seconds": 0.0, "joules": 0.0}  # of the epochs before
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
         """Make a meter."""
@@ -104,14 +105,14 @@ class Metering(Callback):
         """Evaluation ends."""
         self._window.close()
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
-        """Add what the epoch took."""
-        record |= describe_epoch(self._train, self._evaluation, self._totals)
-        self._totals = {name: record[name]["total"] for name in ("seconds", "joules")}
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
+        """Add what the epoch used."""
+        record |= describe_epoch(self._train, self._evaluation, **self._totals)
+        self._totals = {"seconds": record["seconds"]["total"], "joules": record["joules"]["total"]}
         self._train, self._evaluation = Spending(), Spending()
 
     def on_fit_end(self, trainer: "Trainer") -> None:
-        """Give the meter back; a window that a failure left open counts for nothing."""
+        """Close the meter; a window that a failure left open is discarded."""
         self._window.pop_all()
         if self._meter is not None:
             self._meter.close()
@@ -122,14 +123,14 @@ class Metering(Callback):
         return {"train": asdict(self._train), "totals": dict(self._totals)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with both."""
+        """Restore both."""
         self._train, self._totals = Spending(**state["train"]), dict(state["totals"])
 
 
 class MetricsFile(Callback):
     """`metrics.jsonl`: a line of JSON for every epoch; and `decisions.json`, once every decision is final.
 
-    Both are for others to read. A run that goes on takes its history from its checkpoint.
+    Both are output only: a resumed run takes its history from its checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +138,7 @@ class MetricsFile(Callback):
         self._lines = ""
 
     def on_fit_begin(self, trainer: "Trainer") -> None:
-        """Take up what was recorded before."""
+        """Restore the records of earlier epochs."""
         trainer.records = [json.loads(line) for line in self._lines.splitlines()]
 
     def on_train_begin(self, trainer: "Trainer") -> None:
@@ -149,8 +150,8 @@ class MetricsFile(Callback):
             if not path.exists() or path.read_text() != text:
                 write_atomically(path, text)
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
-        """Write all lines anew, before the checkpoint: a kill between the two repeats the epoch and its line."""
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
+        """Rewrite all lines, before the checkpoint: a run killed between the two repeats the epoch and its line."""
         self._lines = "".join(json.dumps(line) + "\n" for line in trainer.records)
         if processes.is_main():
             write_atomically(self.folder / METRICS, self._lines)
@@ -160,28 +161,28 @@ class MetricsFile(Callback):
         return {"lines": self._lines}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Restore them."""
         self._lines = state["lines"]
 
 
 class TensorBoard(Callback):
-    """Every record to a logger."""
+    """Sends every record to a logger."""
 
     def __init__(self, logger: TensorBoardLogger) -> None:
         self.logger = logger
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Log it, in the main process."""
         if processes.is_main():
             self.logger.log(record)
 
 
 class Checkpoints(Callback):
-    """`checkpoint.pt`, after every epoch and where a run is interrupted.
+    """Saves `checkpoint.pt` after every epoch and when a run is interrupted.
 
     Args:
         folder: of the run.
-        extra: what else is kept in it, for whoever reads it.
+        extra: what else to keep in it, for its readers.
     """
 
     def __init__(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
@@ -194,7 +195,7 @@ class Checkpoints(Callback):
             save_checkpoint(self.path, state)
         processes.wait()  # no process goes on, or ends, before the file is whole
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
         """Save."""
         self._save(trainer)
 
@@ -204,11 +205,11 @@ class Checkpoints(Callback):
 
 
 class Progress(Callback):
-    """A line for every epoch on the standard error stream, in a terminal a live bar below them.
+    """Prints a line per epoch to standard error; in a terminal, with a live progress bar below.
 
     Args:
         title: what is being trained.
-        notes: what is said before the first step.
+        notes: printed before the first step.
     """
 
     def __init__(self, title: str, notes: Sequence[str] = ()) -> None:
@@ -225,18 +226,18 @@ class Progress(Callback):
             self._bar.note(note)
 
     def on_step_end(self, trainer: "Trainer") -> None:
-        """One step more."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.step()
 
-    def on_epoch_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
-        """Say what the epoch came to."""
+    def on_epoch_end(self, trainer: "Trainer", record: EpochRecord) -> None:
+        """Print the results of the epoch."""
         if self._bar is None:
             return
         parts = [f"epoch {record['epoch']}/{trainer.epochs} loss {record['train']['loss']:.4f}"]
         if "accuracy" in record.get("eval", {}):
             parts.append(f"accuracy {record['eval']['accuracy']:.4f} ({record['eval']['split']})")
-        if trainer.search is not None:
+        if trainer.search is not None and record["macs"] is not None:
             share = record["macs"] / trainer.search.macs
             parts.append(f"{record['phase']} open {record['open_ratio']:.3f} MACs {share:.3f}")
         if (joules := record.get("joules", {}).get("train")) is not None:
@@ -244,17 +245,17 @@ class Progress(Callback):
         self._bar.note(" ".join(parts))
 
     def on_fit_end(self, trainer: "Trainer") -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
 
 
 class KernelChoices(Callback):
-    """Measures on a GPU which implementations the network is to use, for each configuration of its gates.
+    """Measures, on a GPU, which implementations of its operations the network uses in each configuration of its gates.
 
-    The main process does it for all. What is chosen fixes the order of sums: it is kept in `choices.json` of the run
-    folder, from where a run that goes on takes it.
+    The main process does so for all. The choice determines the order of summation, so it is kept in the run folder's
+    `choices.json`, from which a resumed run reads it.
 
     Args:
         folder: of the run.
@@ -269,7 +270,7 @@ class KernelChoices(Callback):
         self._chosen_for: object = None
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Measure, where the configuration is a new one."""
+        """Measure, if the configuration is new."""
         search = trainer.search
         if choices.make_timer(trainer.device) is None or search is None or search.configuration == self._chosen_for:
             return

@@ -1,4 +1,4 @@
-"""checkpoint.pt: everything a run needs to go on, loadable with `weights_only=True`."""
+"""checkpoint.pt: everything needed to resume a run, loadable with `weights_only=True`."""
 
 import os
 import warnings

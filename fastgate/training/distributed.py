@@ -1,6 +1,6 @@
-"""The processes of a run under torchrun: how they join and end, and what of a machine each of them has.
+"""The processes of a run under torchrun: how they join and end, and which device each of them uses.
 
-What they tell each other is in :mod:`fastgate.processes`.
+How they communicate is in :mod:`fastgate.processes`.
 """
 
 import atexit
@@ -19,19 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgate.gates import named_gates
 from fastgate.processes import count, wait
 
-_HOW_TO_GO_ON = "what was saved last is whole: go on with --output RUN --resume, on any number of processes"
+_HOW_TO_RESUME = "its last checkpoint is intact: resume with --output RUN --resume, on any number of processes"
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run is gone: this one cannot go on."""
+    """Another process of the run has ended: this one cannot continue."""
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the other processes that torchrun started; a process of its own has nobody to join.
+    """Join the other processes that torchrun started; a single process has none to join.
 
-    Of the processes that fail only the first one gets out of here with its exception: the others fail because it did,
-    and end in silence.
+    When processes fail, only the first one raises its exception from here: the others fail because it did, and end
+    silently.
 
     Raises:
         ProcessLost: another process has ended.
@@ -59,12 +59,12 @@ def joined() -> Iterator[None]:
         if not reports_first():
             os._exit(1)
         if lost:
-            raise ProcessLost(f"another process of this run has ended; {_HOW_TO_GO_ON}") from error
+            raise ProcessLost(f"another process of this run has ended; {_HOW_TO_RESUME}") from error
         raise
 
 
 def _obey_sigterm(reports_first: Callable[[], bool]) -> None:
-    """End at once when torchrun says so, which it does when another process has ended.
+    """End at once when torchrun asks for it, as it does when another process has ended.
 
     A signal handler would wait for the main thread, and that may wait for the process that is gone: hence a thread.
     """
@@ -78,17 +78,17 @@ def _obey_sigterm(reports_first: Callable[[], bool]) -> None:
             pass
         if reports_first():
             why = "told to end (SIGTERM), as torchrun does when another process has ended"
-            print(f"error: {why}; {_HOW_TO_GO_ON}", file=sys.stderr, flush=True)
+            print(f"error: {why}; {_HOW_TO_RESUME}", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="fastgate-sigterm", daemon=True).start()
 
 
 def own_device(device: str) -> str:
-    """The device of this process where the run asks for `device`: of several processes each has a GPU of its node.
+    """The device of this process in a run on `device`: each of several processes has its own GPU of its node.
 
     Raises:
-        ValueError: one GPU is asked for by number, or there are more processes than GPUs.
+        ValueError: several processes are given one GPU by number, or outnumber the GPUs.
     """
     if count() == 1 or device == "cpu":
         return device
@@ -113,14 +113,14 @@ def resolve_device(device: str) -> str:
         raise ValueError(f"device: expected auto, cpu or cuda[:index], got {device!r}")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device: {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
+            f"device: {device!r} does not exist ({torch.cuda.device_count()} CUDA devices found); use --device cpu"
         )
     return own_device(device)
 
 
 @contextmanager
 def first_of_node() -> Iterator[None]:
-    """Let one process of each node through the block first, then the others: what it downloads they find."""
+    """Let one process of each node through the block first, then the others, which find what it downloaded."""
     first = count() == 1 or os.environ["LOCAL_RANK"] == "0"
     if not first:
         wait()
@@ -130,16 +130,16 @@ def first_of_node() -> Iterator[None]:
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The network to run forward in training: its backward averages gradients over the processes.
+    """The network to call in training: its backward pass averages gradients over the processes.
 
-    To be made anew where parameters left the network, or where gates were frozen or let live again. Heads of frozen
-    gates get no gradient, which the processes have to know before.
+    Call this again after parameters have left the network, or gates have been frozen or released: heads of frozen
+    gates get no gradient, which the processes have to know beforehand.
     """
     if count() == 1:
         return model
     for _, gate in named_gates(model):
         gate.requires_grad_(not gate.frozen)
     network = DistributedDataParallel(model)
-    # running statistics are the same everywhere, or made so at the end of an epoch; the option's name is changing
+    # running statistics are equal everywhere, or made so at the end of an epoch; the option is being renamed
     network.broadcast_buffers = False
     return network

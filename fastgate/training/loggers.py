@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgate.training.records import EpochRecord
+
 LOGGERS = ("none", "tensorboard")
 
 
@@ -26,8 +28,8 @@ class TensorBoardLogger:
         self._open = SummaryWriter
         self._writer: SummaryWriter | None = None
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Write an epoch's line of metrics; what an earlier process wrote from this epoch on no longer counts."""
+    def log(self, record: EpochRecord) -> None:
+        """Write an epoch's line of metrics; what an earlier process wrote from this epoch on is discarded."""
         epoch = record["epoch"]
         if self._writer is None:
             self._writer = self._open(str(self._folder), purge_step=epoch)
@@ -48,7 +50,7 @@ def open_logger(name: str, folder: Path) -> TensorBoardLogger | None:
 
 
 def list_scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The known numbers of a line of metrics by their path, such as "train/loss"; of lists (a gate's) the mean."""
+    """The numbers of a record by path, such as "train/loss"; for a list (a gate's channels) their mean."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from list_scalars(value, f"{prefix}{name}/")

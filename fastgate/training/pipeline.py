@@ -18,7 +18,7 @@ from fastgate.models.hooks import copy_network
 from fastgate.optim import parameter_groups
 from fastgate.pruning.compaction import compact
 from fastgate.pruning.config import Phase
-from fastgate.pruning.costs import macs
+from fastgate.pruning.costs import flops, macs
 from fastgate.pruning.decisions import Decisions, freeze
 from fastgate.pruning.energy import measure_inference
 from fastgate.pruning.equality import check_equal
@@ -42,6 +42,7 @@ from fastgate.training.loggers import open_logger
 from fastgate.training.matching import match_latency, match_macs
 from fastgate.training.networks import build_network, evaluate, find_plain, is_found, resolve_precision
 from fastgate.training.recipe import Recipe, change, recipe_to_dict
+from fastgate.training.records import Preprocessing, Row, Summary
 from fastgate.training.run_folder import (
     CONFIG,
     CONTROL_PREFIX,
@@ -55,25 +56,26 @@ from fastgate.training.spending import sum_joules
 from fastgate.training.trainer import Trainer
 
 _EVALUATION_BATCH, _LATENCY_BATCH = 500, 256
-# of larger images fewer, as many pixels in all: a batch lives in memory with everything that is computed from it
+# larger images go in smaller batches of as many pixels: a batch is in memory together with all its activations
 _SIDE = 64
 
 
 def _bounded(batch_size: int, data: Data) -> int:
-    """A batch size that need not be what it is, or what the data set's images are small enough for."""
+    """A batch size that results do not depend on, reduced where the data set's images are large."""
     _, height, width = data.image_size
     return max(1, min(batch_size, batch_size * _SIDE**2 // (height * width)))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run lies and what it works on.
+    """A run: its recipe, its folder, its data and its device.
 
     Attributes:
-        control: what kind of control of another run this one is.
+        control: which kind of control of another run this is; None for a run of its own.
         command: the command line that started it, for its `config.json`; None where there was none.
         logger: where its metrics go besides `metrics.jsonl`, see :data:`~fastgate.training.loggers.LOGGERS`.
         model: the network without gates, in place of the recipe's.
+        count_flops: whether the summary's rows have FLOPs by fvcore's convention too, see :func:`fastgate.flops`.
     """
 
     recipe: Recipe
@@ -85,9 +87,10 @@ class Run:
     command: str | None = None
     logger: str = "none"
     model: nn.Module | None = None
+    count_flops: bool = False
 
     def load_data(self) -> Data:
-        """The run's data set, on its device; own images normalised as the network's weights want them."""
+        """The run's data set, on its device; own images normalised as the network's pretrained weights expect."""
         options = self.recipe.data
         wanted: dict[str, Any] = {}
         with distributed.first_of_node():
@@ -204,13 +207,13 @@ def start_trainer(run: Run, data: Data, *, resume: bool) -> Trainer:
 
 
 class Outcome(NamedTuple):
-    """What a run comes to: its summary, and the network in its `model.safetensors`."""
+    """What a run results in: its summary, and the network in its `model.safetensors`."""
 
-    summary: dict[str, Any]
+    summary: Summary
     network: nn.Module
 
 
-def train(run: Run, *, resume: bool = False) -> dict[str, Any]:
+def train(run: Run, *, resume: bool = False) -> Summary:
     """Train a run to its end, and its controls; returns the summary, see :func:`finish`."""
     return finish(run, resume=resume).summary
 
@@ -229,8 +232,8 @@ def finish(run: Run, data: Data | None = None, *, resume: bool = False) -> Outco
     by_name = [kind for kind in run.recipe.run.controls if kind.startswith("equal-")]
     if run.model is not None and by_name:
         raise ValueError(
-            f"control: {by_name[0]} is for networks by name, whose depth and widths can be chosen, got a network; "
-            "leave it out, or train a smaller network of your own as another run"
+            f"control: {by_name[0]} needs a network given by name, whose depth and widths can be chosen, got a network "
+            "object; leave it out, or train a smaller network of your own in another run"
         )
     with locked(run.folder):
         return _finish(run, data, resume=resume)
@@ -267,7 +270,7 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
     networks = {kind: control.model for kind, control in controls.items()}
     if "unpruned" not in networks:
         plain = change(run.recipe, gating="none", control="none")
-        networks["unpruned"], _ = _build(replace(run, recipe=plain), data)  # it is timed
+        networks["unpruned"], _ = _build(replace(run, recipe=plain), data)  # only to be timed
     own = {**({"gated": trainer.model} if gated else {}), "compact": small}
     networks = {"unpruned": networks.pop("unpruned"), **own, **networks}
     summary = processes.from_main(
@@ -277,7 +280,7 @@ def _finish(run: Run, data: Data | None, *, resume: bool) -> Outcome:
 
 
 def _build(run: Run, data: Data) -> tuple[nn.Module, tuple[str, ...]]:
-    """The run's network, and what is to be said of it."""
+    """The run's network, and notes on it for the user."""
     plain: nn.Module | None = run.model
     notes: tuple[str, ...] = ()
     if plain is not None:
@@ -295,13 +298,13 @@ def train_control(
     """Train a control of a run, see :data:`~fastgate.training.recipe.CONTROLS`, in a folder inside the run's.
 
     Args:
-        kind: of control.
+        kind: which control.
         run: the gated run.
         data: its data.
         decisions: what its search found.
         compact: its compact network.
         gated: its trainer, at the end.
-        resume: go on with what is in the folder, if anything is.
+        resume: continue the control that is in the folder, if there is one.
     """
     folder = run.folder / f"{CONTROL_PREFIX}{kind}"
     wanted = macs(compact, data.image_size)
@@ -315,8 +318,8 @@ def train_control(
 
     recipe = run.recipe
     resume = resume and processes.from_main((folder / CONFIG).exists)
-    if not resume:  # what was measured for one that goes on is in its folder
-        spent = gated.records[-1]["macs_training"]["total"] / (wanted * _images_trained(gated, run))
+    if not resume:  # a resumed control has its measured recipe in its folder
+        spent = gated.macs_spent / (wanted * _images_trained(gated, run))
         recipe = control_recipe(kind, recipe, find, training=spent)
     control = replace(run, recipe=open_folder(folder, recipe, resume=resume), folder=folder, control=kind)
     trainer = start_trainer(control, data, resume=resume)
@@ -341,8 +344,8 @@ def _save_network(network: nn.Module, run: Run, data: Data) -> None:
         save(network, run.folder / NETWORK, metadata={**metadata, "written": written})
 
 
-def describe_data(data: Data) -> dict[str, Any]:
-    """What whoever uses the network has to know of its images, as plain data."""
+def describe_data(data: Data) -> Preprocessing:
+    """What users of the network have to know about its images."""
     return {
         "dataset": data.name,
         "image_size": list(data.image_size),
@@ -360,12 +363,14 @@ def _write_summary(
     decisions: Decisions | None,
     *,
     difference: float | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     trainer = next(iter(trainers.values()))
     test = data.evaluation("test", _bounded(_EVALUATION_BATCH, data), channels_last=True)
     timed = data.evaluation("test", _bounded(_LATENCY_BATCH, data), channels_last=True)
     rows = measure_networks(networks, data, timed)
     for name, row in rows.items():
+        if run.count_flops:
+            row["flops"] = flops(networks[name], data.image_size)
         if name in ("gated", "compact") or name in trainers:
             row["accuracy"] = evaluate(networks[name], test, trainer.dtype, num_classes=data.num_classes)["accuracy"]
         if name == "compact" and decisions is not None:
@@ -374,10 +379,10 @@ def _write_summary(
             history = trainers[name].records
             row["open_ratio"] = history[-1]["open_ratio"]
             row["validation_accuracy"] = history[-1]["eval"]["accuracy"] if "validation" in data.splits else None
-            row["macs_training"] = history[-1]["macs_training"]["total"]
+            row["macs_training"] = trainers[name].macs_spent
             row["seconds_training"] = sum(line["seconds"]["train"] for line in history)
             row["joules_training"], row["joules_evaluation"] = sum_joules(history, "train"), sum_joules(history, "eval")
-    summary: dict[str, Any] = {
+    summary: Summary = {
         "rows": rows,
         "recipe": recipe_to_dict(run.recipe),
         "image_size": list(data.image_size),
@@ -395,11 +400,13 @@ def _write_summary(
         summary["max_abs_difference"] = difference
         summary["polarization"] = decisions.polarization
         summary["lowest_unanimity"] = min(float(gate.unanimity.min()) for gate in decisions.values())
+    if trainer.search is not None:
+        summary["gate_macs"] = {name: int(cost.sum()) for name, cost in trainer.search.gate_macs.items()}
     write_atomically(run.folder / SUMMARY, json.dumps(summary, indent=2))
     return summary
 
 
-def measure_networks(networks: dict[str, nn.Module], data: Data, batches: Any) -> dict[str, dict[str, Any]]:
+def measure_networks(networks: dict[str, nn.Module], data: Data, batches: Any) -> dict[str, Row]:
     """MACs, parameters, latency of one image, images per second and joules per image, on one batch of real images.
 
     Times are medians with their lower and upper quartile over the rounds; `load_average` is the machine's over the

@@ -1,4 +1,4 @@
-"""The folder of a run: what its files are called, and its `config.json`."""
+"""The folder of a run: the names of its files, and how they are written and read."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from fastgate import processes
 from fastgate.env import describe_environment
 from fastgate.files import write_atomically
 from fastgate.training.recipe import Recipe, recipe_from_dict, recipe_to_dict
+from fastgate.training.records import Config, EpochRecord, Summary
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
 DECISIONS, CHOICES = "decisions.json", "choices.json"
@@ -16,9 +17,9 @@ CONTROL_PREFIX = "control-"
 
 
 def write_config(folder: Path, recipe: Recipe, *, control: str | None = None, command: str | None = None) -> None:
-    """Make the folder of a new run, with what it is."""
+    """Create the folder of a new run, with its `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
+    content: Config = {
         "recipe": recipe_to_dict(recipe),
         "control": control,
         "command": command,
@@ -42,7 +43,7 @@ def read_config(folder: Path) -> Recipe:
         raise ValueError(f"{config}: expected the configuration of a run, got {error}; the file is foreign") from error
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[EpochRecord]:
     """The record of every finished epoch of a run; none before the first is finished.
 
     Raises:
@@ -55,11 +56,36 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: expected a JSON object per line, got {error}; the file is damaged") from error
 
 
-def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
-    """The recipe in force: that of a new run, or the one in its folder where it goes on.
+def read_summary(folder: Path) -> Summary | None:
+    """The summary of a finished run; None where there is none yet.
 
     Raises:
-        ValueError: a new run in a folder that holds one, or nothing to go on with.
+        ValueError: the file is damaged.
+    """
+    summary: Summary | None = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    return summary
+
+
+def read_json(path: Path) -> Any:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}; the file is damaged") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; the file is foreign")
+    return content
+
+
+def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
+    """The recipe in force: the one given, or for a resumed run the one in its folder.
+
+    Raises:
+        ValueError: a new run in a folder that holds one, or nothing to resume.
     """
 
     def find_recipe() -> Recipe:
@@ -67,8 +93,8 @@ def open_folder(folder: Path, recipe: Recipe, *, resume: bool) -> Recipe:
             return read_config(folder)
         if (folder / CONFIG).exists():
             raise ValueError(
-                f"{folder}: expected a new or empty folder, got one that holds a run; go on with --resume, or choose "
-                "another --output"
+                f"{folder}: expected a new or empty folder, got one that holds a run; resume it with --resume, or "
+                "choose another --output"
             )
         return recipe
 

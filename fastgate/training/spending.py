@@ -1,13 +1,14 @@
-"""Seconds and joules of an epoch, kept over interruptions, and of a run; of all its processes together."""
+"""Seconds and joules of an epoch, kept across interruptions, and of a run; of all its processes together."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 from fastgate import processes
 from fastgate.energy import Energy
 from fastgate.energy.sums import add_devices, add_energies, add_known
+from fastgate.training.records import EpochRecord
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Spending:
         microjoules: an integer, so that parts add up exactly; None if unknown.
         error_bound_joules: of the sum; None if unknown.
         source: where the joules come from; see :class:`fastgate.energy.Energy`.
-        warnings: what the meter said, each once.
+        warnings: those of the meter, each once.
         per_device: joules by device, None where unknown or while its counter has not moved.
     """
 
@@ -48,14 +49,13 @@ class Spending:
         return None if not self.microjoules or None in self.per_device.values() else self.microjoules / 1e6
 
 
-def describe_epoch(train: Spending, evaluation: Spending, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds and joules of an epoch for its line of metrics; `total` adds them to `seconds` and `joules` before."""
-    seconds = train.seconds + evaluation.seconds + before["seconds"]
-    joules = {"train": train.joules, "eval": evaluation.joules}
-    total = add_known([*joules.values(), before["joules"]])
+def describe_epoch(train: Spending, evaluation: Spending, seconds: float, joules: float | None) -> EpochRecord:
+    """Seconds and joules of an epoch for its record; `total` adds them to those of the epochs before."""
+    seconds += train.seconds + evaluation.seconds
+    joules = add_known([train.joules, evaluation.joules, joules])
     return {
         "seconds": {"train": train.seconds, "eval": evaluation.seconds, "total": seconds},
-        "joules": {**joules, "total": total},
+        "joules": {"train": train.joules, "eval": evaluation.joules, "total": joules},
         "energy": {
             "source": train.source,
             "error_bound_joules": {"train": train.error_bound_joules, "eval": evaluation.error_bound_joules},
@@ -64,7 +64,7 @@ def describe_epoch(train: Spending, evaluation: Spending, before: Mapping[str, A
     }
 
 
-def sum_joules(history: Sequence[dict[str, Any]], kind: str) -> float | None:
+def sum_joules(history: Sequence[EpochRecord], kind: Literal["train", "eval"]) -> float | None:
     """Joules of all epochs of a run for "train" or "eval"; None if one epoch's are unknown."""
-    total = add_known([line.get("joules", {}).get(kind) for line in history])
+    total = add_known([record.get("joules", {}).get(kind) for record in history])
     return None if total is None else float(total)

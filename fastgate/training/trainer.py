@@ -1,4 +1,4 @@
-"""The training loop: epochs of any network on any batches, with gates that are searched, and runs that can go on."""
+"""The training loop: any network on any batches, with a search of its gates, in runs that can be resumed."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from fastgate.training import distributed
 from fastgate.training.callbacks import Callback, Checkpoints, MetricsFile
 from fastgate.training.checkpoint import load_checkpoint
 from fastgate.training.lock import locked
+from fastgate.training.records import EpochRecord
 from fastgate.training.run_folder import CHECKPOINT
 from fastgate.training.step import CudaGraphs, Measure, TrainingStep, can_be_captured
 from fastgate.values import Forward, device_of, tensors_in, to_device_of
@@ -30,8 +31,8 @@ _STATE = (
     *("random", "epoch_random"),
 )
 
-# how often processes with GPUs ask each other whether one was interrupted: for that they wait
-_STEPS_BETWEEN_QUESTIONS = 50
+# between checks by processes with GPUs whether one of them was interrupted: a check makes them wait for each other
+_STEPS_BETWEEN_CHECKS = 50
 
 
 class Interrupted(Exception):
@@ -45,14 +46,15 @@ class NonFiniteLoss(RuntimeError):
 class Trainer:
     """Trains a network on batches, and its gates where a search is given.
 
-    Every epoch ends in a record, a dictionary of what it came to, and where there is a folder in a line of its
-    `metrics.jsonl` and in its `checkpoint.pt`. A Ctrl-C writes a checkpoint in the middle of an epoch. From either, a
-    run that goes on (:meth:`restore`) ends with the same weights, bit by bit on a CPU, as an undisturbed one, provided
-    that the batches of an epoch are the same again: those of a loader that has `start_at(epoch, step)`, or that draws
-    from torch's random numbers alone, as `DataLoader` does (its batches are then read and thrown away up to the step).
+    Every epoch ends with a record (:class:`~fastgate.training.records.EpochRecord`); if there is a folder, the record
+    becomes a line of its `metrics.jsonl` and the state is saved to its `checkpoint.pt`. Ctrl-C saves one in the middle
+    of an epoch. A run resumed from either (:meth:`restore`) ends with the same weights as an undisturbed one, bit by
+    bit on a CPU, provided that the batches of an epoch are the same again: those of a loader that has
+    `start_at(epoch, step)`, or that draws from torch's random numbers alone, as `DataLoader` does (its batches are then
+    read and discarded up to the step).
 
     Under torchrun every process has a trainer with its own share of every batch; up to rounding they compute what one
-    process computes. The first one writes.
+    process would. The first one writes.
 
     Args:
         model: any network, on its device.
@@ -61,22 +63,22 @@ class Trainer:
         loss_fn: (outputs, targets) -> scalar, a mean over the batch; for a mapping its targets are the whole batch.
         epochs: of the run.
         search: of the network's gates.
-        calibration: batches that gates are decided over; default: those of training.
+        calibration: batches over which gates are decided; default: the training batches.
         evaluate: the network -> numbers by name, after every epoch.
         callbacks: see :class:`~fastgate.training.callbacks.Callback`.
         folder: where metrics and checkpoints are written; None writes nothing.
-        learning_rate: epoch (fractions count) -> learning rate; None leaves it to the optimizer and callbacks.
+        learning_rate: epoch (with its fraction) -> learning rate; None leaves it to the optimizer and callbacks.
         measures: what else is averaged over an epoch's steps, (outputs, targets) -> scalar, by name.
         example_inputs: (C, H, W) or example inputs, to count the MACs of a network without a search.
-        forward: `(model, inputs) -> outputs`, for networks that are called otherwise.
+        forward: `(model, inputs) -> outputs`, for networks that are called differently.
         dtype: of the forward pass; half precisions by autocast, fp16 with a loss scaler.
-        sync_batch_norms: batch norms take the statistics of all processes.
-        compile: let `torch.compile` compile the network.
+        sync_batch_norms: batch norms use the statistics of all processes.
+        compile: compile the network with `torch.compile`.
 
     Attributes:
         epoch, step: what is trained next, from 0.
         device: of the network.
-        records: of all epochs so far; those before an interruption too, where there is a folder.
+        records: of all epochs so far; including those before an interruption if there is a folder.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Trainer:
         self.device = device_of(model) or torch.device("cpu")
         self.epoch = 0
         self.step = 0
-        self.records: list[dict[str, Any]] = []
+        self.records: list[EpochRecord] = []
         self.callbacks = [*callbacks]
         if self.folder is not None:
             have = {type(callback) for callback in callbacks}
@@ -159,8 +161,13 @@ class Trainer:
 
     @property
     def sums(self) -> dict[str, Tensor]:
-        """What this epoch's steps add up to, by name."""
+        """Sums over this epoch's steps so far, by name."""
         return self.training_step.sums
+
+    @property
+    def macs_spent(self) -> int:
+        """MACs of all forward passes in training so far; 0 where those of the network are unknown."""
+        return self._totals["macs"]
 
     def fit(self) -> None:
         """Train to the last epoch.
@@ -224,11 +231,11 @@ class Trainer:
             if self.device.type == "cpu":  # a GPU would have to be waited for: there the epoch's end is soon enough
                 self._check_finite(self.sums["loss"])
             alone = self.device.type == "cpu" or processes.count() == 1  # GPUs of several processes wait here
-            if (alone or self.step % _STEPS_BETWEEN_QUESTIONS == 0) and processes.any_process(bool(interrupted)):
+            if (alone or self.step % _STEPS_BETWEEN_CHECKS == 0) and processes.any_process(bool(interrupted)):
                 raise Interrupted
 
     def _refresh_statistics(self) -> None:
-        """So that the evaluation sees the network that training ends with."""
+        """Refresh the search's statistics, so that the evaluation sees the network that training ends with."""
         if self.search is not None:
             loader: Any = self.train_loader
             batches = loader.start_at(self.epoch) if hasattr(loader, "start_at") else loader
@@ -260,13 +267,13 @@ class Trainer:
             yield to_device_of(self.model, batch)
 
     def _schedule(self) -> Tensor:
-        """The numbers that the steps of this epoch take, a row for each, all copied to the device at once."""
+        """The scheduled numbers of this epoch, a row per step, all copied to the device at once."""
         steps = len(self.train_loader)
         rows = [
             self.training_step.schedule(self._learning_rate_at(step), self.epoch + step / steps)
             for step in range(steps)
         ]
-        # from pinned memory, so that the copy is not waited for
+        # from pinned memory, so that nothing waits for the copy
         table = torch.tensor(rows, dtype=torch.float32, pin_memory=self.device.type == "cuda")
         return table.to(self.device, non_blocking=True)
 
@@ -287,7 +294,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         self._check_finite(self.sums["loss"])
         steps = len(self.train_loader)
-        record: dict[str, Any] = {"epoch": self.epoch + 1}
+        record: EpochRecord = {"epoch": self.epoch + 1}
         if self.evaluate is not None:
             self._tell("on_eval_begin")
             record["eval"] = dict(self.evaluate(self.model))
@@ -303,7 +310,7 @@ class Trainer:
         self.records.append(record)
         self._tell("on_epoch_end", record)
 
-    def _describe_search(self) -> dict[str, Any]:
+    def _describe_search(self) -> EpochRecord:
         """The epoch's gates and MACs; a network without gates is open and never settles anything."""
         described: dict[str, Any] = {
             "open_ratio": 1.0, "polarization": 0.0, "macs": self.macs, "frozen": False, "max_abs_difference": 0.0,
@@ -320,10 +327,10 @@ class Trainer:
                 "total": self._totals["macs"],
                 "all_open_total": self._totals["all_open"],
             }
-        return described
+        return cast(EpochRecord, described)
 
     def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
-        """By their classes, those of one class numbered."""
+        """Callbacks by the name of their class; further ones of the same class are numbered."""
         seen: Counter[str] = Counter()
         for callback in self.callbacks:
             name = type(callback).__name__
@@ -331,7 +338,7 @@ class Trainer:
             yield (name if seen[name] == 1 else f"{name} {seen[name]}"), callback
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` goes on from: tensors, numbers, strings and containers of these."""
+        """Everything that :meth:`load_state_dict` resumes from: tensors, numbers, strings and containers of these."""
         return {
             "search": None if self.search is None else self.search.state_dict(),
             "model": self.model.state_dict(),
@@ -348,7 +355,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, with a network, an optimizer and a search that are freshly made.
+        """Resume from :meth:`state_dict`, with a newly made network, optimizer and search.
 
         Raises:
             ValueError: the state of an earlier version, or of another network or search.
@@ -374,9 +381,9 @@ class Trainer:
         _set_random_state(state["random"], self.device)
 
     def restore(self) -> bool:
-        """Go on from the folder's checkpoint; False where there is none: killed before the first epoch was saved."""
+        """Resume from the folder's checkpoint; False if there is none, as after a kill before the first was saved."""
         if self.folder is None:
-            raise ValueError("folder: expected the folder of the run to go on with, got none")
+            raise ValueError("folder: expected the folder of the run to resume, got none")
         path = self.folder / CHECKPOINT
         if not path.exists():
             return False
@@ -402,7 +409,7 @@ def _set_random_state(state: Mapping[str, Any] | None, device: torch.device) -> 
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[list[bool]]:
-    """While active, a first Ctrl-C only fills the yielded list; a second one interrupts at once."""
+    """While active, the first Ctrl-C only fills the yielded list; a second one interrupts at once."""
     asked: list[bool] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield asked

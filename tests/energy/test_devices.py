@@ -136,10 +136,10 @@ def test_boards_of_different_models_have_no_known_order(fake: Fake, monkeypatch:
         fake.run(1)
     assert (w.result.joules, w.result.per_device) == (None, {"cuda:0": None})
     assert "set CUDA_DEVICE_ORDER=PCI_BUS_ID" in w.result.warnings[0]
-    with pytest.raises(EnergyError, match="which of NVIDIA A100, Tesla T4 is meant"):
+    with pytest.raises(EnergyError, match="an index is ambiguous for NVIDIA A100, Tesla T4"):
         fake.meter(0, require=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(EnergyError, match="CUDA sorts boards of different models by speed"):
+    with pytest.raises(EnergyError, match="CUDA sorts GPUs of different models by speed"):
         fake.meter(require=True)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert metered(fake.meter()) == [AAAA]
@@ -237,7 +237,7 @@ def test_mig_needs_allow_shared(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> 
             fake.run(3)
         # once, not once per slice
         assert (w.result.joules, w.result.per_device) == (900.0, {AACC: 900.0})
-        assert w.result.warnings == (f"{AACC}: the whole board, all MIG slices included",)
+        assert w.result.warnings == (f"{AACC}: the whole GPU is metered, all MIG slices included",)
     with pytest.raises(errors.NotSupported, match="pass allow_shared=True"):
         fake.meter("MIG-1111-a", require=True)
     assert metered(fake.meter("MIG-1111-a", allow_shared=True)) == [AACC]
@@ -263,4 +263,4 @@ def test_without_pci_ids_nvmls_order_is_taken_and_said(two: Fake) -> None:
     two.fail("nvmlDeviceGetPciInfo_v3", 13)
     meter = two.meter()
     assert metered(meter) == [BBBB, AAAA]
-    assert meter.notes == ["this driver does not tell PCI ids: boards are taken in NVML's order"]
+    assert meter.notes == ["this driver does not report PCI ids: GPUs are listed in NVML's order"]

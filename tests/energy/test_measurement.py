@@ -107,9 +107,9 @@ def with_argument(x: object) -> object:
     [
         (([],), "fn: expected at least one function"),
         ((3,), "fn: expected functions without arguments, got 3"),
-        ((with_argument,), "fn: expected functions without arguments, got with_argument, which needs some"),
-        ((nn.Linear(2, 2),), r"got Linear, which needs some: give `lambda: f\(x\)`"),
-        (([print, nn.Sequential(nn.Linear(2, 2))],), "got Sequential, which needs some"),
+        ((with_argument,), "fn: expected functions without arguments, got with_argument, which requires some"),
+        ((nn.Linear(2, 2),), r"got Linear, which requires some: pass `lambda: f\(x\)`"),
+        (([print, nn.Sequential(nn.Linear(2, 2))],), "got Sequential, which requires some"),
         ((print, float("inf")), "min_seconds: expected a finite duration, got inf"),
         ((print, float("nan")), "min_seconds: expected a duration above 0, got nan"),
         ((print, "5"), "min_seconds: expected a number of seconds, got '5'"),
@@ -129,7 +129,7 @@ def test_a_meter_that_is_none_or_closed(fake: Fake) -> None:
     fake.board()
     meter = fake.meter()
     meter.close()
-    with pytest.raises(WindowClosedError, match="this meter was closed: make another EnergyMeter"):
+    with pytest.raises(WindowClosedError, match="this meter was closed: create another EnergyMeter"):
         fg.measure_energy(print, meter=meter)
     with pytest.raises(TypeError, match="meter: expected an EnergyMeter or None, got 'cuda'"):
         fg.measure_energy(print, meter="cuda")  # type: ignore[arg-type]

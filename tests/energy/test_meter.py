@@ -322,8 +322,8 @@ def test_throttling_and_other_processes_are_said(fake: Fake) -> None:
     with meter.window("disturbed") as disturbed:
         fake.run(3)
     assert disturbed.result.warnings == (
-        f"{AAAA}: clocks are held down by the power cap, temperature",
-        f"{AAAA}: the joules include those of 1 other process(es) on the board",
+        f"{AAAA}: clocks are throttled by the power cap, temperature",
+        f"{AAAA}: the joules include those of 1 other process(es) on the GPU",
     )
     assert disturbed.result.joules == 210.0
 
@@ -437,7 +437,7 @@ def test_nothing_to_meter(fake: Fake) -> None:
     with fake.meter("cpu", cpu="off").window("w") as w:
         fake.run(1)
     assert w.result.joules is None
-    assert w.result.warnings == ("nothing is metered: no GPU was asked for, and cpu is 'off'",)
+    assert w.result.warnings == ("nothing is metered: no GPU was requested, and cpu is 'off'",)
 
 
 def test_a_forked_child_does_not_end_its_parents_session(fake: Fake) -> None:

@@ -173,7 +173,7 @@ def test_a_counter_that_was_not_read_for_longer_than_a_wrap_takes(tmp_path: Path
         no_gpu.run(655)
         burn(zone, wraps * RANGE / 1e6 + 1)
     assert w.result.joules is None
-    assert "starts over every 262143 J and was not read for 65" in w.result.warnings[0]
+    assert "wraps every 262143 J and was not read for 65" in w.result.warnings[0]
 
 
 def test_a_jump_that_is_impossible(tmp_path: Path, no_gpu: Fake) -> None:
@@ -256,7 +256,7 @@ def test_energy_that_only_root_may_read(root: Path, no_gpu: Fake, monkeypatch: p
         no_gpu.run(1)
     assert (w.result.joules, w.result.per_device) == (None, {"cpu": None})
     assert (
-        "may be read by root only (since CVE-2020-8694); run as root, or allow it with `sudo chmod a+r "
+        "can be read only by root (since CVE-2020-8694); run as root, or allow reading with `sudo chmod a+r "
         in (w.result.warnings[0])
     )
     with pytest.raises(errors.PermissionDenied, match="CVE-2020-8694"):

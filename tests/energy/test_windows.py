@@ -42,9 +42,12 @@ def test_a_window_entered_inside_itself(fake: Fake) -> None:
     window = fake.meter().window("w")
     with window as w:
         fake.run(3)
-        with pytest.raises(WindowOpenError, match="window 'w' is open already: end it before it begins again"), window:
+        with (
+            pytest.raises(WindowOpenError, match="window 'w' is already open: end it before beginning it again"),
+            window,
+        ):
             pytest.fail("the block of the second one ran")
-        with pytest.raises(WindowOpenError, match="is open already"):
+        with pytest.raises(WindowOpenError, match="is already open"):
             window.begin()
         fake.run(2)
     assert w.result.joules == 250.0
@@ -57,7 +60,7 @@ def test_a_lap_after_the_end(fake: Fake) -> None:
         meter.window("w").lap()
     with meter.window("w") as w:
         fake.run(3)
-    with pytest.raises(WindowClosedError, match="window 'w' has ended: take laps before, or begin it anew"):
+    with pytest.raises(WindowClosedError, match="window 'w' has ended: take laps before its end, or begin it again"):
         w.lap()
     assert w.result.joules == 150.0 and w.laps == []
 
@@ -74,7 +77,7 @@ def test_a_meter_that_was_closed(fake: Fake) -> None:
     assert w.result.joules is None and w.result.per_device == {AAAA: None}
     assert f"{AAAA}: the meter was closed inside the window" in w.result.warnings
     for use in (lambda: meter.window("w"), lambda: meter.begin("w"), meter.lap, unused.begin):
-        with pytest.raises(WindowClosedError, match="this meter was closed: make another EnergyMeter"):
+        with pytest.raises(WindowClosedError, match="this meter was closed: create another EnergyMeter"):
             use()
     assert meter.total.microjoules == pytest.approx(100e6, abs=30e6)  # what it has metered is still known
     assert w.end() is w.result
@@ -92,5 +95,5 @@ def test_print_says_what_is_metered(fake: Fake) -> None:
     meter.close()
     assert str(meter).startswith("<EnergyMeter, closed: ")
     assert str(fake.meter("cpu", cpu="off")) == (
-        "<EnergyMeter: nothing metered; nothing is metered: no GPU was asked for, and cpu is 'off'>"
+        "<EnergyMeter: nothing metered; nothing is metered: no GPU was requested, and cpu is 'off'>"
     )

@@ -122,7 +122,7 @@ def test_lightning_with_one_of_two_boards_standing_still(fake: Fake, tmp_path: P
     fake.set_stalled(1, 1)
     run_lightning(fake, tmp_path, callback)
     assert [entry[phase]["joules"] for entry in callback.history for phase in ("train", "validation")] == [None] * 4
-    assert any("it stood still" in warning for warning in callback.history[0]["train"]["warnings"])
+    assert any("it has stalled" in warning for warning in callback.history[0]["train"]["warnings"])
 
 
 def test_lightning_after_an_exception(board: Fake, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_one_process_of_several_says_so(board: Fake, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     found = timeline.collect("train")
     assert found["joules"] == 500.0
-    assert found["warnings"] == ["metered by one process of 4: what its own devices used"]
+    assert found["warnings"] == ["metered by one process of 4: energy of its own devices only"]
 
 
 def test_transformers_makes_and_closes_a_meter_of_its_own(board: Fake, tmp_path: Path) -> None:

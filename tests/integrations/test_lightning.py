@@ -167,7 +167,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         def automatic_optimization(self) -> bool:
             return False
 
-    with pytest.raises(ValueError, match="optimizers: expected one, which a search can cut, got 2"):
+    with pytest.raises(ValueError, match="optimizers: expected one that the search can prune, got 2"):
         fit(tmp_path, module=Two())
     with pytest.raises(ValueError, match="max_epochs: expected a number of epochs"):
         pl.Trainer(max_epochs=-1, callbacks=[GateSearchCallback()], default_root_dir=tmp_path, **QUIET).fit(
@@ -187,7 +187,7 @@ def test_training_that_ends_early(epochs: int, tmp_path: Path) -> None:
     trainer = pl.Trainer(
         max_epochs=EPOCHS, min_epochs=1, callbacks=[callback, Stop()], default_root_dir=tmp_path, **QUIET
     )
-    why = "held open: there is no compact network" if epochs == 1 else "the rest is decided now"
+    why = "held open: there is no compact network" if epochs == 1 else "the remaining gates are decided now"
     with pytest.warns(UserWarning, match=rf"training ended in epoch {epochs} of {EPOCHS}, .*{why}"):
         trainer.fit(Module(), loader())
     assert (tmp_path / "small.safetensors").exists() == (callback.small is not None) == (epochs == 3)

@@ -22,7 +22,7 @@ def test_two_processes_end_with_the_same_network(kind: str, gating: str, tmp_pat
     assert found["macs"] == pytest.approx(0.5, abs=0.2 if gating == "layer" else 0.01)
     assert len(found["stale"]) == (2 if kind == "own" else 0)
     assert all(
-        "made before frozen gates left it" in said and "wrap the network again" in said for said in found["stale"]
+        "created before the network was pruned" in said and "wrap the network again" in said for said in found["stale"]
     )
 
 

@@ -91,7 +91,7 @@ def test_runs_that_go_on_end_with_the_same_bits(run: tuple[Path, str, Net, GateS
         assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*expected a network that a file can describe by itself")
+@pytest.mark.filterwarnings("ignore:.*expected a network that a file can fully describe")
 def test_a_model_of_transformers(tmp_path: Path) -> None:
     """Its blocks nest their branch; its loss comes in a ModelOutput."""
     torch.manual_seed(0)

@@ -162,8 +162,8 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(lambda t: t.double(), "its kernel takes float32 parameters", id="fp64"),
-        pytest.param(lambda t: t.half(), "its kernel takes float32 parameters", id="fp16-parameters"),
+        pytest.param(lambda t: t.double(), "its kernel supports float32 parameters", id="fp64"),
+        pytest.param(lambda t: t.half(), "its kernel supports float32 parameters", id="fp16-parameters"),
     ],
 )
 def test_what_the_kernel_cannot_serve_is_refused(change: object, message: str) -> None:
@@ -175,15 +175,15 @@ def test_what_the_kernel_cannot_serve_is_refused(change: object, message: str) -
 
 def test_too_many_hidden_features() -> None:
     leaves, running, _ = make(Case((4, 3, 2, 2), 3, hidden=129), torch.float32)
-    with pytest.raises(ValueError, match="its kernel takes up to 128 hidden features, and there are 129"):
+    with pytest.raises(ValueError, match="its kernel supports up to 128 hidden features, and there are 129"):
         gate_head(**leaves, **running, training=True, impl="triton")
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        pytest.param({"fc1_weight": (3, 3)}, "takes heads of two dense layers", id="one-layer"),
-        pytest.param({"fc1_weight": (16, 12), "fc2_weight": (3, 16)}, "takes pooled features", id="flattened"),
+        pytest.param({"fc1_weight": (3, 3)}, "supports heads with two dense layers", id="one-layer"),
+        pytest.param({"fc1_weight": (16, 12), "fc2_weight": (3, 16)}, "supports pooled features", id="flattened"),
     ],
 )
 def test_heads_of_the_papers_ablations_take_the_plain_path(weights: dict[str, tuple], message: str) -> None:

@@ -447,15 +447,15 @@ def test_a_second_derivative_is_refused() -> None:
 def test_what_the_kernels_cannot_serve_is_refused() -> None:
     tensors = Case().tensors()
     x, weight = tensors["x"], tensors["weight"]
-    with pytest.raises(ValueError, match=r"asks for 'triton', but its kernels take float16, bfloat16 and float32"):
+    with pytest.raises(ValueError, match=r"requests 'triton', but its kernels take float16, bfloat16 and float32"):
         gated_conv2d(x.double(), weight.double(), impl="triton")
     with pytest.raises(ValueError, match=r"a tensor is torch\.float64"):
         gated_conv2d(x, weight, in_gate=tensors["in_gate"].double(), impl="triton")
     with pytest.raises(TypeError, match=r"expected the dtype of x, torch\.float16, got torch\.float32"):
         gated_conv2d(x.half(), weight, impl="triton")
-    with pytest.raises(ValueError, match=r"dense NCHW or channels_last maps, and one has strides \(80, 20, 10, 1\)"):
+    with pytest.raises(ValueError, match=r"dense NCHW or channels_last tensors, and one has strides \(80, 20, 10, 1\)"):
         gated_conv2d(x[:, :, ::2], weight, impl="triton")
-    with pytest.raises(ValueError, match="dense NCHW or channels_last maps"):
+    with pytest.raises(ValueError, match="dense NCHW or channels_last tensors"):
         gated_conv2d(x, weight.transpose(0, 1)[:4].transpose(0, 1).transpose(2, 3), impl="triton")
 
 

@@ -114,7 +114,7 @@ def test_opcheck() -> None:
 
 def test_what_the_kernel_cannot_serve_is_refused() -> None:
     x, gate = torch.randn(2, 3, 4, 4, device=DEVICE), torch.ones(2, device=DEVICE)
-    with pytest.raises(ValueError, match=r"asks for 'triton', but its kernels take float16, bfloat16 and float32"):
+    with pytest.raises(ValueError, match=r"requests 'triton', but its kernels take float16, bfloat16 and float32"):
         gated_residual(x.double(), x.double(), gate.double(), impl="triton")
     with pytest.raises(ValueError, match="dense NCHW or channels_last"):
         gated_residual(x[:, :, ::2], x[:, :, ::2], gate, impl="triton")

@@ -93,8 +93,8 @@ COMPUTED = [
         "parametrize.remove_parametrizations",
     ),
 ]
-QUANTIZED = "which torch.ao.quantization has fused or prepared; do that to the compact network"
-SHARED = "which stands at another place of the network too, or a tensor of which does"
+QUANTIZED = "fused or prepared by torch.ao.quantization; quantize the compact network"
+SHARED = "the module or one of its tensors is also used elsewhere in the network"
 WRAPPED = "expected an nn.Conv2d whose channels the gate closes, got "
 
 CHANGES = [
@@ -249,7 +249,9 @@ def with_modules(kind: type[nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("kind", [Same, Standardized, Doubled, timm.layers.StdConv2d, timm.layers.ScaledStdConv2d])
 @pytest.mark.parametrize("gating", CHANNELS, ids=gating_ids)
 def test_convolutions_that_compute_otherwise_are_not_cut(kind: type[nn.Module], gating: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match=rf"block '1': .*{kind.__name__} 'conv[12]', which computes otherwise"):
+    with pytest.raises(
+        ValueError, match=rf"block '1': .*{kind.__name__} 'conv[12]', which does not compute like nn.Conv2d"
+    ):
         fg.attach(with_modules(kind), *gating)
 
 

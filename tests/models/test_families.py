@@ -52,11 +52,11 @@ ALIKE = (
 )
 # the reasons that their errors give
 REFUSED = {
-    ("torchvision/swin_v2_t", "channel"): "a tensor after another one, which shares its memory, was changed in place",
-    ("torchvision/r3d_18", "channel"): "it has no two nn.Conv2d or nn.Linear, one after the other",
-    ("timm/res2net50_26w_4s", "channel"): "the channels are those of its input or its result",
-    ("timm/repvgg_a0", "channel"): "the channels are those of its input or its result",
-    ("timm/mobileone_s0", "channel"): "the channels are those of its input or its result",
+    ("torchvision/swin_v2_t", "channel"): "a tensor after one that shares its memory was changed in place",
+    ("torchvision/r3d_18", "channel"): "it does not have two nn.Conv2d or nn.Linear in sequence",
+    ("timm/res2net50_26w_4s", "channel"): "the channels belong to its input or its result",
+    ("timm/repvgg_a0", "channel"): "the channels belong to its input or its result",
+    ("timm/mobileone_s0", "channel"): "the channels belong to its input or its result",
     ("timm/convnextv2_atto", "channel"): "GlobalResponseNorm 'mlp.grn' between the layers cannot be cut",
     ("timm/repvit_m1", "layer"): "its shortcut (token_mixer, se) has parameters, which would run twice",
 }

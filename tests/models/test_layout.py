@@ -28,7 +28,7 @@ def test_a_layout_that_is_not_what_the_block_computes_is_refused() -> None:
     fg.register_block(Functional, branch=("conv1", "conv2"))
     model = nn.Sequential(Functional())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="block '0': Functional computes something else than its layout says"):
+    with pytest.raises(ValueError, match="block '0': Functional computes something other than its layout"):
         fg.attach(model, "layer")
     assert type(model[0]) is Functional
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
@@ -59,7 +59,7 @@ def test_hooks_that_leave_with_a_closed_block_are_named(committed: bool) -> None
     for is_open, (_, gate) in zip(opened, fg.named_gates(model), strict=True):
         gate.freeze(torch.tensor(is_open))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"hooks on 'layer1\.1' do not run any more"):
+    with pytest.warns(UserWarning, match=r"hooks on 'layer1\.1' no longer run"):
         small = commit(model, optimizer) if committed else fg.compact(model)
     assert len(small.layer1[0]._forward_hooks) == 1
 

@@ -198,7 +198,7 @@ def test_a_module_of_two_blocks_is_refused_and_nothing_is_changed() -> None:
 def test_tokens_before_samples_are_refused(gating: str) -> None:
     """A gate would take tokens for samples, and decide by the others of the batch."""
     model = on_tokens(lambda: Attention(mlp()), lambda block, x: block(x.transpose(0, 1)).transpose(0, 1))
-    with pytest.raises(ValueError, match=r"block 'blocks.0': .*the first dimension of its input is not that of the"):
+    with pytest.raises(ValueError, match=r"block 'blocks.0': .*the first dimension of its input is not the batch"):
         fg.attach(model, gating, inputs=torch.randn(2, 5, 8))
     assert not list(fg.named_gates(model))
 

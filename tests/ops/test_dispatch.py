@@ -21,7 +21,7 @@ def test_registering_an_operation_twice_keeps_the_first() -> None:
 def test_a_device_without_kernels_takes_the_plain_path_or_says_so() -> None:
     x, gate = torch.rand(2, 3, 4, 4, device="meta"), torch.ones(2, device="meta")
     assert gated_residual(x, x, gate).shape == x.shape
-    with pytest.raises(ValueError, match=r"asks for 'triton', but its kernels run on CUDA .* a tensor is on meta"):
+    with pytest.raises(ValueError, match=r"requests 'triton', but its kernels run on CUDA .* a tensor is on meta"):
         gated_residual(x, x, gate, impl="triton")
 
 

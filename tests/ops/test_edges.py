@@ -73,7 +73,7 @@ def test_a_head_of_no_samples_or_channels(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"])
 def test_maps_without_pixels_have_no_means(impl: str) -> None:
-    with pytest.raises(ValueError, match="x: expected maps of a pixel or more, got"):
+    with pytest.raises(ValueError, match="x: expected at least one pixel, got"):
         gate_head(torch.zeros(2, 3, 0, 4, device=DEVICE), **head_parameters(3), training=False, impl=impl)
 
 

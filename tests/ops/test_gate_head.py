@@ -328,14 +328,14 @@ def test_bad_arguments_say_expected_and_got(change: dict, error: type[Exception]
 
 def test_an_explicit_triton_request_that_cannot_be_honoured_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"gate_head: impl asks for 'triton'.*use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match=r"gate_head: impl requests 'triton'.*use 'auto' or 'torch'"):
         gate_head(**GOOD, impl="triton")
 
 
 def test_the_environment_overrides_auto_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("FASTGATE_IMPL", "triton")
-    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL asks for 'triton'"):
+    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL requests 'triton'"):
         gate_head(**GOOD)
     gate_head(**GOOD, impl="torch")
     with pytest.raises(ValueError, match="FASTGATE_IMPL"):

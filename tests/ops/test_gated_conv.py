@@ -270,7 +270,7 @@ def zeros(*shape: int) -> Tensor:
         pytest.param({"padding": -1}, ValueError, "at least 1 and at least 0, got 1 and -1", id="negative-padding"),
         pytest.param(
             {"x": zeros(4, 3, 6, 2), "padding": 0}, ValueError,
-            r"x: expected maps of at least the kernel's \[3, 3\] with padding 0, got \[6, 2\]",
+            r"x: expected a height and width of at least the kernel size \[3, 3\] with padding 0, got \[6, 2\]",
             id="narrower-than-the-kernel",
         ),
         pytest.param({"x": zeros(4, 3, 2, 6), "padding": 0}, ValueError, r"got \[2, 6\]", id="lower-than-the-kernel"),
@@ -326,12 +326,12 @@ def test_checked_mode_refuses_what_is_not_0_or_1(name: str, monkeypatch: pytest.
 def test_an_explicit_triton_request_that_cannot_be_honoured_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3)
-    with pytest.raises(ValueError, match=r"gated_conv2d: impl asks for 'triton'.*use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match=r"gated_conv2d: impl requests 'triton'.*use 'auto' or 'torch'"):
         gated_conv2d(x, weight, impl="triton")
     with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'cudnn'"):
         gated_conv2d(x, weight, impl="cudnn")
     monkeypatch.setenv("FASTGATE_IMPL", "triton")
-    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL asks for 'triton'"):
+    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL requests 'triton'"):
         gated_conv2d(x, weight)
     assert gated_conv2d(x, weight, impl="torch").shape == (2, 5, 4, 4)
 

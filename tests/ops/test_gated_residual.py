@@ -147,11 +147,11 @@ def test_mixed_devices_are_refused(on_meta: int) -> None:
 def test_an_explicit_triton_request_that_cannot_be_honoured_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tensor, gate = torch.zeros(2, 3, 4, 4), torch.zeros(2)
-    with pytest.raises(ValueError, match=r"gated_residual: impl asks for 'triton'.*use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match=r"gated_residual: impl requests 'triton'.*use 'auto' or 'torch'"):
         gated_residual(tensor, tensor, gate, impl="triton")
     with pytest.raises(ValueError, match="impl: expected one of auto, triton, torch, got 'fused'"):
         gated_residual(tensor, tensor, gate, impl="fused")
     monkeypatch.setenv("FASTGATE_IMPL", "triton")
-    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL asks for 'triton'"):
+    with pytest.raises(ValueError, match="environment variable FASTGATE_IMPL requests 'triton'"):
         gated_residual(tensor, tensor, gate)
     assert torch.equal(gated_residual(tensor, tensor, gate, impl="torch"), tensor)

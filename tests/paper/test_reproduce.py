@@ -117,7 +117,7 @@ def test_finished_runs_are_reused(output: Path, monkeypatch: pytest.MonkeyPatch)
 WAIT = """
 import time
 from fastgate.training import pipeline
-pipeline._save_network = lambda network, run: time.sleep(120)
+pipeline._save_network = lambda *_: time.sleep(120)
 """
 
 

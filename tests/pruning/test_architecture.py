@@ -205,7 +205,7 @@ def faster_rcnn() -> nn.Module:
     return torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights_backbone=None)
 
 
-HOOKS = "a forward hook on it, which may change what it computes, would be lost; remove it"
+HOOKS = "its forward hook, which may change its output, would be lost; remove the hook"
 REFUSED = [
     ("forward-hook", lambda: with_hook("hook"), f"Conv2d '0': {HOOKS}"),
     ("forward-pre-hook", lambda: with_hook("pre_hook"), f"Conv2d '0': {HOOKS}"),
@@ -228,7 +228,7 @@ REFUSED = [
     ("meta", lambda: nn.Linear(2, 2, device="meta"), "expected dense tensors with values"),
     ("traced", lambda: torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), "its attribute '_graph': a Graph is not"),
     ("compiled", lambda: torch.compile(nn.Sequential(nn.ReLU())), "cannot describe OptimizedModule"),
-    ("scripted", lambda: torch.jit.script(nn.ReLU()), "it is not made of plain modules"),
+    ("scripted", lambda: torch.jit.script(nn.ReLU()), "expected plain modules, got"),
 ]
 
 

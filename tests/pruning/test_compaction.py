@@ -392,7 +392,7 @@ def test_unfrozen_gates_are_named() -> None:
 
 
 def test_a_plain_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="model: expected frozen gates, got none; a plain network is compact already"):
+    with pytest.raises(ValueError, match="model: expected frozen gates, got none; a plain network is already compact"):
         fg.compact(fg.models.resnet(8))
 
 

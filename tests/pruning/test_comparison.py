@@ -54,7 +54,7 @@ def test_nested_inputs_and_outputs() -> None:
     second.extra = (8, "a")
     assert fg.compare(first, second, inputs) == float("inf")
     second.extra = object()
-    with pytest.raises(ValueError, match=r"outputs\['extra'\]: expected values of one kind, got tuple and object"):
+    with pytest.raises(ValueError, match=r"outputs\['extra'\]: expected values of the same type, got tuple and object"):
         fg.compare(first, second, inputs)
     assert fg.compare(first, second, inputs, forward=lambda model, inputs: model(**inputs)["sum"]) == 0.0
 

@@ -274,11 +274,11 @@ def test_what_does_not_go_with_a_target_or_without() -> None:
     model = random_network("channel")
     costs = fg.gate_costs(model, (3, 8, 8))
     for name, value in {"costs": costs, "total": 1, "round_to": 8}.items():
-        with pytest.raises(ValueError, match=f"{name}: expected it beside a target"):
+        with pytest.raises(ValueError, match=f"{name}: expected it together with a target"):
             fg.decide(model, BATCHES, **{name: value})
-    with pytest.raises(ValueError, match=r"threshold: expected none beside a target.*, got 0.7"):
+    with pytest.raises(ValueError, match=r"threshold: expected none with a target.*, got 0.7"):
         fg.decide(model, BATCHES, 0.7, target=0.6)
-    with pytest.raises(ValueError, match=r"total: expected what the whole network costs.*fastgate\.gate_costs"):
+    with pytest.raises(ValueError, match=r"total: expected the cost of the whole network.*fastgate\.gate_costs"):
         fg.decide(model, BATCHES, target=0.6, costs=dict(costs))
     with pytest.raises(ValueError, match="cost: expected one of macs, params, latency, got 'joules'"):
         fg.decide(model, BATCHES, target=0.6, cost="joules")
@@ -501,6 +501,6 @@ def test_training_mode_from_elsewhere_is_noticed() -> None:
     model = Signs()
     model.register_forward_hook(lambda *_: model.train() and None)
     with pytest.raises(
-        RuntimeError, match="model: expected its eval mode while its gates are asked, got training mode"
+        RuntimeError, match="model: expected eval mode while its gates are evaluated, got training mode"
     ):
         fg.decide(model, [images(SIGNS)])

@@ -222,7 +222,7 @@ def test_an_epoch_whose_decisions_fail_has_not_begun(data: TensorDataset) -> Non
         for _ in range(epochs):
             next(steps)
         before = loop.state()
-        with pytest.raises(ValueError, match="expected logits that are numbers, got nan"):
+        with pytest.raises(ValueError, match="expected logits without nan, got nan"):
             loop.search.begin_epoch(epochs, broken)
         assert_same(loop.state(), before)
         assert len(loop.search.begin_epoch(epochs, DataLoader(data, 16))) == 3
@@ -260,7 +260,7 @@ def test_gates_left_at_the_end_are_decided_by_compact(data: TensorDataset) -> No
     for _ in loop.epochs(data):
         pass
     before = loop.state()
-    with pytest.raises(ValueError, match="expected batches to decide over 3 gates that are not final, got none"):
+    with pytest.raises(ValueError, match="expected batches on which to decide 3 gates that are not final, got none"):
         loop.search.compact()
     small = loop.search.compact(DataLoader(data, 16))
     assert list(fg.named_gates(small)) == [] and len(loop.search.live) == 3
@@ -312,7 +312,9 @@ def test_an_optimizer_made_before_the_gates() -> None:
     model = torchvision.models.resnet18(num_classes=4)
     optimizer = torch.optim.AdamW(model.parameters())
     fg.attach(model, "layer")
-    with pytest.raises(ValueError, match=r"got one without 48 tensors of the 8 gates; make it after fastgate\.attach"):
+    with pytest.raises(
+        ValueError, match=r"got one without 48 tensors of the 8 gates; create it after fastgate\.attach"
+    ):
         GateSearch(model, (3, 32, 32), optimizer, epochs=3)
 
 
@@ -352,12 +354,12 @@ def test_what_a_loop_may_not_leave_out(data: TensorDataset) -> None:
     with pytest.raises(ValueError, match="epoch: expected 0 or 1, got 3"):
         loop.search.begin_epoch(3)
     loop.search.begin_epoch(1)
-    with pytest.raises(ValueError, match="epoch 1 had none of this search"):
+    with pytest.raises(ValueError, match="in epoch 1, got none"):
         loop.search.begin_epoch(2)
-    with pytest.raises(ValueError, match="expected a step whose loss has search"):
+    with pytest.raises(ValueError, match="expected a step whose loss includes search"):
         loop.search.metrics()
     late = Loop(config=fg.SearchConfig(open_until=0, anneal_until=0, settle_at=0))
-    with pytest.raises(ValueError, match="expected batches in epoch 0, in which the rest of the gates is decided"):
+    with pytest.raises(ValueError, match="expected batches in epoch 0, in which the remaining gates are decided"):
         late.search.begin_epoch(0)
     assert late.search.begin_epoch(0, DataLoader(data, 16)) != []  # nothing had changed
 
@@ -365,9 +367,9 @@ def test_what_a_loop_may_not_leave_out(data: TensorDataset) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": 1.5}, "target: expected a share from 0 to 1, got 1.5"),
+        ({"target": 1.5}, "target: expected a fraction from 0 to 1, got 1.5"),
         ({"cost": "joules"}, "cost: expected one of macs, params, latency, got 'joules'"),
-        ({"open_until": 0.5}, "expected increasing shares of the epochs, got 0.5, 0.25, 0.4"),
+        ({"open_until": 0.5}, "expected increasing fractions of the epochs, got 0.5, 0.25, 0.4"),
         ({"commit_after": 0}, "commit_after: expected a positive whole number or None, got 0"),
         ({"round_to": 2.5}, "round_to: expected a positive whole number or None, got 2.5"),
         ({"budget": "much"}, "schedule: expected a number"),
@@ -384,7 +386,7 @@ def test_networks_that_are_refused() -> None:
         GateSearch(plain, SIZE, torch.optim.SGD(plain.parameters()), epochs=3)
     gated = fg.models.resnet(8, 4, gating="layer")
     optimizer = torch.optim.SGD(gated.parameters())
-    message = r"target: expected 0\.\d{4} to 1 of the network's cost \(less is not gated\), got 0\.01"
+    message = r"target: expected 0\.\d{4} to 1 of the network's cost \(the rest is not gated\), got 0\.01"
     with pytest.raises(ValueError, match=message):
         GateSearch(gated, SIZE, optimizer, epochs=3, config=fg.SearchConfig(target=0.01))
     with pytest.raises(ValueError, match="epochs: expected a positive number, got 0"):

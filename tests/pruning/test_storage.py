@@ -263,7 +263,7 @@ def test_classes_of_the_user_are_passed_to_load(tmp_path: Path) -> None:
     assert loaded.offset.dtype == torch.int64 and loaded.unused is None and loaded.nothing is None
     for classes in ([], [Scaled]):
         with pytest.raises(
-            ValueError, match=r"is not of fastgate, torch\.nn, torchvision, timm; pass load\(path, classes"
+            ValueError, match=r"is not from fastgate, torch\.nn, torchvision, timm; pass it as load\(path, classes"
         ):
             fg.load(path, classes=classes)
 
@@ -336,7 +336,7 @@ def test_the_file_is_plain_safetensors_with_the_callers_metadata(tmp_path: Path)
     assert read_metadata(path) == {"dataset": "digits", "accuracy": "0.97"}
     assert isinstance(fg.load(str(path)), fg.models.ResNet)
     for key in ("format", "version", "architecture", "sha256"):
-        with pytest.raises(ValueError, match=f"metadata: '{key}' is written by fastgate itself"):
+        with pytest.raises(ValueError, match=f"metadata: '{key}' is reserved for fastgate"):
             fg.save(model, path, metadata={key: "mine"})
 
 
@@ -442,18 +442,18 @@ def value_of(value: object) -> dict:
         ({**LINEAR, "class": "torch.nn.modules.linear:Lineal"}, "Lineal"),
         ({**LINEAR, "class": "torch.nn.nothing:Linear"}, r"torch\.nn\.nothing"),
         # a file must not be able to call what is no module, however it is reached
-        ({"class": "os:system", "arguments": {"command": "true"}}, "its class os:system is not of fastgate"),
+        ({"class": "os:system", "arguments": {"command": "true"}}, "its class os:system is not from fastgate"),
         ({"class": "torch.nn.modules.module:warnings.warn", "arguments": {}}, "expected a class of modules"),
         (
             {"class": "fastgate.pruning.storage:os.system", "arguments": {"command": "true"}},
             "expected a class of modules",
         ),
-        (value_of({"enum": ["enum:Enum", "x"]}), "its class enum:Enum is not of fastgate"),
+        (value_of({"enum": ["enum:Enum", "x"]}), "its class enum:Enum is not from fastgate"),
         (value_of({"enum": ["torch.nn.modules.linear:Linear", "x"]}), "expected a class of Enum"),
         (value_of({"dtype": "manual_seed"}), "expected the name of a dtype"),
         (value_of({"call": "os:system"}), "a value of kind 'call'"),
         (value_of({}), "odd.safetensors"),
-        ({"class": "timmy.models:Linear", "arguments": {}}, "its class timmy.models:Linear is not of fastgate"),
+        ({"class": "timmy.models:Linear", "arguments": {}}, "its class timmy.models:Linear is not from fastgate"),
     ],
     ids=[
         "size",
@@ -504,7 +504,7 @@ def constructed(name: str, **arguments: object) -> dict:
             constructed(
                 "timm.task.distillation:DistillationTeacher", model_name_or_module="local-dir:/tmp", num_classes=2
             ),
-            "expected no arguments for timm.task.distillation:DistillationTeacher, whose constructor no file may call",
+            "expected no arguments for timm.task.distillation:DistillationTeacher, whose constructor must not be",
         ),
         (
             constructed("fastgate.models.resnet:ResNet", depth=6_000_002),

@@ -166,7 +166,7 @@ def test_a_target_out_of_reach_names_the_range() -> None:
 
 def test_costs_of_another_network_are_refused() -> None:
     for costs in (layer_costs([100]), layer_costs([100] * 3), {"block0": torch.ones(2), "block1": torch.ones(1)}):
-        with pytest.raises(ValueError, match="costs: expected those of the 2 gates decided on"):
+        with pytest.raises(ValueError, match="costs: expected the costs of the 2 gates decided on"):
             meet_target(layers([0.5, 0.5]), costs, 0.5, 300)
 
 

@@ -1,11 +1,13 @@
 """Run folders of all versions so far are read: those in bench/results, which the README's tables come from."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from fastgate import reports
 from fastgate.reports.comparison import compare_runs
 from fastgate.reports.html import write_report
 from fastgate.reports.recipes import read_recipe
@@ -80,6 +82,26 @@ def test_a_folder_that_lacks_nearly_everything(tmp_path: Path) -> None:
     header, _, row = read_tables(page)[0]
     assert dict(zip(header, row, strict=True))["top-1"] == "50.00%"
     assert not re.search(r"\bNone\b", page.read_text())
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_macs_of_gates_that_were_not_recorded_are_left_out(folder: Path, tmp_path: Path) -> None:
+    recorded = "gate_macs" in json.loads((folder / "summary.json").read_text())
+    (gates,) = (table for table in read_tables(write_report([folder], tmp_path / "report.html")) if table[0][0] == "#")
+    assert ("MACs" in gates[0]) == recorded and "unanimity" in gates[0]
+
+
+@pytest.mark.parametrize("file", sorted(Path(reports.__path__[0]).glob("*.py")), ids=lambda file: file.stem)
+def test_reports_build_and_load_no_networks(file: Path) -> None:
+    """What they say was measured when the run was: nothing they import could do it again."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    training = ("networks", "network_names", "pipeline", "trainer", "zoo")
+    forbidden = {"fastgate", *(f"fastgate.training.{name}" for name in training)}
+    forbidden |= {f"fastgate.pruning.{name}" for name in ("compaction", "costs", "latency", "storage")}
+    assert not modules & forbidden
+    assert not {module for module in modules if module.startswith("fastgate.models")}
 
 
 def test_recipes_in_sections_and_flat_ones_say_the_same() -> None:

@@ -85,7 +85,7 @@ def test_what_is_missing_says_why() -> None:
     text = printed(result)
     assert "ours: none, see below" in text and "ours: none yet" in text
     assert "plain ResNet, MACs of STE (CIFAR-10): no plain network within 2%." in text
-    assert "1 runs are still to come: the same command goes on with them." in text
+    assert "Runs still to come: 1; the same command continues with them." in text
 
 
 def test_quoted_rows_say_whose_they_are() -> None:
@@ -112,6 +112,18 @@ def test_files_hold_the_result(target: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / f"{target}.json").read_text()) == json.loads(json.dumps(result))
     assert page.read_text() == to_markdown(result, tmp_path / f"{target}.png")
     assert imread(tmp_path / f"{target}.png").std() > 0.05  # something is drawn
+
+
+@pytest.mark.parametrize("target", ["table2", "table3", "figure4"])
+def test_flops_that_an_earlier_version_did_not_record_are_left_out(target: str, tmp_path: Path) -> None:
+    plan = plan_target(target, "full")
+    measured = {run.name: measures(90.0, 10**8) | {"flops": None} for run in plan.runs}
+    result = collect(plan, measured, naive=[] if target == "figure4" else None)
+    ours = [row["ours"] for row in result["rows"] if row["ours"] is not None]
+    assert ours and all(row["flops"] is row["flops_share"] is row["flops_cut"] is None for row in ours)
+    page = write_result(result, tmp_path).read_text()
+    assert "nan" not in page and "None" not in page
+    assert imread(tmp_path / f"{target}.png").std() > 0.05
 
 
 def test_no_figure_of_an_unfinished_result(tmp_path: Path) -> None:

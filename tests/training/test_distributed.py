@@ -149,7 +149,7 @@ def test_stopped_and_resumed_on_another_number_of_processes(
 
 def test_a_kernel_with_statistics_of_its_own_is_refused(runs: dict[int, Path]) -> None:
     said = {processes: json.loads((folder / "facts.json").read_text())["refusal"] for processes, folder in runs.items()}
-    assert "batch statistics of one process, and they are taken over 2; use 'auto' or 'torch'" in said[2]
+    assert "batch statistics of one process, and these are over 2; use 'auto' or 'torch'" in said[2]
     assert "batch statistics" not in said[1]
 
 

@@ -149,9 +149,9 @@ def test_unreadable_values(name: str, text: str, message: str) -> None:
         ({"lr_schedule": "linear"}, "schedule: expected a number, steps"),
         ({"epochs": 0}, "epochs: expected a number from 1 to inf, got 0"),
         ({"batch_size": 1}, "batch_size: expected a number from 2"),
-        ({"target": 1.5}, "target: expected a share from 0 to 1, got 1.5"),
-        ({"open_until": 0.7}, "expected increasing shares of the epochs"),
-        ({"settle_at": 0.2}, "expected increasing shares of the epochs"),
+        ({"target": 1.5}, "target: expected a fraction from 0 to 1, got 1.5"),
+        ({"open_until": 0.7}, "expected increasing fractions of the epochs"),
+        ({"settle_at": 0.2}, "expected increasing fractions of the epochs"),
         ({"precision": "fp8"}, "precision: expected one of auto, fp32, fp16, bf16"),
         (
             {"control": "plain"},

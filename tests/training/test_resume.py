@@ -136,7 +136,7 @@ def test_a_full_disk_ends_a_run_in_one_line(undisturbed: Path, tmp_path: Path) -
     result = run_cli("train", *TINY_OPTIONS, "--output", folder, code=FULL_DISK)
     assert result.returncode == 1
     *_, error = result.stderr.splitlines()
-    said = "checkpoint.pt: it could not be written (File too large); what was there before is kept"
+    said = "checkpoint.pt: it could not be written (File too large); the previous file is kept"
     assert error == f"error: {folder}/{said}" and "Traceback" not in result.stderr
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 1
     assert not list(folder.glob(".*"))

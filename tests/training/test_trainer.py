@@ -10,6 +10,7 @@ from fastgate.training.callbacks import Callback
 from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.networks import build_network, evaluate, load_network, resolve_precision
 from fastgate.training.recipe import Recipe, change, make_recipe
+from fastgate.training.records import EpochRecord
 from fastgate.training.trainer import Interrupted, NonFiniteLoss, Trainer
 from tests.integrations.loops import make_data
 from tests.training.runs import TINY, trainer_of
@@ -246,7 +247,7 @@ class Halving(Callback):
     def on_train_begin(self, trainer: Trainer) -> None:
         self.rates.append([float(group["lr"]) for group in trainer.optimizer.param_groups])
 
-    def on_epoch_end(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, record: EpochRecord) -> None:
         self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
