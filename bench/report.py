@@ -18,6 +18,8 @@ from rich.table import Table
 
 # gates of real runs, of one open fraction each: no curve goes through them
 _REAL = ("settled", "recorded")
+# what the tables fit into, and an A4 page within its margins, in inches
+_COLUMNS, _PAGE = 100, (7.5, 10.5)
 # a row's identity: everything but who computed it
 _KEYS = ("op", "kind", "case", "mode", "open_fraction")
 
@@ -64,22 +66,25 @@ def ratios(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> list[dict[
 
 
 def print_ratios(records: list[dict[str, Any]], console: Console) -> None:
-    """One table per operation."""
-    for operation in dict.fromkeys(record["op"] for record in records):
-        table = Table(title=f"{operation}: fastgate's time, and how many times longer the others take")
-        shown = [record for record in records if record["op"] == operation]
+    """A table per operation and shape."""
+    if records:
+        console.print("us: fastgate's time; of copy: bandwidth that it reaches, as a share of a large copy's;")
+        console.print("the others: how many times longer they take", end="\n\n")
+    for operation, case in dict.fromkeys((record["op"], record["case"]) for record in records):
+        shown = [record for record in records if (record["op"], record["case"]) == (operation, case)]
         names = list(dict.fromkeys(name for record in shown for name in record["vs"]))
-        for column in ("case", "kind", "open", "mode", "us", "of copy", *names):
-            table.add_column(column, justify="left" if column in ("case", "kind", "mode") else "right")
+        shares = ["of copy"] * any(record["share_of_copy"] is not None for record in shown)
+        table = Table(title=f"{operation}, {case}", title_justify="left")
+        for column in ("gates", "open", "mode", "us", *shares, *names):
+            table.add_column(column, justify="left" if column in ("gates", "mode") else "right")
         for record in shown:
             share, fraction = record["share_of_copy"], record["open_fraction"]
             table.add_row(
-                record["case"],
                 record["kind"],
                 "" if fraction is None else f"{fraction:.2f}",
                 record["mode"],
                 f"{record['us']:.1f}",
-                "" if share is None else f"{share:.0%}",
+                *["" if share is None else f"{share:.0%}"] * len(shares),
                 *(f"{record['vs'][name]:.2f}x" if name in record["vs"] else "" for name in names),
             )
         console.print(table)
@@ -109,15 +114,19 @@ def break_even(times: dict[float, float]) -> float | None:
 
 
 def print_break_even(times: dict[tuple[str, ...], dict[float, float]], console: Console) -> None:
-    table = Table(title="gated_conv: time over the dense one's by open fraction, and the largest fraction that pays")
-    fractions = sorted({fraction for values in times.values() for fraction in values})
-    for column in ("case", "gates", "mode", "path", *(f"{f:g} open" for f in fractions), "break-even"):
-        table.add_column(column)
-    for (kind, case, mode, provider), values in times.items():
-        even = break_even(values)
-        shown = (f"{values[f]:.2f}" if f in values else "" for f in fractions)
-        table.add_row(case, kind, mode, provider, *shown, "never" if even is None else f"{even:.2f}")
-    console.print(table)
+    """A table per shape."""
+    console.print("time over the dense convolution's, by share of open gates", end="\n\n")
+    for shape in dict.fromkeys(case for _, case, _, _ in times):
+        shown = {key: values for key, values in times.items() if key[1] == shape}
+        fractions = sorted({fraction for values in shown.values() for fraction in values})
+        table = Table(title=f"gated_conv, {shape}", title_justify="left")
+        for column in ("gates", "mode", "path", *(f"{f:g}" for f in fractions), "pays up to"):
+            table.add_column(column, justify="left" if column in ("gates", "mode", "path") else "right")
+        for (kind, _, mode, provider), values in shown.items():
+            even = break_even(values)
+            cells = (f"{values[f]:.2f}" if f in values else "" for f in fractions)
+            table.add_row(kind, mode, provider, *cells, "never" if even is None else f"{even:.2f}")
+        console.print(table)
 
 
 def draw_break_even(times: dict[tuple[str, ...], dict[float, float]], machine: str, path: Path) -> None:
@@ -135,11 +144,12 @@ def draw_break_even(times: dict[tuple[str, ...], dict[float, float]], machine: s
         axis.plot(
             *zip(*points, strict=True), style, marker=".", color=f"C{cases.index(case)}", label=f"{case} {provider}"
         )
-        axis.axhline(1, color="black", linewidth=1)
         axis.set_title(f"{mode}, gates: {kind}", fontsize=10)
+    for axis in axes.flat:
+        axis.axhline(1, color="black", linewidth=1)
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
         axis.set_xlabel("open fraction")
+    axes[0, 0].set_ylim(bottom=0)  # once all curves are drawn: the axes are shared
     axes[0, 0].legend(fontsize=6)
     for row in axes:
         row[0].set_ylabel("time over dense")
@@ -148,11 +158,18 @@ def draw_break_even(times: dict[tuple[str, ...], dict[float, float]], machine: s
 
 
 def draw_ratios(records: list[dict[str, Any]], machine: str, path: Path) -> None:
-    """A panel per operation and mode: a row per shape, a dot per provider, 1 = as fast as fastgate."""
-    panels = list(dict.fromkeys((record["op"], record["mode"]) for record in records))
-    counts = [sum((record["op"], record["mode"]) == panel for record in records) for panel in panels]
-    figure = Figure(figsize=(10, 1.5 + 0.22 * sum(counts) + 0.8 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts, sharex=True)[:, 0]
+    """A row of panels per operation, a panel per mode: a line per shape, a dot per provider, 1 = as fast as fastgate.
+
+    As wide as a page, and as high as one at most: more lines come closer together.
+    """
+    operations = list(dict.fromkeys(record["op"] for record in records))
+    modes = {op: list(dict.fromkeys(r["mode"] for r in records if r["op"] == op)) for op in operations}
+    labels = {op: list(dict.fromkeys(_label(r) for r in records if r["op"] == op)) for op in operations}
+    lines = [len(labels[operation]) for operation in operations]
+    height = min(_PAGE[1], 0.9 + 0.9 * len(operations) + 0.17 * sum(lines))
+    size = max(3.5, min(7.0, 60 * (height - 0.9 - 0.9 * len(operations)) / sum(lines)))  # points, of a line's height
+    figure = Figure(figsize=(_PAGE[0], height), layout="constrained")
+    parts = figure.subfigures(len(operations), 1, squeeze=False, height_ratios=[4 + n for n in lines])[:, 0]
     colors = {
         "eager": "tab:blue",
         "dense": "tab:blue",
@@ -161,27 +178,33 @@ def draw_ratios(records: list[dict[str, Any]], machine: str, path: Path) -> None
         "pruned": "tab:green",
         "auto": "tab:purple",
     }
-    for axis, (operation, mode) in zip(axes, panels, strict=True):
-        shown = [record for record in records if (record["op"], record["mode"]) == (operation, mode)]
-        for name, color in colors.items():
-            points = [(r["vs"][name], row) for row, r in enumerate(shown) if name in r["vs"]]
-            if points:
-                axis.scatter(*zip(*points, strict=True), color=color, label=name, zorder=3, s=22)
-        labels = [
-            f"{r['case']} {r['kind']}" + ("" if r["open_fraction"] is None else f" {r['open_fraction']:.1f} open")
-            for r in shown
-        ]
-        axis.set_yticks(range(len(shown)), labels, fontsize=7)
-        axis.invert_yaxis()
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        axis.grid(alpha=0.3)
-        axis.set_title(f"{operation}, {mode}", fontsize=10, loc="left")
-        axis.legend(fontsize=7, loc="lower right")
-        axis.tick_params(labelbottom=True)
-    figure.suptitle(f"time of the others over fastgate's (right of 1: fastgate is faster)\n{machine}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    for part, operation in zip(parts, operations, strict=True):
+        axes = part.subplots(1, len(modes[operation]), squeeze=False, sharex=True, sharey=True)[0]
+        for axis, mode in zip(axes, modes[operation], strict=True):
+            shown = [record for record in records if (record["op"], record["mode"]) == (operation, mode)]
+            for name, color in colors.items():
+                points = [(r["vs"][name], labels[operation].index(_label(r))) for r in shown if name in r["vs"]]
+                if points:
+                    axis.scatter(*zip(*points, strict=True), color=color, label=name, zorder=3, s=2 * size)
+            axis.axvline(1, color="black", linewidth=1)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+            axis.tick_params(axis="x", labelsize=7)
+            axis.grid(alpha=0.3)
+            axis.set_title(f"{operation}, {mode}", fontsize=8, loc="left")
+        axes[0].set_yticks(range(len(labels[operation])), labels[operation], fontsize=size)
+        axes[0].invert_yaxis()
+        handles = {
+            name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        part.legend(handles.values(), handles, fontsize=7, loc="outside lower right", ncols=len(handles))
+    figure.suptitle(f"time of the others over fastgate's (right of 1: fastgate is faster)\n{machine}", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _label(record: dict[str, Any]) -> str:
+    opened = "" if record["open_fraction"] is None else f" {record['open_fraction']:.2f} open"
+    return f"{record['case']} {record['kind']}{opened}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, KeyError, json.JSONDecodeError) as error:
         print(f"{options.file}: expected a file written by python -m bench.record, got {error!r}", file=sys.stderr)
         return 2
-    console = Console(width=max(120, Console().width))  # narrower, the names of the shapes are cut
+    console = Console(width=max(_COLUMNS, Console().width))
     records = ratios(rows)
     gpus = ", ".join(f"{gpu['name']}, driver {gpu.get('driver')}" for gpu in machine.get("gpus", []))
     versions = machine.get("versions", {})
@@ -211,8 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in extra["ratio"].items())
             console.print(f"{extra['op']} {extra['case']}, times the ungated one's: {shown}", highlight=False)
     picture = options.picture or options.file.with_suffix(".png")
-    draw_ratios(records, described, picture)
-    console.print(f"wrote {picture}", highlight=False)
+    if records:
+        draw_ratios(records, described, picture)
+        console.print(f"wrote {picture}", highlight=False)
     times = relative_times(rows)
     if times:
         print_break_even(times, console)

@@ -1,4 +1,8 @@
-"""Prune with accelerate: `python examples/with_accelerate.py`, or `accelerate launch` on several processes."""
+"""Prune with accelerate: `python examples/with_accelerate.py`.
+
+On two GPUs `torchrun --nproc-per-node 2 examples/with_accelerate.py`, or the same with `accelerate launch --multi_gpu`;
+in two processes on a CPU `ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/with_accelerate.py`.
+"""
 
 import sys
 
@@ -36,4 +40,5 @@ small = search.compact(loader)
 if accelerator.is_main_process:
     fg.save(small, "small.safetensors")
     print(f"small.safetensors: {fg.macs(small, (3, 8, 8)) / search.macs:.3f} of the MACs")
+    print(f"trained in {accelerator.num_processes} processes")
 accelerator.end_training()

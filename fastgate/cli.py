@@ -7,7 +7,9 @@ import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -42,6 +44,9 @@ from fastgate.training.recipe import (
 
 if TYPE_CHECKING:
     from fastgate.training.data import Data
+
+# of training images that show the ranges of activations
+_CALIBRATION_BATCH, _CALIBRATION_BATCHES = 32, 16
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
@@ -284,12 +289,15 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any batch size; default: one image")] = False,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; default: the exporter's own")] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="write the ONNX file in half precision")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="quantize the ONNX file to int8, and measure its accuracy")
+    ] = False,
     fuse: Annotated[bool, typer.Option("--fuse", help="fold batch norms into the layers before them")] = False,
     check: Annotated[bool, typer.Option("--check", help="also compare on test images, and time one image")] = False,
     input_size: Annotated[
         str | None, typer.Option(help="C,H,W of an image such as 3,224,224, if the file does not contain it")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="for --check; default: the training data set")] = None,
+    dataset: Annotated[str | None, typer.Option(help="for --check, --int8; default: the training data set")] = None,
     data_root: DataRoot = None,
     download: Download = False,
 ) -> None:
@@ -297,15 +305,18 @@ def export(
     from fastgate.pruning.export import ExportedNetwork, OnnxNetwork, compare_runtimes, export_onnx, export_pt2
     from fastgate.pruning.export import fuse as fuse_network
     from fastgate.reports.tables import print_exported
+    from fastgate.training.networks import evaluate as evaluate_network
 
     if onnx is None and pt2 is None:
         raise ValueError("--onnx, --pt2: expected a file to write, got neither")
-    if onnx is None and (opset is not None or fp16):
-        raise ValueError("--opset, --fp16: expected --onnx as well, as they apply to that file only")
+    if onnx is None and (opset is not None or fp16 or int8):
+        raise ValueError("--opset, --fp16, --int8: expected --onnx as well, as they apply to that file only")
+    if fp16 and int8:
+        raise ValueError("--fp16, --int8: expected at most one of them, got both")
     path = _network_file(source)
     model, metadata = load(path), read_metadata(path)
     size = json.loads(metadata.get("data", "{}")).get("image_size") if input_size is None else _parse_size(input_size)
-    if check:
+    if check or int8:
         _, data = _data_of(path, metadata, dataset, data_root, download, torch.device("cpu"))
         images = next(iter(data.evaluation("test", 256)))[0]
     elif size is None:
@@ -318,14 +329,24 @@ def export(
     differences: dict[str, float] = {}
     networks: dict[str, torch.nn.Module] = {"PyTorch": model}
     if onnx is not None:
-        options: dict[str, Any] = {"opset": opset, "half": fp16, "metadata": metadata}
-        differences[str(onnx)] = export_onnx(model, example, onnx, dynamic_batch=dynamic_batch, **options)
-        networks["onnxruntime"] = OnnxNetwork(onnx)
+        options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "opset": opset, "metadata": metadata}
+        if int8:
+            with TemporaryDirectory() as folder:
+                plain = Path(folder) / "fp32.onnx"
+                export_onnx(model, example, plain, **options)
+                networks["onnxruntime"] = OnnxNetwork(plain)
+            batches = data.training(min(_CALIBRATION_BATCH, data.splits["train"]))
+            options["int8"] = [x for x, _ in islice(batches, _CALIBRATION_BATCHES)]
+        differences[str(onnx)] = export_onnx(model, example, onnx, half=fp16, **options)
+        networks["onnxruntime, int8" if int8 else "onnxruntime"] = OnnxNetwork(onnx)
     if pt2 is not None:
         differences[str(pt2)] = export_pt2(model, example, pt2, dynamic_batch=dynamic_batch)
         networks["torch.export"] = ExportedNetwork(pt2)
     # files of a fixed batch size take one image at a time: 64 are enough
-    checked = compare_runtimes(networks, images[:64], one_by_one=not dynamic_batch) if check else {}
+    checked = compare_runtimes(networks, images[:64], one_by_one=not dynamic_batch) if check or int8 else {}
+    if int8:
+        for name, network in networks.items():
+            checked[name] |= evaluate_network(network, data.evaluation("test", 256), num_classes=data.num_classes)
     print_exported(differences, checked, len(images[:64]))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import fastgate as fg
 from bench import input_pipeline, report, worth
@@ -74,6 +75,21 @@ def test_gates_of_real_runs_have_no_curve(tmp_path: Path) -> None:
     ]
     times = report.relative_times(report.read_rows(made_up_file(tmp_path, rows))[0])
     assert times == {("pairs", "made-up", "forward", "fastgate"): {0.5: pytest.approx(0.6)}}
+
+
+@pytest.mark.parametrize("name", ["amd-epyc/2026-11-22", "nvidia-h200/2026-11-27", "nvidia-h200/step"])
+def test_tables_fit_a_terminal_and_pictures_a_page(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    file = ROOT / "bench" / "results" / f"{name}.json"
+    assert report.main([str(file), "--picture", str(tmp_path / "a.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and max(map(len, lines)) <= 100 and not any("…" in line for line in lines)
+    assert any(line.startswith("│") for line in lines) == (tmp_path / "a.png").exists() == ("step" not in name)
+    if (tmp_path / "a.png").exists():
+        width, height = Image.open(tmp_path / "a.png").size
+        assert height <= 1.5 * width  # A4
 
 
 @pytest.mark.parametrize("batch", [64, 256, 300])

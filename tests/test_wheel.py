@@ -1,4 +1,4 @@
-"""The wheel, installed alone and used from another folder."""
+"""The source archive, and the wheel made of it, as `python -m build` does: installed alone, used from elsewhere."""
 
 import subprocess
 import sys
@@ -22,8 +22,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
+    archive = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", archive, folder, cwd=ROOT)
+    (sources,) = folder.glob("*.tar.gz")
     options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", folder)
-    run(sys.executable, "-m", "pip", "wheel", "-q", *options, ROOT, cwd=folder)
+    run(sys.executable, "-m", "pip", "wheel", "-q", *options, sources, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 

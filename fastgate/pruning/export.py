@@ -2,10 +2,13 @@
 
 import importlib
 import io
+import math
 import os
 import re
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ def export_onnx(
     dynamic_batch: bool = False,
     opset: int | None = None,
     half: bool = False,
+    int8: Iterable[Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> float:
     """Export a plain network to an ONNX file, verified with onnxruntime before it is written; needs extra `export`.
@@ -48,19 +52,26 @@ def export_onnx(
         dynamic_batch: accept any batch size, the first dimension of every input tensor.
         opset: ONNX opset; None: the exporter's own.
         half: export the network in fp16, including inputs and outputs.
+        int8: calibration inputs, each of the form of `inputs`, a few hundred training samples in all: quantize the
+            network with onnxruntime's static quantization, weights to int8 with a scale per output channel, activations
+            to uint8 between the smallest and the largest value seen in calibration. Inputs and outputs stay float32.
         metadata: strings to store in the file, see :class:`OnnxNetwork`.
 
     Returns:
-        The largest absolute difference between the outputs of the file and of the network on `inputs`.
+        The largest absolute difference between the outputs of the file and of the network on `inputs`. With `int8` it
+        has no bound: measure the accuracy of the file.
 
     Raises:
         ValueError: a path with another suffix, a network with gates, one that PyTorch cannot export, or one whose file
-            gives other outputs (off by more than 1e-3 of the largest output, 5e-2 in fp16).
+            gives other outputs (off by more than 1e-3 of the largest output, 5e-2 in fp16, before quantization);
+            calibration inputs that the file does not accept, or none; both `half` and `int8`.
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
     """
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         _import(needed)
     _check_name(path, ".onnx")
+    if half and int8 is not None:
+        raise ValueError("half, int8: expected at most one of them, got both")
     if odd := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
         raise TypeError(f"metadata: expected strings, got {type((metadata or {})[odd[0]]).__name__} as {odd[0]!r}")
     plain, example = _prepare(model, inputs, dynamic_batch)
@@ -86,16 +97,13 @@ def export_onnx(
     for key, value in (metadata or {}).items():
         program.model.metadata_props[key] = value
     data = program.model_proto.SerializeToString()
-    try:
-        exported = OnnxNetwork(data)
-    except ValueError as error:
-        raise ValueError(f"model: onnxruntime cannot run the exported network ({_first_line(error)})") from error
-    tolerance = _HALF_TOLERANCE if half else _TOLERANCE
-    found = [
-        _check(wanted, exported(*tensors_in(each)), tolerance) for wanted, each in zip(expected, examples, strict=True)
-    ]
+    found = _check_onnx(data, examples, expected, _HALF_TOLERANCE if half else _TOLERANCE)
+    if int8 is not None:
+        samples = None if dynamic_batch else len(tensors_in(example)[0])
+        data = _quantize(program.model_proto, int8, samples)
+        found = _check_onnx(data, examples, expected, math.inf)
     write_atomically(path, lambda file: file.write(data))
-    return max(found)
+    return found
 
 
 def export_pt2(model: nn.Module, inputs: Any, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> float:
@@ -358,6 +366,63 @@ def _check(expected: list[Tensor], got: Any, tolerance: float) -> float:
             "nothing was written"
         )
     return found
+
+
+def _check_onnx(data: bytes, examples: list[Any], expected: list[list[Tensor]], tolerance: float) -> float:
+    """How far the outputs of an ONNX file are from the network's, on several examples."""
+    try:
+        exported = OnnxNetwork(data)
+    except ValueError as error:
+        raise ValueError(f"model: onnxruntime cannot run the exported network ({_first_line(error)})") from error
+    return max(
+        _check(wanted, exported(*tensors_in(each)), tolerance) for wanted, each in zip(expected, examples, strict=True)
+    )
+
+
+def _quantize(program: Any, batches: Iterable[Any], samples: int | None) -> bytes:
+    """An ONNX file in int8, of a program in fp32 that takes so many samples at once (None: any number)."""
+    quantization = _import("onnxruntime.quantization")
+    feeds = _feeds([info.name for info in program.graph.input], batches, samples)
+    first = next(feeds, None)
+    if first is None:
+        raise ValueError(f"int8: expected calibration inputs, at least {samples or 1} samples in one of them, got none")
+    calibration = _Calibration(chain([first], feeds))
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, path = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        # the shapes of what is inside; PyTorch's exporter has folded what can be folded
+        preparation = _import("onnxruntime.quantization.shape_inference")
+        preparation.quant_pre_process(program, prepared, skip_optimization=True, skip_symbolic_shape=True)
+        try:
+            quantization.quantize_static(
+                prepared, path, calibration, per_channel=True, activation_type=quantization.QuantType.QUInt8
+            )
+        except Exception as error:
+            raise ValueError(f"int8: onnxruntime cannot quantize it with these inputs: {_first_line(error)}") from error
+        return path.read_bytes()
+
+
+class _Calibration:
+    """Inputs by name, one after the other, as onnxruntime's `CalibrationDataReader` gives them."""
+
+    def __init__(self, feeds: Iterator[dict[str, Any]]) -> None:
+        self._feeds = feeds
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._feeds, None)
+
+
+def _feeds(names: list[str], batches: Iterable[Any], samples: int | None) -> Iterator[dict[str, Any]]:
+    """Calibration inputs by the names that the file has for them, in parts of the size that it takes."""
+    for batch in batches:
+        tensors = [tensor.detach().cpu() for tensor in tensors_in(batch)]
+        if len(tensors) != len(names):
+            raise ValueError(
+                f"int8: expected calibration inputs of {len(names)} tensors, as inputs, got {len(tensors)}"
+            )
+        for start in range(0, len(tensors[0]), samples or len(tensors[0]) or 1):
+            part = [tensor[start : start + samples] if samples else tensor for tensor in tensors]
+            if samples in (None, len(part[0])):
+                yield {name: tensor.numpy() for name, tensor in zip(names, part, strict=True)}
 
 
 def _halved(tensor: Tensor) -> Tensor:

@@ -246,15 +246,25 @@ def print_exported(
 
     Args:
         differences: by file, the largest one from the network, on example inputs.
-        checked: by runtime, `difference` and `latency_ms` on test images; empty where that was not asked for.
+        checked: by runtime, `difference` and `latency_ms` on test images, `accuracy` on the test split where it was
+            measured; empty where nothing of it was asked for.
         images: how many.
     """
     console = console or Console()
     if checked:
+        measured = all("accuracy" in row for row in checked.values())
         print_table(
-            f"on {images} test images",
-            ("runtime", "largest difference", "ms/image"),
-            [(name, f"{row['difference']:.2g}", _milliseconds(row["latency_ms"])) for name, row in checked.items()],
+            f"on {images} test images" + ", accuracy on all" * measured,
+            ("runtime", "largest difference", "ms/image", *["accuracy"] * measured),
+            [
+                (
+                    name,
+                    f"{row['difference']:.2g}",
+                    _milliseconds(row["latency_ms"]),
+                    *([f"{row['accuracy']:.2%}"] if measured else []),
+                )
+                for name, row in checked.items()
+            ],
             console,
         )
     written = [f"wrote {file}: largest difference {found:.2g}" for file, found in differences.items()]

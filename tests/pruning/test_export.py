@@ -1,6 +1,7 @@
 """Compact networks as files of other runtimes: they compute the same there, or nothing is written."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,40 @@ def test_half_precision(tmp_path: Path) -> None:
     assert 0 < difference < 0.05 * largest
     assert OnnxNetwork(tmp_path / "half.onnx")(x).dtype == torch.float32
     assert next(small.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_eight_bits(dynamic_batch: bool, tmp_path: Path) -> None:
+    small, x = small_resnet(), torch.randn(6, 3, 16, 16)
+    plain = fg.export_onnx(small, x[:2], tmp_path / "fp32.onnx", dynamic_batch=dynamic_batch)
+    batches = torch.randn(40, 3, 16, 16).split(9)  # 9 is no multiple of what the file takes
+    path, options = tmp_path / "int8.onnx", {"dynamic_batch": dynamic_batch, "metadata": {"made of": "a test"}}
+    difference = fg.export_onnx(small, x[:2], path, int8=batches, **options)
+    with torch.no_grad():
+        expected = small(x)
+    network = OnnxNetwork(path)
+    # a weight of 8 bits is off by up to 0.4 % of the largest one of its channel, an activation by 0.2 % of their range,
+    # in each of nine layers one after the other
+    assert plain < difference < 0.1 * float(expected.abs().max())
+    assert float((network(x) - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    assert network.metadata["made of"] == "a test" and network(x).dtype == torch.float32
+    # four times fewer bytes of weights; scales and the nodes that apply them come on top
+    assert path.stat().st_size < 0.5 * (tmp_path / "fp32.onnx").stat().st_size
+
+
+def test_calibration_that_cannot_be_used_leaves_no_file(tmp_path: Path) -> None:
+    model, x, path = fg.models.resnet(8, 10), torch.randn(4, 3, 8, 8), tmp_path / "a.onnx"
+    for batches, message in (
+        ([], "int8: expected calibration inputs, at least 4 samples in one of them, got none"),
+        ([x[:3]], "int8: expected calibration inputs, at least 4 samples in one of them, got none"),
+        ([(x, torch.zeros(4))], "int8: expected calibration inputs of 1 tensors, as inputs, got 2"),
+        ([x[:, :, :7]], "int8: onnxruntime cannot quantize it with these inputs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fg.export_onnx(model, x, path, int8=batches)
+    with pytest.raises(ValueError, match="half, int8: expected at most one of them, got both"):
+        fg.export_onnx(model, x, path, int8=[x], half=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_batch_norms_are_folded(tmp_path: Path) -> None:
@@ -261,10 +296,19 @@ def test_the_command_line(tmp_path: Path) -> None:
     accuracy = json.loads((run / "summary.json").read_text())["rows"]["compact"]["accuracy"]
     assert f"{100 * accuracy:.2f}" in found.stdout
 
+    eight = tmp_path / "eight.onnx"
+    done = run_cli("export", run, "--onnx", eight, "--int8")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(PyTorch|onnxruntime(?:, int8)?) .* ([\d.]+)%", done.stdout, re.M))
+    assert rows["PyTorch"] == rows["onnxruntime"] == f"{100 * accuracy:.2f}"
+    assert float(rows["onnxruntime, int8"]) == pytest.approx(100 * accuracy, abs=5)  # 18 of 360 images
+    assert rows["onnxruntime, int8"] in run_cli("evaluate", eight).stdout
+
     fg.save(small_resnet(), tmp_path / "other.safetensors")
     for arguments, said in (
         ((run,), "--onnx, --pt2: expected a file to write, got neither"),
-        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16: expected --onnx as well"),
+        ((run, "--pt2", pt2, "--fp16"), "--opset, --fp16, --int8: expected --onnx as well"),
+        ((run, "--onnx", onnx, "--fp16", "--int8"), "--fp16, --int8: expected at most one of them, got both"),
         (
             (tmp_path / "other.safetensors", "--onnx", onnx),
             "does not contain the image size; pass --input-size C,H,W",
