@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from fastgate.pruning.storage import load, save
     from fastgate.tuning import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # the module of each public name; names are imported on first use, so that `fastgate.energy` does not need torch
 _HOMES = {
