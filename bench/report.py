@@ -208,10 +208,10 @@ def _label(record: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the tables and write the picture beside the file, or where `--picture` says."""
+    """Print the tables and write the picture next to the file, or where `--picture` says."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--picture", type=Path, help="PNG to write; default: beside the file")
+    parser.add_argument("--picture", type=Path, help="PNG to write; default: next to the file")
     options = parser.parse_args(arguments)
     try:
         rows, machine = read_rows(options.file)

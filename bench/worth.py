@@ -41,10 +41,12 @@ class Study:
     Attributes:
         options: of all its runs, as `fastgate train` has them; `weights` is a run of the study "pretrained".
         ways: what else each run asks for, by name.
+        drawn: the networks of its figure, and what they are called there.
     """
 
     options: Options
     ways: dict[str, Options]
+    drawn: dict[str, str]
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -90,6 +92,13 @@ _VARIANTS: dict[str, Options] = {
     "slow-gates": {"gate_lr_factor": 0.1},
 }
 
+_PRUNED_OR_PLAIN = {
+    "unpruned": "unpruned",
+    "layer-50": "pruned, layer gates",
+    "channel-50": "pruned, channel gates",
+    "layer-50: equal-macs": "smaller network",
+}
+
 STUDIES = {
     # what the others start from: one training each, as of weights that are downloaded
     "pretrained": Study(
@@ -99,6 +108,7 @@ STUDIES = {
             "half": _HALF,
             "resnet18": {"network": _RESNET18, "epochs": 8},
         },
+        drawn={"resnet20": "ResNet-20", "half": "half of its MACs"},
         seeds=(1,),
     ),
     # claim 1: from weights of other classes, on 10,000 images; the rate at which the plain network from scratch is best
@@ -121,6 +131,15 @@ STUDIES = {
             "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
             "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
         },
+        drawn={
+            "unpruned": "unpruned",
+            "layer-50": "pruned, layer gates",
+            "channel-50": "pruned, channel gates",
+            "layer-50: random": "random half of the layers",
+            "plain-with-weights": "smaller network with weights of its own",
+            "layer-50: equal-training": "smaller network from scratch, trained longer",
+            "layer-50: equal-macs": "smaller network from scratch",
+        },
     ),
     "weights-resnet18": Study(
         {
@@ -138,6 +157,7 @@ STUDIES = {
             "layer-35": {**_LAYER, "target": 0.35, "control": "equal-macs"},
             "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
         },
+        drawn=_PRUNED_OR_PLAIN,
     ),
     # claim 3: long enough, half the MACs
     "long": Study(
@@ -147,6 +167,7 @@ STUDIES = {
             "layer-50": {**_LAYER, "target": 0.5, "control": _ALL},
             "channel-50": {**_CHANNEL, "target": 0.5, "control": "equal-macs"},
         },
+        drawn={**_PRUNED_OR_PLAIN, "layer-50: equal-training": "smaller network, trained longer"},
     ),
     "tried": Study(
         {
@@ -158,6 +179,7 @@ STUDIES = {
             for gates in (_LAYER, _CHANNEL)
             for name, options in _VARIANTS.items()
         },
+        drawn={f"layer-{name}": name for name in _VARIANTS},
         seeds=(1, 2),
     ),
     # claim 2: from a larger network to ResNet-20's MACs
@@ -173,6 +195,13 @@ STUDIES = {
                 "target": _SHARE_OF_WIDE,
                 "control": "equal-macs,equal-training",
             },
+        },
+        drawn={
+            "resnet56-layer": "ResNet-56 pruned, layer gates",
+            "resnet56-both": "ResNet-56 pruned, both gates",
+            "wide-channel": "ResNet-20 of 1.5 times the width pruned, channel gates",
+            "resnet20": "ResNet-20",
+            "wide-channel: equal-training": "ResNet-20, trained longer",
         },
     ),
 }
@@ -308,25 +337,25 @@ def write_table(results: list[Result], path: Path) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def draw(results: list[Result], path: Path) -> None:
+def draw(results: list[Result], drawn: dict[str, str], path: Path) -> None:
     """Accuracy over the MACs of training, a curve per network, the mean over the seeds."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    whole = max(curve[-1][0] for result in results for curve in result.curves if result.way == results[0].way)
-    for result in results:
+    found = {result.name: result for result in results}
+    whole = max(curve[-1][0] for result in results for curve in result.curves)
+    lowest = 100.0
+    for name, label in drawn.items():
         points = [
             (statistics.fmean(x for x, _ in epoch) / whole, 100 * statistics.fmean(y for _, y in epoch))
-            for epoch in zip(*result.curves, strict=True)
+            for epoch in zip(*found[name].curves, strict=True)
         ]
-        control = ":" in result.name
-        (line,) = axes.plot(*zip(*points, strict=True), "--" if control else "-", lw=1.2 if control else 2)
-        axes.plot(*points[-1], "o", color=line.get_color(), label=f"{result.name}: {points[-1][1]:.1f} %")
-    axes.set(xlabel="MACs of training, as a share of the unpruned network's", ylabel="test accuracy, %")
-    low = min(100 * curve[-1][1] for result in results for curve in result.curves)
-    axes.set_ylim(bottom=low - 15)
+        lowest = min(lowest, points[-1][1])
+        (line,) = axes.plot(*zip(*points, strict=True), "-" if label.startswith(("pruned", "ResNet-56")) else "--")
+        axes.plot(*points[-1], "o", color=line.get_color(), label=f"{label}: {points[-1][1]:.1f} %")
+    axes.set(xlabel="MACs of training, as a share of the most", ylabel="accuracy, %", ylim=(lowest - 15, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=150)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -343,7 +372,7 @@ def main() -> None:
         for name in options.studies:
             if results := read_results(name):
                 write_table(results, RESULTS / name / "table.md")
-                draw(results, RESULTS / name / "curves.png")
+                draw(results, STUDIES[name].drawn, RESULTS / name / "curves.png")
                 print((RESULTS / name / "table.md").read_text())
     elif options.what == "plan":
         for job in list_jobs(options.studies):
