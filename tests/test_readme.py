@@ -51,3 +51,12 @@ def test_the_table_is_what_the_result_files_hold() -> None:
 
 def test_the_readme_is_short() -> None:
     assert README.count("\n") < 120
+
+
+def test_the_table_from_weights_is_that_of_its_runs() -> None:
+    lines = (ROOT / "bench/results/search/weights/table.md").read_text().splitlines()
+    rows = [re.split(r"\s*\|\s*", line)[1:-1] for line in lines if line.startswith("| ")]
+    runs = {(f"{row[1]}%", row[3], row[4]) for row in rows}
+    table = README.partition("MACs of training |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    shown = [tuple(re.split(r"\s*\|\s*", line)[2:-1]) for line in table]
+    assert len(shown) == 6 and set(shown) <= runs
