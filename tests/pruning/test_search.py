@@ -205,7 +205,7 @@ def test_what_a_state_belongs_to(data: TensorDataset) -> None:
     other = Loop(config=fg.SearchConfig(target=0.6))
     with pytest.raises(ValueError, match="got another target, open_until, anneal_until, settle_at, commit_after"):
         other.search.load_state_dict(state)
-    with pytest.raises(ValueError, match="same gates, got one of another network"):
+    with pytest.raises(ValueError, match="same gates, got that of another network"):
         Loop("channel").search.load_state_dict(state)
     with pytest.raises(ValueError, match="version 1, got None"):
         Loop().search.load_state_dict({})
