@@ -44,7 +44,7 @@ def main() -> None:
         parser.error(f"{options.output}: expected a folder that does not exist yet; remove it, or choose another")
     data = load_dataset("cifar10", options.data)
     names = data.class_names or ()
-    unfinished = options.output.with_name(f".{options.output.name}.tmp")  # a killed run leaves nothing under the final name
+    unfinished = options.output.with_name(f".{options.output.name}.tmp")  # a kill leaves no incomplete OUTPUT
     for split, images, count in (("train", data.train, options.train), ("val", data.test, options.val)):
         largest = min(torch.bincount(images.labels).tolist()) * len(names)
         if count % len(names) or not 0 < count <= largest:

@@ -70,7 +70,7 @@ class StopAfterTheSearch(Callback):
 
 
 class Explanation:
-    """Replaces `GateSearch.refresh`: keeps the statistics, and evaluates the epoch of release with re-estimated ones."""
+    """Replaces `GateSearch.refresh`: keeps the statistics, and evaluates the release with re-estimated ones."""
 
     def __init__(self, trainer: Trainer, data: Dataset) -> None:
         self.trainer, self.data = trainer, data

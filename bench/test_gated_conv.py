@@ -76,7 +76,7 @@ def real_gate(conv: Convolution, kind: str) -> Tensor:
 
 
 def make_gate(conv: Convolution, kind: str, fraction: float | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A gate that opens exactly this fraction of the channels, drawn per sample or for the whole batch; or a real gate."""
+    """A gate that opens exactly this fraction of the channels, drawn per sample or for the batch; or a real gate."""
     if fraction is None:
         return real_gate(conv, kind).to(device, dtype)
     rows = conv.batch if kind == "pairs" else 1
