@@ -105,7 +105,7 @@ def load_data(
     for option, value in (("workers", workers), ("augmentation", augmentation)):
         if value is not None:
             raise ValueError(
-                f"{option}: expected none for {name}, whose images are in memory and augmented on the device, got "
+                f"{option}: expected none for {name}, whose images are in memory with a fixed augmentation, got "
                 f"{value}; leave it out, or use folder:PATH"
             )
     data = load_dataset(

@@ -50,7 +50,7 @@ def find_splits(
         found = _class_folders(folder)
         if {name.lower() for name in found} <= _SPLITS:
             raise ValueError(
-                f"{folder}: expected train/ with a folder of images per class, or such folders alone, found "
+                f"{folder}: expected train/ with a folder of images per class, or only such folders, found "
                 f"{', '.join(found) or 'neither'}; put each image under {folder / _TRAIN}/CLASS"
             )
     names = {split: _class_folders(path) for split, path in paths.items()}
