@@ -1,10 +1,10 @@
-"""Flips bits in the files of a run and loads them: a damaged file must be refused, or say what it said before.
+"""Flips bits in the files of a run and loads them: a damaged file must be rejected, or load as before.
 
     python bench/bitflips.py [--flips 1000]
 
-A flip ends as "refused" (a ValueError), "same" (what was loaded is what was written: the flip hit what says nothing,
-such as the padding in a zip archive), "other" (loaded as something else) or "failed" (any other exception). Half of the
-flips are anywhere in the file, a quarter each in its first and last 4 KiB, where the structure is. The result is
+The outcome of a flip is "refused" (a ValueError), "same" (loaded as written: the flip hit bits without meaning, such as
+the padding in a zip archive), "other" (loaded as something else) or "failed" (any other exception). Half of the flips
+are anywhere in the file, a quarter each in its first and last 4 KiB, which hold the structure. The result is
 bench/results/files/bitflips.json.
 """
 
@@ -67,7 +67,7 @@ def write_files(folder: Path) -> dict[str, Path]:
 
 
 def count_outcomes(path: Path, flips: int, seed: int) -> dict[str, int]:
-    """How loading ends after each of some flips of one bit, the file as it was before every one."""
+    """Outcomes of loading the file after each of `flips` single-bit flips, with the file restored in between."""
     read, data = KINDS[path.name], path.read_bytes()
     wanted, chance = read(path), random.Random(seed)
     found: Counter[str] = Counter()
@@ -90,7 +90,7 @@ def _outcome(read: Callable[[Path], str], path: Path, wanted: str) -> str:
         return "same" if read(path) == wanted else "other"
     except ValueError:
         return "refused"
-    except Exception:  # which is what is counted
+    except Exception:  # counted as a failure
         return "failed"
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     import tempfile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=1000, help="over the three files")
+    parser.add_argument("--flips", type=int, default=1000, help="number of flips, over the three files")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     files: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What is measured: block inputs of the networks that the library is for, dtypes, and who computes."""
+"""Benchmark cases: block inputs of the library's target networks, dtypes, and providers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ LOW_PRECISION = torch.bfloat16 if CUDA and torch.cuda.get_device_capability() >=
 
 @dataclass(frozen=True)
 class Case:
-    """The input of a residual block: samples, channels, height and width, channels_last."""
+    """The input of a residual block, `[N, C, H, W]` in channels_last."""
 
     network: str
     stage: int
@@ -25,7 +25,7 @@ class Case:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        """Readable as a test's id."""
+        """A readable test id."""
         return f"{self.network}-stage{self.stage}-batch{self.shape[0]}-{str(self.dtype).removeprefix('torch.')}"
 
     def random(self, device: torch.device, requires_grad: bool = True) -> Tensor:
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Of one such tensor."""
+        """Size of one such tensor."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
@@ -54,20 +54,20 @@ CASES = list(_cases())
 
 
 def providers(case: Case) -> tuple[str, ...]:
-    """Who is measured on it. On a CPU torch.compile for the first stage only: each takes 15 s of compiling C++."""
+    """The providers measured on a case. On a CPU, torch.compile only on the first stage: C++ compilation takes 15 s."""
     return PROVIDERS if CUDA or case.stage == 1 else ("fastgate", "eager")
 
 
 def provided(provider: str, ours: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that a provider computes with: our kernel (on a CPU our plain path), PyTorch, or torch.compile."""
+    """The function of a provider: our kernel (on a CPU our plain path), PyTorch, or torch.compile."""
     if provider == "compile":
-        torch._dynamo.config.recompile_limit = 1000  # a shape each, and it gives up after eight
+        torch._dynamo.config.recompile_limit = 1000  # one per shape; the default gives up after eight
         return torch.compile(plain, dynamic=False)
     return ours if provider == "fastgate" else plain
 
 
 def check_close(got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Every tensor is as close to the fp64 meaning as its dtype allows: what is timed has to be right first."""
+    """Check that every tensor is as close to its fp64 reference as its dtype allows: only correct results are timed."""
     for name, expected in exact.items():
         error = (got[name].double() - expected).norm() / expected.norm().clamp_min(1e-30)
         # rounding of every value, and of the sums over up to a few thousand of them

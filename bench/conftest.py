@@ -1,4 +1,4 @@
-"""Benchmarks wait for the device, and every result file says what it was measured on."""
+"""Benchmarks synchronise with the device, and every result file describes its machine."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def device_clock() -> float:
-    """Seconds, read after the device has finished what it was given."""
+    """Seconds, read after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -24,7 +24,7 @@ def device_clock() -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # a tenth of a second for each: there are hundreds
+        # 0.1 s per benchmark: there are hundreds
         item.add_marker(pytest.mark.benchmark(timer=device_clock, warmup=False, max_time=0.1, min_rounds=5))
 
 
@@ -35,7 +35,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def stream_bytes_per_second() -> float:
-    """What a large copy reaches on this GPU; unused on a CPU."""
+    """Bandwidth of a large copy on this GPU; unused on a CPU."""
     return copy_bandwidth() if torch.cuda.is_available() else float("nan")
 
 

@@ -1,11 +1,11 @@
-"""Energy of one epoch for the unpruned, the gated and the compact network, side by side.
+"""Energy of one epoch of the unpruned, the gated and the compact network, compared.
 
 `python -m bench.energy_per_epoch --dataset cifar10 --network resnet56 --output energy.json`
 
-All three are trained for the same epochs with the same recipe, in turn, so that a drift of the machine meets all alike.
-The gated network runs its heads; what they decide is held at the share of open gates asked for, and the compact network
-is what compaction makes of exactly these decisions. One line per network: joules and seconds per epoch of training and
-of evaluation, means over the epochs, and the first network's joules divided by its own.
+All three are trained for the same epochs with the same recipe, interleaved, so that machine drift affects all alike.
+The gated network has live gates; the compact network is compacted with the requested fraction of open gates. One line
+per network: joules and seconds per epoch of training and of evaluation, means over the epochs, and the unpruned
+network's joules divided by its own.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from fastgate.training.recipe import Recipe, change, make_recipe, recipe_to_dict
 def build_networks(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, nn.Module]:
     """The three networks, the gated one with live gates.
 
-    The compact network keeps the same share of blocks, or of each block's channels, spread evenly.
+    The compact network keeps the fraction `open_ratio` of the blocks, or of each block's channels, spread evenly.
     """
     gated = build_network(recipe, data.image_size, data.num_classes)
     gates = [gate for _, gate in fg.named_gates(gated)]
@@ -51,7 +51,7 @@ def build_networks(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str
 
 
 def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, dtype: torch.dtype) -> None:
-    """One epoch of plain training; gated networks with the losses that keep their gates alive."""
+    """One epoch of plain training; gated networks with the losses that keep their gates live."""
     model.train()
     device = batches.images.labels.device
     gated = any(True for _ in fg.named_gates(model))
@@ -67,7 +67,7 @@ def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Bat
 
 
 def measure(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, dict[str, Any]]:
-    """Train and evaluate the networks in turn; the first epoch of each only warms up."""
+    """Train and evaluate the networks, interleaved; the first epoch of each is a warm-up."""
     device = data.train.labels.device
     dtype = resolve_precision(recipe.run.precision, device)
     batches = Batches(data, data.train, recipe.run.batch_size, augment=True, seed=recipe.run.seed, channels_last=True)
@@ -98,13 +98,13 @@ def measure(recipe: Recipe, data: Dataset, open_ratio: float) -> dict[str, dict[
 
 
 def mean(windows: list[dict[str, Any]], key: str) -> float | None:
-    """The mean over epochs, None if one is unknown."""
+    """The mean over the epochs; None if one is unknown."""
     values = [window[key] for window in windows]
     return None if None in values else sum(values) / len(values)
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """Print joules and seconds per epoch, and where the joules come from."""
+    """Print joules and seconds per epoch, and the source of the joules."""
     table = Table(title="per epoch")
     for column in ("network", "MACs", "train J", "train s", "eval J", "eval s", "unpruned / this"):
         table.add_column(column, justify="left" if column == "network" else "right")
@@ -124,7 +124,7 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Read the command line, measure, print, and write the file asked for."""
+    """Read the command line, measure, print, and write the output file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data-root", default=None)
@@ -135,10 +135,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--output", type=Path, default=None, help="a JSON file with every epoch")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the results of every epoch")
     options = parser.parse_args()
     if not 0 < options.open_ratio <= 1:
-        parser.error(f"--open-ratio: expected a share above 0, at most 1, got {options.open_ratio}")
+        parser.error(f"--open-ratio: expected a fraction above 0, at most 1, got {options.open_ratio}")
     recipe = make_recipe(
         dataset=options.dataset,
         network=options.network,

@@ -1,8 +1,8 @@
-"""Which networks can be gated and compacted, and how exactly: `python -m bench.families`, beside Torch-Pruning.
+"""Which networks can be gated and compacted, and how exactly, compared with Torch-Pruning: `python -m bench.families`.
 
-For each network of `bench/zoo.py` and each gating: attach, one training step, random decisions, compact. A row says how
-far the network with every gate open is from the plain one, how far the compact one from the frozen one (relative to
-the largest value), what share of the MACs is left and whether it was predicted, and whether a file gives it back.
+For each network of `bench/zoo.py` and each gating: attach, one training step, random decisions, compact. A row has the
+difference of the network with every gate open from the plain one and of the compact from the frozen one (relative to
+the largest value), the MACs that are left and were predicted, and whether a saved file restores the network.
 """
 
 import argparse
@@ -32,7 +32,7 @@ OPEN, EXACT = 0.0, {"layer": 0.0, "channel": 1e-5, "both": 1e-5}
 
 
 def relative_difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference as a share of the largest value; infinite where shapes differ."""
+    """Largest difference relative to the largest value; infinite if shapes differ."""
     if [t.shape for t in expected] != [t.shape for t in got]:
         return float("inf")
     shares = [
@@ -44,13 +44,13 @@ def relative_difference(expected: list[Tensor], got: list[Tensor]) -> float:
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """What the network makes of the inputs, without gradients."""
+    """The network's outputs, computed without gradients."""
     with torch.no_grad():
         return tensors_of(call(model, to_device_of(model, inputs, copied=True)))
 
 
 def decide_at_random(model: nn.Module) -> None:
-    """Freeze every gate: a third of the layers closed, half of the channels, each gate with one open at least."""
+    """Freeze every gate: a third of the layers closed, and half of the channels, with at least one open per gate."""
     generator = torch.Generator().manual_seed(1)
     for i, (_, gate) in enumerate(fg.named_gates(model)):
         opened = torch.rand(gate.gates, generator=generator) < 0.5
@@ -59,13 +59,13 @@ def decide_at_random(model: nn.Module) -> None:
 
 
 def without_gradient(model: nn.Module, inputs: Any) -> list[str]:
-    """Names of the gates that a training step gives no gradient; several steps, as stochastic depth drops branches."""
+    """Names of the gates that training steps give no gradient; several steps, as stochastic depth drops branches."""
     model.train()
     torch.manual_seed(0)
     without = dict(fg.named_gates(model))
     for _ in range(5):
         result = call(model, inputs)
-        first = tensors_of(result)[-1 if isinstance(result, list) else 0]  # of the features of all stages the last
+        first = tensors_of(result)[-1 if isinstance(result, list) else 0]  # features of all stages: the last
         logits = first.flatten(2).mean(2) if first.dim() > 2 else first
         loss = nn.functional.cross_entropy(logits, torch.arange(len(logits)))
         (loss + fg.polarization(model) + fg.budget(model, 0.5)).backward()
@@ -106,7 +106,7 @@ def try_network(name: str, gating: str) -> dict[str, Any]:
     row["without_gradient"] = without_gradient(model, inputs) if ZOO[name].kind != "detection" else []
     decide_at_random(model)
     frozen = outputs(model, inputs)
-    # a detection network works on as many regions as it finds: what it computes depends on its decisions beyond them
+    # a detection network processes as many regions as it finds: only its backbone's MACs can be predicted
     part = "backbone" if ZOO[name].kind == "detection" else ""
     of_part = torch.stack(inputs[0]) if part else inputs
     costs = fg.gate_costs(model.get_submodule(part), of_part)
@@ -126,7 +126,7 @@ def try_network(name: str, gating: str) -> dict[str, Any]:
     except ValueError as error:
         row["file"] = f"refused: {error}"
     exact = row["open"] == OPEN and row["compact"] <= EXACT[gating]
-    same = isinstance(row["file"], str) or row["file"] == 0.0  # refused by name, or the very same
+    same = isinstance(row["file"], str) or row["file"] == 0.0  # refused with a reason, or identical
     as_said = gating == "both" or predicted == row["macs"]["compact"]
     row["result"] = (
         "ok" if exact and same and as_said and not row["without_gradient"] and row["effect"] > 0 else "WRONG"
@@ -135,7 +135,7 @@ def try_network(name: str, gating: str) -> dict[str, Any]:
 
 
 def try_torch_pruning(name: str) -> dict[str, Any]:
-    """Whether Torch-Pruning halves the channels of a network so that it still runs, by its default call."""
+    """Whether Torch-Pruning, by its default call, halves the channels of a network so that it still runs."""
     import torch_pruning as tp
 
     row: dict[str, Any] = {"network": name, "gating": "torch-pruning"}
@@ -164,7 +164,7 @@ class _TimeoutError(Exception):
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Raise after so many seconds."""
+    """Raise an error after `seconds`."""
 
     def stop(*_: Any) -> None:
         raise _TimeoutError(f"not finished in {seconds} s")
@@ -179,7 +179,7 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def run(names: list[str], gatings: list[str], path: Path) -> None:
-    """Try the networks and write the rows, one after the other; what the file has already is not tried again."""
+    """Try the networks and append a row for each; networks already in the file are skipped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["network"], row["gating"]) for row in read(path)}
     for name in names:
@@ -199,12 +199,12 @@ def run(names: list[str], gatings: list[str], path: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, none where there is none."""
+    """The rows of a file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, a network per line."""
+    """The rows as a Markdown table, one line per network."""
     gatings = list(dict.fromkeys(row["gating"] for row in rows))
     results = {(row["network"], row["gating"]): row["result"] for row in rows}
     lines = [f"| network | {' | '.join(gatings)} |", "|" + "---|" * (len(gatings) + 1)]
@@ -216,7 +216,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what is asked for and print the table."""
+    """Run the requested networks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="networks of bench/zoo.py, default all")
     parser.add_argument("--gating", nargs="*", default=["layer", "channel", "torch-pruning"])

@@ -1,14 +1,14 @@
-"""What the kernels cost on GPUs that are not here, against the least that GPU can take: `python -m bench.floors`.
+"""Static cost of the kernels on GPUs that are not at hand, against the physical lower bound: `python -m bench.floors`.
 
-Static: every launch is compiled for sm_75 and sm_90 at the sizes of real calls and its machine code is counted
-(`tests/kernels/sass.py`, which holds the rates of a T4 and an H100 and what is assumed of them). Nothing is measured.
+Every launch is compiled for sm_75 and sm_90 at the sizes of real calls, and its machine code is counted
+(`tests/kernels/sass.py` has the rates of a T4 and an H100, and the assumptions). Nothing is measured.
 
-- floor: reading each input and writing each output once from DRAM, or the multiply-adds on the tensor cores, whichever
-  takes longer.
-- bound: the busiest part of a multiprocessor, if nothing ever waited and everything were open, or DRAM. A real call
-  takes longer than this; a ratio of bound to floor that is high already says what is in the way ("limit").
+- floor: reading each input and writing each output once from and to DRAM, or the multiply-adds on the tensor cores,
+  whichever takes longer.
+- bound: the busiest unit of a multiprocessor, without stalls and with everything open, or DRAM. A real call takes
+  longer; if the ratio of bound to floor is already high, "limit" is the bottleneck.
 
-Latency, the tail of the last round of programs, and the serial ending of the gate head are not in it. Writes
+Latency, the tail of the last wave of programs, and the serial end of the gate head are not included. Writes
 bench/results/static/floors.json and prints it as a table.
 """
 
@@ -40,7 +40,7 @@ RESULT = Path(__file__).parent / "results" / "static" / "floors.json"
 
 
 class Shape(NamedTuple):
-    """The maps of a stage of residual blocks; its convolution is 3x3 with as many outputs as inputs."""
+    """The maps of a stage of residual blocks; its convolution is 3x3, with equal input and output channels."""
 
     name: str
     batch: int
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of one fp16 map."""
+        """Size of one fp16 map."""
         return 2 * self.batch * self.channels * self.side**2
 
     @property
@@ -141,7 +141,7 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Row:
-    """What one call costs on one GPU."""
+    """The cost of one call on one GPU."""
 
     kernel: str
     gates: str
@@ -151,7 +151,7 @@ class Row:
     floor_us: float
     bound_us: float
     ratio: float
-    limit: str  # the part that is busiest
+    limit: str  # the busiest unit
     instructions_per_mac: float | None  # of a thread, per multiply-add of the dense convolution
     instructions_per_byte: float | None  # of a thread, per byte read or written
     loads: dict[str, int]  # of the hot loop, by width in bits
@@ -170,7 +170,7 @@ class _Launches(TorchDispatchMode):
         result = function(*arguments, **(options or {}))
         name = function.name().removeprefix("aten::").split(".")[0]
         view = isinstance(result, torch.Tensor) and result._is_view()
-        # zeros of int32 are the counters of `_launch.counter`, which on a GPU stay between calls
+        # zeros of int32 are the counters of `_launch.counter`, which on a GPU persist between calls
         counters = name in ("zeros", "zero_") and result.dtype == torch.int32
         if not (view or counters or name.startswith(("empty", "new_empty", "detach", "_local_scalar", "to"))):
             self.count += 1
@@ -178,7 +178,7 @@ class _Launches(TorchDispatchMode):
 
 
 def measure(case: Case, shape: Shape, last: bool, gpu: sass.Gpu) -> Row:
-    """Compile the call's kernels and count."""
+    """Compile the call's kernels and count their instructions."""
     launches: list[Launch] = []
     call = case.prepare(shape, last)
     with _Launches() as others, recorded(launches, "", gpu.capability):
@@ -226,11 +226,11 @@ def measure(case: Case, shape: Shape, last: bool, gpu: sass.Gpu) -> Row:
 def executions(
     launch: Launch, code: list[sass.Instruction], loaded: int
 ) -> tuple[list[tuple[list[sass.Instruction], float]], list[sass.Instruction]]:
-    """([(instructions, how many warps execute them)], the hot loop).
+    """([(instructions, number of warps that execute them)], the hot loop).
 
-    The hot loop runs as often as the launch's multiply-adds take, or without any as `loaded` bytes take; a loop around
-    it, the weight gradient's, once for each sample of each tile; the rest once, but for what the last program of each
-    tile alone runs, whose time is latency (the gate head has one for all samples): it is counted where it is run.
+    The hot loop runs as often as the launch's multiply-adds require or, if it has none, the `loaded` bytes; a loop
+    around it, in the weight gradient, once for each sample of each tile; the rest once. Code that only the last program
+    of each tile runs, whose time is latency (the gate head has one for all samples), is counted for that program.
     """
     warps = math.prod(launch.grid) * launch.options["num_warps"]
     ending = sass.ending(code)
@@ -252,7 +252,7 @@ def executions(
 
 
 def multiply_adds(launch: Launch) -> int:
-    """Of a launch of the convolution with everything open, what is padded in its tiles included; else none."""
+    """Multiply-adds of a launch of the convolution with everything open, padding of tiles included; 0 for others."""
     a, tile = launch.arguments, launch.arguments.get("TILE")
     if tile is None:
         return 0
@@ -283,13 +283,13 @@ def print_rows(rows: list[Row], console: Console) -> None:
 
 
 def main() -> int:
-    """Print the table; with no filter also write it."""
+    """Print the table; without a filter, also write it."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.call([sys.executable, "-m", "bench.floors", *sys.argv[1:]], env=environment)
     parser = argparse.ArgumentParser(description="Static costs of the kernels against their floors; nothing is run.")
     parser.add_argument("--case", action="append", help="only these kernels and gates, for example 'conv wgrad/*'")
-    parser.add_argument("--shape", help="only shapes whose name starts so, for example resnet110")
+    parser.add_argument("--shape", help="only shapes whose names begin with this, for example resnet110")
     parser.add_argument("--layout", choices=("NCHW", "NHWC"))
     parser.add_argument("--capability", type=int, choices=tuple(sass.GPUS))
     parser.add_argument("--json", action="store_true", help="print rows as JSON and write nothing")

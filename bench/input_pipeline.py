@@ -1,8 +1,7 @@
-"""What share of an epoch the batches take: `python -m bench.input_pipeline --data-root DIR --output FILE`.
+"""The share of an epoch spent on making batches: `python -m bench.input_pipeline --data-root DIR --output FILE`.
 
-Processor time of this process, which other jobs on the machine lengthen less than seconds; on one thread, since
-threads that wait for each other count as well. The steps are the trainer's on the ungated network, the cheapest one of
-its depth.
+Measured in CPU time of this process, which other jobs on the machine affect less than wall-clock time; on one thread,
+since waiting threads count as well. The steps are the trainer's on the ungated network, the cheapest of its depth.
 """
 
 import argparse
@@ -29,14 +28,14 @@ BATCHES, STEPS, ROUNDS = 40, 3, 5
 
 
 def processor_seconds(call: Callable[[], Any]) -> float:
-    """Of all threads of this process."""
+    """CPU time of a call, over all threads of this process."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def measure(dataset: str, data_root: str | None, network: str, batch_size: int) -> dict[str, Any]:
-    """Medians over rounds of batches and steps in turns, and the share of batches in their sum."""
+    """Medians over rounds of interleaved batches and steps, and the share of batches in their sum."""
     data = load_dataset(dataset, data_root)
     recipe = make_recipe(dataset=dataset, network=network, gating="none", batch_size=batch_size, precision="fp32")
     with tempfile.TemporaryDirectory() as folder:
@@ -64,9 +63,9 @@ def measure(dataset: str, data_root: str | None, network: str, batch_size: int) 
 
 
 def main() -> None:
-    """Read the command line, measure, print, and write the file asked for."""
+    """Read the command line, measure, print, and write the output file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", default=None, help="with CIFAR-10; without it digits alone are measured")
+    parser.add_argument("--data-root", default=None, help="folder with CIFAR-10; without it, only digits are measured")
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)

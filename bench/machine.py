@@ -1,4 +1,4 @@
-"""What a result file says of the machine: versions, commit, and the GPU's driver, clocks and power limit."""
+"""The description of the machine in result files: versions, commit, and the GPU's driver, clocks and power limit."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ from fastgate.env import describe_environment
 
 
 def describe_machine() -> dict[str, Any]:
-    """`describe_environment` and the commit, with a `+` where the working tree differs from it."""
+    """`describe_environment` and the commit, with a `+` if the working tree differs from it."""
     described = describe_environment()
     described["commit"] = _commit()
     for index, gpu in enumerate(described["gpus"]):
@@ -31,7 +31,7 @@ def _commit() -> str | None:
 
 
 def _gpu_state(index: int) -> dict[str, Any]:
-    """Driver, clocks (MHz) and power limit (W) of torch's device; by UUID, since NVML counts devices its own way."""
+    """Driver, clocks (MHz) and power limit (W) of torch's device; by UUID, since NVML numbers devices differently."""
     import pynvml
 
     try:

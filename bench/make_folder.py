@@ -1,7 +1,7 @@
-"""A folder of JPEGs as a user would have one: `python -m bench.make_folder DATA OUTPUT`.
+"""Makes a folder of JPEGs such as a user would have: `python -m bench.make_folder DATA OUTPUT`.
 
-OUTPUT/train and OUTPUT/val have a folder for each class of CIFAR-10, with images of DATA's training and test split,
-enlarged. The same ones every time.
+OUTPUT/train and OUTPUT/val have a folder for each class of CIFAR-10, with enlarged images of DATA's training and test
+split, always the same ones.
 """
 
 import argparse
@@ -16,7 +16,7 @@ SIZE, QUALITY, SEED = 64, 90, 0
 
 
 def choose(images: ImageSet, count: int, classes: int) -> torch.Tensor:
-    """Indices of `count` images, of each class as many."""
+    """Indices of `count` images, the same number of each class."""
     generator = torch.Generator().manual_seed(SEED)
     order = torch.randperm(len(images), generator=generator)
     labels = images.labels[order]
@@ -33,18 +33,18 @@ def write_images(images: ImageSet, indices: torch.Tensor, names: tuple[str, ...]
 
 
 def main() -> None:
-    """Read the command line, write the images, say how many."""
+    """Read the command line, write the images, and print their numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="with CIFAR-10 in its binary or torchvision's layout")
-    parser.add_argument("output", type=Path, help="a folder that is not there yet")
-    parser.add_argument("--train", type=int, default=1000, help="images in train/, a tenth of them of each class")
-    parser.add_argument("--val", type=int, default=500, help="images in val/, a tenth of them of each class")
+    parser.add_argument("data", type=Path, help="folder with CIFAR-10 in its binary or torchvision's layout")
+    parser.add_argument("output", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--train", type=int, default=1000, help="number of images in train/, a tenth of each class")
+    parser.add_argument("--val", type=int, default=500, help="number of images in val/, a tenth of each class")
     options = parser.parse_args()
     if options.output.exists():
-        parser.error(f"{options.output}: expected a folder that is not there yet; remove it, or choose another")
+        parser.error(f"{options.output}: expected a folder that does not exist yet; remove it, or choose another")
     data = load_dataset("cifar10", options.data)
     names = data.class_names or ()
-    unfinished = options.output.with_name(f".{options.output.name}.tmp")  # what a kill leaves is not taken for whole
+    unfinished = options.output.with_name(f".{options.output.name}.tmp")  # a kill leaves no incomplete OUTPUT
     for split, images, count in (("train", data.train, options.train), ("val", data.test, options.val)):
         largest = min(torch.bincount(images.labels).tolist()) * len(names)
         if count % len(names) or not 0 < count <= largest:

@@ -1,4 +1,4 @@
-"""Run every benchmark, keep the numbers and print the ratios: `python -m bench.record`.
+"""Run every benchmark, save the results and print the ratios: `python -m bench.record`.
 
 Writes bench/results/<device>/<date>.json and a picture of it (see `bench.report`).
 """
@@ -27,7 +27,7 @@ def main() -> int:
     if code == 0:
         content = json.loads(temporary.read_text())
         for benchmark in content["benchmarks"]:
-            benchmark["stats"].pop("data", None)  # every single round: megabytes that nothing reads
+            benchmark["stats"].pop("data", None)  # the times of all rounds: megabytes that nothing reads
         write_atomically(path, json.dumps(content, indent=1) + "\n")
         temporary.unlink()
         print(f"wrote {path}")

@@ -1,8 +1,8 @@
-"""Keep what the channel gates of a training run decide on real images: `python -m bench.record_gates RUN DATA`.
+"""Record the decisions of a training run's channel gates on real images: `python -m bench.record_gates RUN DATA`.
 
-Writes `bench/gates.npz`: for the second block of each stage the decisions on the first 256 test images, eight to a
-byte, and the conditions as JSON. The committed file is of this run (two epochs, a few minutes each on one core),
-without polarization, which draws the decisions of all samples together:
+Writes `bench/gates.npz`: the decisions of the second block of each stage on the first 256 test images, packed eight to
+a byte, and the conditions as JSON. The committed file comes from this run (two epochs, a few minutes each on one core),
+without polarization, which makes the decisions of all samples agree:
 
     OMP_NUM_THREADS=1 fastgate train --preset cifar10-channel --network resnet20 --epochs 2 --batch-size 128 \
         --warmup-epochs 0.5 --open-until 0 --anneal-until 0.5 --settle-at none --lambda-polar 0 \
@@ -37,7 +37,7 @@ def read_gates(file: Path = FILE) -> tuple[dict[int, Tensor], dict[str, object]]
 
 
 def record_gates(run: Path, data_root: Path, file: Path = FILE) -> None:
-    """Decide on test images with the gates in the run's checkpoint and write the file.
+    """Evaluate the gates of the run's checkpoint on test images and write the file.
 
     Raises:
         ValueError: the run's gates are not live channel gates.

@@ -1,9 +1,9 @@
-"""Does the release of gates jolt a network? `python -m bench.release --dataset digits --seeds 1 2 3 --output FILE`.
+"""Does accuracy drop when gates are released? `python -m bench.release --dataset digits --seeds 1 2 3 --output FILE`.
 
 Each run is made without and with `GateSearch.refresh`: accuracy on the test images after every epoch, and the worst
-ratio of an epoch's to the one before, from the epoch of release to that of the last decisions. Where it jolts it also
-says why: accuracy at the end of the epoch of release with the running statistics of the network's batch norms, of the
-gate heads', or of both taken anew. Runs are added to the file.
+ratio of an epoch's accuracy to the one before, from the epoch of release to that of the last decisions. The run without
+it also shows the cause of a drop: accuracy at the end of the epoch of release with the running statistics of the
+network's batch norms, of the gate heads', or of both re-estimated. Runs are added to the file.
 
 Digits: the demo. CIFAR-10: the demo's recipe for 20 epochs on a part of the images, averaged down to 16x16, up to the
 epoch of the last decisions.
@@ -40,11 +40,11 @@ REFRESH_BATCHES = 10
 
 
 class SearchIsOver(Exception):
-    """What comes is not measured."""
+    """Every decision is final; the rest of the run is not measured."""
 
 
 def load(dataset: str, data_root: str | None, images: int) -> tuple[Dataset, Recipe]:
-    """The data and the recipe; of CIFAR-10 always the same training images."""
+    """The data and the recipe; for CIFAR-10 always the same training images."""
     recipe = change(get_preset("demo"), control="none", precision="fp32")
     data = load_dataset(dataset, data_root)
     if dataset == "digits":
@@ -64,20 +64,20 @@ class StopAfterTheSearch(Callback):
     """Ends a run once every decision is final."""
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """What comes now is not measured."""
+        """End the run here, as the rest is not measured."""
         if trainer.search is not None and trainer.search.phase == "settled":
             raise SearchIsOver
 
 
 class Explanation:
-    """In place of `GateSearch.refresh`: leaves the statistics alone, and says what the epoch of release is like."""
+    """Replaces `GateSearch.refresh`: keeps the statistics, and evaluates the release with re-estimated ones."""
 
     def __init__(self, trainer: Trainer, data: Dataset) -> None:
         self.trainer, self.data = trainer, data
         self.release: dict[str, float] | None = None
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
-        """At the end of an epoch."""
+        """Called at the end of an epoch."""
         search = self.trainer.search
         if self.release is not None or search is None or all(gate.frozen for gate in search.live.values()):
             return
@@ -105,7 +105,7 @@ class Explanation:
 
 
 def measure(data: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """One recipe before and after the mend."""
+    """One recipe without ("before") and with ("after") `GateSearch.refresh`."""
     released, settled = (
         round(share * recipe.run.epochs) for share in (recipe.search.open_until, recipe.search.settle_at or 1)
     )
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data-root")
-    parser.add_argument("--images", type=int, default=5000, help="of CIFAR-10, to train on")
+    parser.add_argument("--images", type=int, default=5000, help="number of CIFAR-10 images to train on")
     parser.add_argument("--gatings", nargs="+", default=["layer", "channel"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--output", type=Path, required=True)

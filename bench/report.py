@@ -1,7 +1,7 @@
 """Ratios from a result file, as a table and a picture: `python -m bench.report bench/results/<device>/<date>.json`.
 
-A ratio above 1 says how many times faster fastgate is than the other provider in the same run. Times are those of a
-CUDA graph with a cold L2 where the file has them, else the host's median.
+A ratio above 1 means that fastgate is that many times faster than the other provider in the same run. Times are those
+of a CUDA graph with a cold L2 if the file has them, otherwise the host's median.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# gates of real runs, of one open fraction each: no curve goes through them
+# gates of real runs, with one open fraction each: not part of the curves
 _REAL = ("settled", "recorded")
-# what the tables fit into, and an A4 page within its margins, in inches
+# width of the tables in characters, and an A4 page without its margins, in inches
 _COLUMNS, _PAGE = 100, (7.5, 10.5)
-# a row's identity: everything but who computed it
+# a row's identity: everything but the provider
 _KEYS = ("op", "kind", "case", "mode", "open_fraction")
 
 
 def read_rows(path: Path) -> tuple[dict[tuple[Any, ...], dict[str, dict[str, Any]]], dict[str, Any]]:
-    """(rows: identity -> provider -> its numbers with `us`, what the file says of the machine)."""
+    """(rows: identity -> provider -> its numbers with `us`, the file's description of the machine)."""
     content = json.loads(path.read_text())
     rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     for benchmark in content["benchmarks"]:
@@ -37,14 +37,14 @@ def read_rows(path: Path) -> tuple[dict[tuple[Any, ...], dict[str, dict[str, Any
 
 
 def ratios(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One record per identity that fastgate was measured on; `vs` maps the other providers to their ratio."""
+    """One record per identity measured for fastgate; `vs` maps the other providers to their ratio."""
     records = []
     for identity, by_provider in rows.items():
         name = "fastgate" if "fastgate" in by_provider else "auto"
         ours = by_provider.get(name)
         if ours is None:
             continue
-        # who cannot skip was measured at one open fraction only, and without a gate there is one kind
+        # providers that cannot skip were measured at one open fraction only, and those without a gate for one kind
         others: dict[str, Any] = {}
         for (op, kind, case, mode, fraction), candidates in rows.items():
             if (op, case, mode) != (identity[0], *identity[2:4]):
@@ -103,7 +103,7 @@ def relative_times(rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]]) -> di
 
 
 def break_even(times: dict[float, float]) -> float | None:
-    """The largest open fraction at which skipping takes no longer than dense, None where it never does."""
+    """The largest open fraction at which skipping is no slower than dense; None if it always is."""
     points = sorted(times.items())
     if points[-1][1] <= 1:
         return points[-1][0]
@@ -130,7 +130,7 @@ def print_break_even(times: dict[tuple[str, ...], dict[float, float]], console: 
 
 
 def draw_break_even(times: dict[tuple[str, ...], dict[float, float]], machine: str, path: Path) -> None:
-    """A panel per kind of gate and mode: a line per shape, 1 = as long as the dense convolution."""
+    """A panel per kind of gate and mode, a line per shape; 1 = as slow as the dense convolution."""
     panels = list(dict.fromkeys((kind, mode) for kind, _, mode, _ in times))
     modes = list(dict.fromkeys(mode for _, mode in panels))
     kinds = list(dict.fromkeys(kind for kind, _ in panels))
@@ -160,14 +160,14 @@ def draw_break_even(times: dict[tuple[str, ...], dict[float, float]], machine: s
 def draw_ratios(records: list[dict[str, Any]], machine: str, path: Path) -> None:
     """A row of panels per operation, a panel per mode: a line per shape, a dot per provider, 1 = as fast as fastgate.
 
-    As wide as a page, and as high as one at most: more lines come closer together.
+    As wide as a page, and at most as high: with more lines, they are closer together.
     """
     operations = list(dict.fromkeys(record["op"] for record in records))
     modes = {op: list(dict.fromkeys(r["mode"] for r in records if r["op"] == op)) for op in operations}
     labels = {op: list(dict.fromkeys(_label(r) for r in records if r["op"] == op)) for op in operations}
     lines = [len(labels[operation]) for operation in operations]
     height = min(_PAGE[1], 0.9 + 0.9 * len(operations) + 0.17 * sum(lines))
-    size = max(3.5, min(7.0, 60 * (height - 0.9 - 0.9 * len(operations)) / sum(lines)))  # points, of a line's height
+    size = max(3.5, min(7.0, 60 * (height - 0.9 - 0.9 * len(operations)) / sum(lines)))  # font size in points
     figure = Figure(figsize=(_PAGE[0], height), layout="constrained")
     parts = figure.subfigures(len(operations), 1, squeeze=False, height_ratios=[4 + n for n in lines])[:, 0]
     colors = {

@@ -1,18 +1,18 @@
-"""How training scales over processes, and what exchanging batch statistics costs.
+"""Scaling of training over processes, and the cost of synchronising batch statistics.
 
     python -m bench.scaling --output scaling.json
     torchrun --nproc-per-node 2 -m bench.scaling --output scaling.json
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m bench.scaling --output ...
 
-Steps of a gated network on random images: forward, gate losses, backward, SGD. Each run adds its number of processes
-to the file, which has to be of the same options, and prints the whole. Three ways, in turn, so that a drift of the
-machine meets all alike:
+Steps of a gated network on random images: forward, gate losses, backward, SGD. Each run adds the results for its number
+of processes to the file, whose runs must have the same options, and prints all of them. Three ways are interleaved, so
+that machine drift affects all alike:
 
-* shared: the batch is shared among the processes, as `fastgate train` does;
-* shared, own statistics: the same without exchanging batch statistics and gate means (gradients are averaged);
+* shared: the batch is split over the processes, as in `fastgate train`;
+* shared, own statistics: the same without synchronising batch statistics and gate means (gradients are averaged);
 * a batch each: every process has a batch of the full size.
 
-Seconds are medians over rounds; CPU seconds are summed over the processes and say more where other jobs run as well.
+Seconds are medians over rounds; CPU seconds are summed over the processes, and more reliable if other jobs are running.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _CLASSES = 10
 
 
 def make_steps(recipe: Recipe, device: torch.device) -> dict[str, tuple[int, Callable[[], None]]]:
-    """For each way to train: the images of a step over all processes, and a function that does one step."""
+    """For each way to train: images per step over all processes, and a function that runs one step."""
     dtype = resolve_precision(recipe.run.precision, device)
     torch.manual_seed(recipe.run.seed)
     model = build_network(recipe, _IMAGE, _CLASSES).to(device).to(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ def make_steps(recipe: Recipe, device: torch.device) -> dict[str, tuple[int, Cal
 
 
 def measure(recipe: Recipe, device: torch.device, steps: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Time every way to train in turn; the first round only warms up."""
+    """Time the ways to train, interleaved; the first round is a warm-up."""
     ways = make_steps(recipe, device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -111,7 +111,7 @@ def _finish(device: torch.device) -> None:
 
 
 def print_table(runs: dict[str, dict[str, Any]]) -> None:
-    """All numbers of processes in the file; faster means images per second against the fewest processes."""
+    """Print all runs of the file; "faster" is images per second relative to the fewest processes."""
     table = Table(title="one training step")
     for column in ("processes", "way", "images", "seconds", "CPU seconds", "images/s", "faster"):
         table.add_column(column, justify="left" if column == "way" else "right")
@@ -125,7 +125,7 @@ def print_table(runs: dict[str, dict[str, Any]]) -> None:
 
 
 def add_run(path: Path, options: dict[str, Any], processes: int, run: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Put a run into the file, in place of an earlier one of as many processes; returns all runs of the file.
+    """Add a run to the file, replacing an earlier one with the same number of processes; returns all its runs.
 
     Raises:
         ValueError: the file's runs had other options.
@@ -141,22 +141,22 @@ def add_run(path: Path, options: dict[str, Any], processes: int, run: dict[str, 
 
 
 def main() -> None:
-    """Read the command line, measure, print, and write the file asked for."""
+    """Read the command line, measure, print, and write the output file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--gating", default="layer", choices=("layer", "channel"))
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--steps", type=int, default=10, help="of one round")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--note", default="", help="what else should be known of the machine")
-    parser.add_argument("--output", type=Path, default=None, help="a JSON file, to which this run is added")
+    parser.add_argument("--note", default="", help="a remark on the machine, kept with the run")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file to add this run to")
     given = parser.parse_args()
     with distributed.joined():
         device = torch.device(resolve_device(given.device))
         if given.batch_size < processes.count():
-            raise ValueError(f"--batch-size: expected one for each process at least, got {given.batch_size}")
+            raise ValueError(f"--batch-size: expected at least one per process, got {given.batch_size}")
         recipe = make_recipe(
             network=given.network, gating=given.gating, batch_size=given.batch_size, precision=given.precision
         )

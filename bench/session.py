@@ -1,10 +1,9 @@
-"""Everything that is worth a visit to a GPU machine, in order of value, in the minutes there are.
+"""Everything worth running on a GPU machine, the most valuable first, within a time limit.
 
     python -m bench.session OUT [--minutes 9] [--only tests,tune,...] [--data-root DIR]
 
-Each stage is a command with a limit of its own; what it prints and measures lies under OUT when it ends, and the next
-one begins while there is time for it. Without a GPU the same commands run on smaller sizes, so that none of them fails
-on a typo there.
+Each stage has its own time limit; its output and measurements are under OUT when it ends, and the next one begins if
+there is time left. Without a GPU the same commands run at smaller sizes, so that mistakes in them show up beforehand.
 """
 
 import argparse
@@ -26,13 +25,13 @@ CUDA = torch.cuda.is_available()
 PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
 FASTGATE = [sys.executable, "-m", "fastgate"]
 
-# what reads machine code or runs an emulator needs no GPU
+# tests that read machine code or run an emulator need no GPU
 STATIC = ("test_budgets", "test_floors", "test_turing", "test_compare")
 
 
 @dataclass
 class Stage:
-    """Commands that run side by side, after those of the stage before; `limit` in seconds."""
+    """Commands that run in parallel, after those of the stage before; `limit` in seconds."""
 
     name: str
     limit: float
@@ -41,7 +40,7 @@ class Stage:
 
 
 def stages(out: Path, data_root: str | None) -> list[Stage]:
-    """All there is to do, the most valuable first."""
+    """All stages, the most valuable first."""
     workers = str(max(2, (os.cpu_count() or 2) - 2))
     network = "resnet110" if CUDA else "resnet8"
     size = ["--network", network, "--batch-size", "256" if CUDA else "4"]
@@ -55,7 +54,7 @@ def stages(out: Path, data_root: str | None) -> list[Stage]:
     ignored = [f"--ignore=tests/kernels/{name}.py" for name in STATIC]
     found = [
         Stage("kernels", 90, [[*PYTEST, "-n", workers, *kernels, "-m", "not slow and not gpu", *ignored]]),
-        # compiles what the next stage measures, all at once; these times are thrown away
+        # compiles what the next stage measures, all at once; its times are discarded
         Stage("compile", 90, tunes, {"FASTGATE_CACHE": str(out / "thrown-away")}),
         *(
             Stage(f"tune-{command[-3]}-{command[-1]}", 40, [command], {"FASTGATE_CACHE": str(out / "choices")})
@@ -91,7 +90,7 @@ def stages(out: Path, data_root: str | None) -> list[Stage]:
 
 
 def run(stage: Stage, out: Path, seconds: float) -> dict[str, object]:
-    """Run a stage's commands for at most so long; what they print goes to a file of each."""
+    """Run a stage's commands for at most `seconds`; the output of each goes to its own file."""
     start = time.monotonic()
     processes = []
     for i, command in enumerate(stage.commands):
@@ -111,19 +110,19 @@ def run(stage: Stage, out: Path, seconds: float) -> dict[str, object]:
 
 
 def gather(out: Path) -> None:
-    """One file of the choices that were measured."""
+    """Collect the measured choices in one file."""
     records = [json.loads(file.read_text()) for file in sorted((out / "choices").glob("choice-*.json"))]
     if records:
         write_atomically(out / "choices.json", json.dumps(records, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the number of stages that did not end well."""
+    """Returns the number of stages that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", help="names of stages, with commas")
-    parser.add_argument("--data-root", help="folder with the CIFAR files, for the training")
+    parser.add_argument("--only", help="names of stages or their beginnings, comma-separated")
+    parser.add_argument("--data-root", help="folder with the CIFAR files, for the training stage")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Inference by gating and share of open gates: the frozen gated network, which skips, and the compact one."""
+"""Inference by gating and fraction of open gates: the frozen gated network, which skips, and the compact one."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def test_inference(
     torch.manual_seed(0)
     gated = fg.models.resnet20(gating=gating).to(device).to(memory_format=torch.channels_last).eval()
     gates = [gate for _, gate in fg.named_gates(gated)]
-    # the same share everywhere: of the blocks, or of each block's channels
+    # the same fraction everywhere: of the blocks, or of each block's channels
     total = len(gates) if gating == "layer" else None
     for i, gate in enumerate(gates):
         size = gate.gates if total is None else total

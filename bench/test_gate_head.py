@@ -71,7 +71,7 @@ def test_gate_head(
 
 @cache
 def validate(case: Case, kind: str, provider: str, device: torch.device) -> None:
-    """Logits and the gradients of all inputs for a gradient of the logits, where no threshold cuts anything off."""
+    """Check the logits and their gradients with respect to all inputs, which no threshold affects."""
     gate = gate_for(kind, case, device)
     arguments = [None if t is None else t.detach() for t in head_arguments(gate)]
     x, upstream = case.random(device), torch.randn(case.shape[0], gate.gates, device=device)

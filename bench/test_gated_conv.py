@@ -1,4 +1,4 @@
-"""The gated convolution by open fraction: skipping kernels, what `auto` takes, the dense one and the pruned one."""
+"""The gated convolution by open fraction: skipping kernels, the choice of `auto`, dense and pruned convolutions."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from fastgate.functional import gated_conv2d
 from fastgate.ops.gated_conv import gated_conv2d_torch
 
 MODES = ("forward", "dgrad", "wgrad")
-# "pruned" has the open channels only, whatever gate they came from: what no way of skipping can beat
+# "pruned" has the open channels only, for any kind of gate: the limit for any way of skipping
 PROVIDERS = ("fastgate", "auto", "dense", "compile", "pruned") if CUDA else ("auto", "dense", "pruned")
 
 
@@ -33,7 +33,7 @@ class Convolution:
     side: int
 
     def __str__(self) -> str:
-        """Readable as a test's id."""
+        """A readable test id."""
         return f"{self.network}-stage{self.stage}-batch{self.batch}"
 
 
@@ -46,7 +46,7 @@ CONVOLUTIONS = [
 DTYPES = (LOW_PRECISION, torch.float32) if CUDA else (torch.float32,)
 # the channels that a training run kept in the second block of each stage, for the whole batch
 SETTLED = Path(__file__).parent / "results" / "training" / "cifar10-resnet20-channel" / "decisions.json"
-# and what the live gates there decided for each test image in another run (see `bench.record_gates`)
+# and the decisions of its live gates for each test image in another run (see `bench.record_gates`)
 REAL = ("settled", "recorded")
 RUNS = [
     (conv, dtype, kind, fraction, provider)
@@ -54,7 +54,7 @@ RUNS = [
     for dtype in (DTYPES if conv.network == "resnet110" else DTYPES[:1])
     for kind in ("pairs", "batch")
     for provider in PROVIDERS
-    # without a way to skip, what is open changes nothing
+    # providers that cannot skip do not depend on the open fraction
     for fraction in ((0.5,) if provider in ("dense", "compile") else (1.0, 0.75, 0.5, 0.25, 0.0))
     if not (provider == "pruned" and (kind == "pairs" or fraction == 0.0))
 ] + [
@@ -68,7 +68,7 @@ RUNS = [
 
 
 def real_gate(conv: Convolution, kind: str) -> Tensor:
-    """What a run on CIFAR-10 decided, bool: settled for the batch [1, C], or recorded for real images [N, C]."""
+    """Decisions of a run on CIFAR-10, bool: settled for the batch [1, C], or recorded for real images [N, C]."""
     if kind == "settled":
         return torch.tensor([json.loads(SETTLED.read_text())["gates"][f"layer{conv.stage}.1.gate"]["open"]])
     images = read_gates()[0][conv.stage]
@@ -76,7 +76,7 @@ def real_gate(conv: Convolution, kind: str) -> Tensor:
 
 
 def make_gate(conv: Convolution, kind: str, fraction: float | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Exactly this share of the channels, other ones for every sample or the same for all of them; or a real gate."""
+    """A gate that opens exactly this fraction of the channels, drawn per sample or for the batch; or a real gate."""
     if fraction is None:
         return real_gate(conv, kind).to(device, dtype)
     rows = conv.batch if kind == "pairs" else 1
@@ -125,7 +125,7 @@ def test_gated_conv(
         gate = make_gate(conv, kind, fraction, dtype, device)
         if mode == "forward":
             return partial(function, x, weight, gate)
-        # the forward is outside what is timed; its graph serves every call
+        # the forward is not timed; its graph serves every call
         y = function(x, weight, gate)
         dy = torch.randn_like(y)
         return partial(torch.autograd.grad, y, x if mode == "dgrad" else weight, dy, retain_graph=True)
@@ -145,7 +145,7 @@ def test_gated_conv(
 def validate(
     conv: Convolution, dtype: torch.dtype, kind: str, fraction: float | None, provider: str, device: torch.device
 ) -> None:
-    """y and both gradients on the first samples."""
+    """Check y and both gradients on a small batch."""
     batch = 8
     small = Convolution(conv.network, conv.stage, batch, conv.channels, conv.side)
     x = torch.randn(batch, conv.channels, conv.side, conv.side, device=device, dtype=dtype)

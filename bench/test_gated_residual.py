@@ -1,4 +1,4 @@
-"""The gated residual, y = relu(shortcut + gate * branch), at several open fractions, beside the ungated one."""
+"""The gated residual, y = relu(shortcut + gate * branch), at several open fractions, and the ungated one."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,7 +12,7 @@ from bench.cases import CASES, CUDA, MODES, Case, check_close, provided, provide
 from fastgate.functional import gated_residual
 from fastgate.ops.gated_residual import gated_residual_torch
 
-# only the kernel's time can depend on what is open; without a gate there is nothing to close
+# only the kernel's time can depend on the open fraction; without a gate there is nothing to close
 RUNS = [
     (case, kind, open_fraction, provider)
     for case in CASES
@@ -77,7 +77,7 @@ def test_gated_residual(
 
 @cache
 def validate(case: Case, kind: str, open_fraction: float, provider: str, device: torch.device) -> None:
-    """y and every gradient."""
+    """Check y and every gradient."""
     tensors = inputs(case, kind, open_fraction, device)
     upstream = case.random(device, requires_grad=False)
 

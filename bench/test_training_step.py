@@ -1,7 +1,8 @@
-"""The trainer's step on a gated network and on the ungated one, in turns: ResNet-20 on a CPU, ResNet-110 on a GPU.
+"""The trainer's step on gated networks and the ungated one, interleaved: ResNet-20 on a CPU, ResNet-110 on a GPU.
 
-On a GPU as it runs, replayed from its CUDA graph, and kernel by kernel; gated with what `auto` chooses there, and with
-PyTorch alone. The aim on an H200: at most 4.0 ms, captured, gated, bf16, batch 256.
+On a GPU both replayed from its CUDA graph, as in training, and launched kernel by kernel; gated networks with the
+implementations that `auto` chooses, and with PyTorch only. The target on an H200: at most 4.0 ms, captured, gated,
+bf16, batch 256.
 """
 
 import statistics
@@ -19,7 +20,7 @@ from fastgate.training.pipeline import Run, make_trainer
 from fastgate.training.recipe import make_recipe
 from fastgate.training.trainer import Trainer
 
-BATCH = 256  # that of the CIFAR recipes
+BATCH = 256  # as in the CIFAR recipes
 ROUNDS = 20
 WARMUP = 5  # on a GPU three steps run and the fourth is captured
 

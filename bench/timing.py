@@ -12,21 +12,21 @@ _REPEATS = 5
 
 
 def device_times(make: Callable[[], Call], bytes_moved: int, stream_bytes_per_second: float) -> dict[str, float]:
-    """Microseconds per call and what they mean in bytes, as plain numbers for `extra_info`.
+    """Microseconds per call and the bandwidth they imply, as plain numbers for `extra_info`.
 
     Args:
-        make: returns a call on inputs of its own; called once for each input set.
-        bytes_moved: fewest bytes that one call has to read and write.
-        stream_bytes_per_second: what a large copy reaches on this device (:func:`copy_bandwidth`).
+        make: returns a call on its own inputs; called once for each input set.
+        bytes_moved: least number of bytes that one call must read and write.
+        stream_bytes_per_second: bandwidth of a large copy on this device (:func:`copy_bandwidth`).
 
-    `graph_*` is the time inside a replayed CUDA graph: kernels without the cost of launching them. `eager_*` is
-    launched one by one, so it shows where the host is the limit. `*_warm` repeats one input set, `*_cold` goes round so
-    many that none is left in L2 when its turn comes.
+    `graph_*` is the time inside a replayed CUDA graph: kernels without launch overhead. `eager_*` is launched one by
+    one, and shows where the host is the bottleneck. `*_warm` repeats one input set, `*_cold` cycles through enough of
+    them that none is left in L2 at its next turn.
     """
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     rotation = max(8, min(256, 2 * cache // max(1, bytes_moved)))
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # all on one: autograd goes backward on the stream it came forward on
+    with torch.cuda.stream(torch.cuda.Stream()):  # one for all: autograd runs backward on the forward's stream
         calls = [make() for _ in range(rotation)]
         warm, cold = [calls[0]] * min(32, rotation), calls
         times = {
@@ -72,7 +72,7 @@ def _event_time(call: Call) -> float:
 
 
 def _graph_time(calls: list[Call]) -> float:
-    """Microseconds per call where all of them are captured in one graph, on the current stream."""
+    """Microseconds per call, with all of them captured in one graph on the current stream."""
     _run(calls)  # compiles, allocates
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):

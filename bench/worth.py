@@ -1,12 +1,12 @@
-"""What pruning buys over training a smaller network: the runs behind bench/results/search.
+"""The gain of pruning over training a smaller network: the runs behind bench/results/search.
 
-    python -m bench.worth plan                                    # the runs, and which are done
-    python -m bench.worth run --data-root CIFAR --work RUNS       # train those that are left, one after the other
-    python -m bench.worth report                                  # tables and figures of what is done
+    python -m bench.worth plan                                    # list the runs, and which are done
+    python -m bench.worth run --data-root CIFAR --work RUNS       # train the remaining ones, one after the other
+    python -m bench.worth report                                  # tables and figures of the finished ones
 
-Every run is a `fastgate train` of its own, on one thread: several `run`s share out the list, and one that was stopped
-goes on with `--resume`. Of a finished run everything but its weights is kept in bench/results/search/STUDY/WAY/seedN,
-which `fastgate compare` reads.
+Every run is a separate `fastgate train` on one thread: several `run` commands divide the list among them, and a stopped
+run continues with `--resume`. A finished run, except its weights, is kept in bench/results/search/STUDY/WAY/seedN, for
+`fastgate compare`.
 """
 
 import argparse
@@ -36,12 +36,12 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that are compared with each other.
+    """Runs to compare with each other.
 
     Attributes:
-        options: of all its runs, as `fastgate train` has them; `weights` is a run of the study "pretrained".
-        ways: what else each run asks for, by name.
-        drawn: the networks of its figure, and what they are called there.
+        options: of all its runs, as `fastgate train` takes them; `weights` is a run of the study "pretrained".
+        ways: further options of each run, by name.
+        drawn: the networks of its figure, and their labels.
     """
 
     options: Options
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def place(self) -> Path:
-        """Of its folder, below those of the results and of the work."""
+        """Path of its folder, relative to the folders of results and of work."""
         return Path(self.study, self.way, f"seed{self.seed}")
 
 
@@ -77,13 +77,13 @@ _ALL = "equal-macs,equal-training,equal-latency,random,retrain"
 _LAYER, _CHANNEL, _BOTH = ({"gating": gating} for gating in ("layer", "channel", "both"))
 _PLAIN: Options = {"gating": "none"}
 _RESNET18 = "torchvision:resnet18?stem=3x3"
-# what equal-macs finds for half the MACs of ResNet-20
+# the equal-macs network for half the MACs of ResNet-20
 _HALF: Options = {"network": "resnet14", "widths": "12,32,56"}
 
-# the MACs of ResNet-20 at 16x16 pixels as a share of those of ResNet-56, and of ResNet-20 of 1.5 times the width
+# MACs of ResNet-20 at 16x16 pixels, as a fraction of those of ResNet-56, and of ResNet-20 with 1.5 times the width
 _SHARE_OF_56, _SHARE_OF_WIDE = 0.3246, 0.4461
 
-# what may make the search better; the test images do not choose
+# variants that may improve the search; none is chosen by the test images
 _VARIANTS: dict[str, Options] = {
     "default": {},
     "early": {"open_until": 0.05, "anneal_until": 0.15, "settle_at": 0.25},
@@ -100,7 +100,7 @@ _PRUNED_OR_PLAIN = {
 }
 
 STUDIES = {
-    # what the others start from: one training each, as of weights that are downloaded
+    # initial weights of the other studies: one training each, as for downloaded weights
     "pretrained": Study(
         {**_COMMON, **_PLAIN, "dataset": "cifar100", "epochs": 15},
         {
@@ -111,8 +111,8 @@ STUDIES = {
         drawn={"resnet20": "ResNet-20", "half": "half of its MACs"},
         seeds=(1,),
     ),
-    # claim 1: from weights of other classes, on 10,000 images; the rate at which the plain network from scratch is best
-    # (of 0.05, 0.1, 0.2: 66, 70, 71 % on 2,500 validation images; fine-tuning is as good at 0.1, 84 %)
+    # claim 1: from weights of other classes, on 10,000 images; at the best learning rate of the plain network from
+    # scratch (0.05, 0.1, 0.2: 66, 70, 71 % on 2,500 validation images; fine-tuning is as good at 0.1, 84 %)
     "weights": Study(
         {
             **_COMMON,
@@ -159,7 +159,7 @@ STUDIES = {
         },
         drawn=_PRUNED_OR_PLAIN,
     ),
-    # claim 3: long enough, half the MACs
+    # claim 3: half the MACs, trained long enough
     "long": Study(
         {**_COMMON, "dataset": "cifar10", "image_size": 16, "train_images": 25_000, "epochs": 30},
         {
@@ -208,7 +208,7 @@ STUDIES = {
 
 
 def list_jobs(names: list[str]) -> Iterator[Job]:
-    """The runs of these studies, all ways of a seed before the next seed."""
+    """The runs of these studies, seed by seed."""
     for name in names:
         study = STUDIES[name]
         for seed in study.seeds:
@@ -217,12 +217,12 @@ def list_jobs(names: list[str]) -> Iterator[Job]:
 
 
 def is_done(job: Job) -> bool:
-    """Whether its results are kept."""
+    """Whether its results have been saved."""
     return (RESULTS / job.place / SUMMARY).exists()
 
 
 def run(job: Job, work: Path, data_root: str) -> None:
-    """Train it, or what is left of it, and keep its results."""
+    """Train or resume it, and save its results."""
     folder = work / job.place
     command = [sys.executable, "-m", "fastgate", "train", "--output", str(folder), "--data-root", data_root]
     if (folder / CONFIG).exists():
@@ -239,11 +239,11 @@ def run(job: Job, work: Path, data_root: str) -> None:
         for name in KEPT:
             if (path / name).exists() and name != SUMMARY:
                 shutil.copy(path / name, place / name)
-    shutil.copy(folder / SUMMARY, RESULTS / job.place / SUMMARY)  # last: it says that the run is done
+    shutil.copy(folder / SUMMARY, RESULTS / job.place / SUMMARY)  # last: it marks the run as done
 
 
 def run_all(names: list[str], work: Path, data_root: str) -> None:
-    """Train what is not done, leaving out what another process works on."""
+    """Train the unfinished runs, except those that another process works on."""
     for job in list_jobs(names):
         claim = work / "claims" / job.place
         claim.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ def run_all(names: list[str], work: Path, data_root: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """One network of a study over the seeds: rows of the summaries, and (MACs so far, accuracy) after each epoch."""
+    """One network of a study over the seeds: rows of the summaries, and (training MACs, accuracy) after each epoch."""
 
     name: str
     way: str
@@ -268,11 +268,11 @@ class Result:
     curves: list[list[tuple[float, float]]]
 
     def mean(self, measure: str) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(row[measure] for row in self.rows)
 
     def accuracy(self, less: "Result | None" = None) -> str:
-        """In percent with the standard deviation of the seeds; or by how many points it is above another."""
+        """In percent, with the standard deviation over the seeds; or the lead over another result in points."""
         values = [100 * _accuracy(row) for row in self.rows]
         if less is not None:
             values = [value - 100 * _accuracy(row) for value, row in zip(values, less.rows, strict=True)]
@@ -281,13 +281,13 @@ class Result:
 
 
 def _accuracy(row: dict[str, Any]) -> float:
-    """On the validation images where there are some, which choose; else on the test images."""
+    """On the validation images if there are any, for choosing; otherwise on the test images."""
     held_out = row.get("validation_accuracy")
     return float(row["accuracy"] if held_out is None else held_out)
 
 
 def read_results(name: str) -> list[Result]:
-    """Of every way of a study the network that it is about, then its controls, over the seeds that all ways have."""
+    """For every way of a study its own network, then its controls, over the seeds that all ways have."""
     study, results = STUDIES[name], []
     done = {(job.way, job.seed) for job in list_jobs([name]) if is_done(job)}
     seeds = [seed for seed in study.seeds if all((way, seed) in done for way in study.ways)]
@@ -314,7 +314,7 @@ def _curve(path: Path) -> Iterator[tuple[float, float]]:
 
 
 def write_table(results: list[Result], path: Path) -> None:
-    """Markdown: every network against the unpruned one and that of its way."""
+    """Write a Markdown table of every network, compared with the unpruned one and the pruned one of its way."""
     whole = next((result for result in results if result.way in ("unpruned", "resnet20")), results[0])
     lines = [
         "| network | accuracy, % | the pruned one is ahead by | MACs | MACs of training | ms/image | seconds |",
@@ -338,7 +338,7 @@ def write_table(results: list[Result], path: Path) -> None:
 
 
 def draw(results: list[Result], drawn: dict[str, str], path: Path) -> None:
-    """Accuracy over the MACs of training, a curve per network, the mean over the seeds."""
+    """Plot accuracy over training MACs, one curve per network, as the mean over the seeds."""
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.add_subplot()
     found = {result.name: result for result in results}

@@ -1,4 +1,4 @@
-"""Networks that people have, by name, with random weights that hide nothing: what tests and benchmarks try gates on."""
+"""Common networks by name, with random weights that give every branch an effect, for tests and benchmarks of gates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# parameters that a fresh network may have at zero, or so small that a branch is lost in rounding
+# parameters that may be initialised to zero, or so small that a branch is lost in rounding
 _SCALES = {
     "gamma",
     "layer_scale",
@@ -21,11 +21,11 @@ _SCALES = {
 
 
 class Network(NamedTuple):
-    """A network and what it takes.
+    """A network and its kind of inputs.
 
     Attributes:
-        make: builds it, weights random.
-        size: side of its images.
+        make: builds it with random weights.
+        size: side of its images in pixels.
         kind: "image", "video" or "detection".
     """
 
@@ -64,7 +64,7 @@ def _detection(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import torchvision
 
-        # random weights find nothing that they are sure of: what they find counts all the same
+        # with random weights no detection has a high score: keep those with low ones
         prefix = "box_" if "rcnn" in name else ""
         found = {f"{prefix}detections_per_img": 3, f"{prefix}score_thresh": 0.0}
         return getattr(torchvision.models.detection, name)(
@@ -76,7 +76,7 @@ def _detection(name: str) -> Callable[[], nn.Module]:
 
 
 def _frozen_detection() -> nn.Module:
-    """With the norms that torchvision's detection networks have where their weights come from a file."""
+    """A detection network with the frozen batch norms that torchvision uses with pretrained weights."""
     from torchvision.models import resnet50
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
@@ -153,7 +153,7 @@ ZOO: dict[str, Network] = {
     **{f"torchvision/{name}": Network(_detection(name), 64, "detection") for name in _OF_DETECTION},
     "torchvision/fasterrcnn+frozen": Network(_frozen_detection, 64, "detection"),
     **{f"timm/{name}": Network(_timm(name)) for name in _OF_TIMM},
-    "timm/bat_resnext26ts": Network(_timm("bat_resnext26ts"), 256),  # its attention asks for sides divisible by 8
+    "timm/bat_resnext26ts": Network(_timm("bat_resnext26ts"), 256),  # its attention needs sides divisible by 8
     "timm/inception_resnet_v2": Network(_timm("inception_resnet_v2"), 96),
     "timm/resnet18+features": Network(_timm("resnet18", features_only=True)),
     "timm/resnet18+drop": Network(_timm("resnet18", drop_path_rate=0.2, drop_block_rate=0.2)),
@@ -182,7 +182,7 @@ def build(name: str) -> nn.Module:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> nn.Module:
-    """Give norms, layer scales and whatever is zero values of unit order, so that no branch is without effect."""
+    """Give norms, layer scales and zero parameters values of order 1, so that every branch has an effect."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm) or "FrozenBatchNorm" in str(type(module)):
             for key, low, high in (("weight", 0.5, 1.2), ("running_var", 0.5, 1.5)):
@@ -200,7 +200,7 @@ def randomize(model: nn.Module) -> nn.Module:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors that a network returned, in order; of a model output the first one."""
+    """The tensors that a network returned, in order; of a model output with logits only these."""
     from fastgate.values import tensors_in
 
     return tensors_in(output.logits if hasattr(output, "logits") else output)

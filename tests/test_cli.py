@@ -155,7 +155,7 @@ def test_bad_files_are_one_line_too(run: Path, live: Path, tmp_path: Path) -> No
         (["evaluate", tmp_path / "gray.safetensors", "--dataset", "digits"], "has 7 classes, but the data set has 10"),
         (["compact", live, "--decisions", other], "these are decisions of another network"),
         (["compact", run, "--decisions", flipped], "contents that are not what was written (their checksum differs)"),
-        (["compact", run, "--decisions", anew], f"got others for {first}; these are decisions of another run"),
+        (["compact", run, "--decisions", anew], f"got others for {first}; use those of the same run"),
         (["report", run, tmp_path], "expected a run folder with config.json"),
         (["train", "--resume", "--output", tmp_path], "expected a run folder with config.json"),
         (["train", *TINY_OPTIONS, "--output", run], "got one that holds a run"),

@@ -12,11 +12,11 @@ from fastgate.files import write_atomically
 
 FORMAT = "fastgate-checkpoint"
 VERSION = 2
-_WITHOUT_DIGEST = 1  # the version of files that cannot be checked for damage
+_WITHOUT_DIGEST = 1  # the version whose files cannot be checked for damage
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of these to `path`: all of it or nothing."""
+    """Write tensors, numbers, strings and containers of these to `path`, atomically."""
     state = {"format": FORMAT, "version": VERSION, **state}
     state[KEY] = digest(state)
     write_atomically(path, lambda file: torch.save(state, file))
@@ -27,7 +27,7 @@ def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut off or damaged, or not a checkpoint of this version or an earlier one.
+        ValueError: the file is truncated or damaged, or not a checkpoint of this version or an earlier one.
     """
     path = Path(path)
     if not path.is_file():

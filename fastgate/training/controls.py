@@ -1,4 +1,4 @@
-"""Controls: what a compact network is compared with, trained by the same recipe and seed."""
+"""Controls: the baselines of a compact network, trained with the same recipe and seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,19 +14,19 @@ from fastgate.training.recipe import Recipe, change
 
 
 def control_recipe(kind: str, recipe: Recipe, find: Callable[[str], str], *, training: float) -> Recipe:
-    """The recipe of a control, the run's own but for the network and, for equal MACs of training, the epochs.
+    """The recipe of a control: the run's own, except for the network and, for equal training MACs, the epochs.
 
     Args:
         kind: one of :data:`~fastgate.training.recipe.CONTROLS`.
-        recipe: the gated run's.
-        find: name of the run's network -> name of the plain one that takes its place.
-        training: MACs of the gated run's training, as a share of those of the plain network in as many epochs.
+        recipe: of the gated run.
+        find: maps the name of the run's network to that of the plain network that replaces it.
+        training: training MACs of the gated run, as a fraction of the plain network's for the same number of epochs.
 
     Raises:
         ValueError: there is no such plain network.
     """
     if kind in ("random", "retrain"):
-        # a gated network whose gates are all final before the first epoch: what they close is gone by then
+        # a gated network whose gates are all final, and closed parts removed, before the first epoch
         scratch = {"weights": "none"} if kind == "retrain" else {}
         return change(recipe, control="none", compact_training=True, **scratch)
     plain = change(recipe, gating="none", control="none")
@@ -37,7 +37,7 @@ def control_recipe(kind: str, recipe: Recipe, find: Callable[[str], str], *, tra
 
 
 def network_name(recipe: Recipe) -> str:
-    """The network of a recipe with its options, as :mod:`fastgate.training.zoo` reads it."""
+    """The name of a recipe's network with its options, as :mod:`fastgate.training.zoo` parses it."""
     model = recipe.model
     if model.cifar_depth is None:
         return model.network
@@ -45,7 +45,7 @@ def network_name(recipe: Recipe) -> str:
 
 
 def with_network(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with a network of that name, from scratch."""
+    """The recipe with the network of this name, trained from scratch."""
     found = parse_name(name, None)
     if found.kind != "cifar":
         return change(recipe, network=name, weights="none")
@@ -54,29 +54,29 @@ def with_network(recipe: Recipe, name: str) -> Recipe:
 
 
 def match_recipe(recipe: Recipe, image_size: Sequence[int], num_classes: int, wanted: int) -> Recipe:
-    """A plain network of the wanted MACs, from scratch; see :func:`fastgate.training.matching.match_macs`.
+    """The recipe with a plain network of `wanted` MACs; see :func:`fastgate.training.matching.match_macs`.
 
     Raises:
-        ValueError: none has the wanted MACs within 1 %, or depth and widths of the network cannot be chosen.
+        ValueError: no network has these MACs within 1 %, or depth and widths of the network cannot be chosen.
     """
     return with_network(recipe, match_macs(network_name(recipe), num_classes, image_size, wanted))
 
 
 def draw_decisions(found: Decisions, costs: Mapping[str, Tensor], wanted: int, total: int, seed: int) -> Decisions:
-    """Random decisions for the gates of `found` that leave as many MACs as it does.
+    """Random decisions for the gates of `found` that leave the same MACs.
 
-    Channels that the search closed altogether stay closed only if they are drawn: every gate keeps a channel, as
-    :func:`~fastgate.pruning.targets.meet_target` does.
+    Gates that the search closed entirely are drawn like the others: every channel gate keeps a channel, see
+    :func:`~fastgate.pruning.targets.meet_target`.
 
     Args:
         found: decisions of the search.
-        costs: MACs that each gate (channel) switches.
+        costs: MACs controlled by each gate (channel).
         wanted: MACs of the compact network.
         total: MACs with every gate open.
-        seed: of the draw.
+        seed: of the random draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    # means around one half: for meet_target they are a ranking, and no vote weighs more than the target
+    # means close to one half only rank the gates for meet_target: no vote outweighs the target
     drawn = {
         name: GateDecision(
             0.5 + 1e-3 * (torch.rand(len(gate.open), generator=generator, dtype=torch.float64) - 0.5),

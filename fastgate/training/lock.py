@@ -1,4 +1,4 @@
-"""A run folder belongs to one training at a time."""
+"""A lock on a run folder, for one training at a time."""
 
 import json
 import os
@@ -23,11 +23,11 @@ _held: dict[Path, "_Held"] = {}  # by this process
 class _Held:
     file: int  # open, and locked
     times: int
-    made: list[Path]  # the folders that were made for it, the innermost first
+    made: list[Path]  # the folders created for it, innermost first
 
 
 def _close_in_child() -> None:
-    """A forked process, as of a data loader, shares the locked file: it would hold the lock when its parent is gone."""
+    """Close the files in a forked process, such as a data loader's: it would keep the lock after its parent's end."""
     for held in _held.values():
         os.close(held.file)
     _held.clear()
@@ -39,13 +39,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made, for the life of a training; the main process holds it for all.
+    """Create the folder and lock it for the duration of a training; the main process locks it for all.
 
-    A lock on the file `lock` inside, which ends with the process however that ends; the process may take it again. What
-    killed processes left half written in the folder is removed. Where the file system has no locks a warning says so.
+    The lock is on the file `lock` inside and ends with the process, however that ends; the same process may take it
+    again. Partial files that killed processes left in the folder are removed. A file system without locks is a warning.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     folder = folder.resolve()
     processes.from_main(lambda: _take(folder))
@@ -71,7 +71,7 @@ def _take(folder: Path) -> None:
 
 
 def _open_locked(path: Path) -> int | None:
-    """The file, open and locked by this process; None where that is not possible."""
+    """Open and lock the file; None if that is not possible."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -85,7 +85,7 @@ def _open_locked(path: Path) -> int | None:
             holder = _read_holder(file)
             os.close(file)
             raise ValueError(
-                f"{path.parent}: another training is at work in this folder{holder and f' ({holder})'}; wait for it or "
+                f"{path.parent}: another training is running in this folder{holder and f' ({holder})'}; wait for it or "
                 "end it, or choose another --output"
             ) from error
         except OSError as error:
@@ -94,10 +94,10 @@ def _open_locked(path: Path) -> int | None:
             return None
         if _is_same(file, path):
             break
-        os.close(file)  # whoever held it has just ended and removed it
+        os.close(file)  # its holder has just ended and removed it
     host, before = socket.gethostname(), _read_holder(file)
     if before and not before.endswith(f" on {host}"):
-        _warn(path, f"{before} ended without giving it back, or its file system keeps locks to each machine")
+        _warn(path, f"{before} ended without releasing it, or the file system keeps locks local to each machine")
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps({"pid": os.getpid(), "host": host}).encode(), 0)
     return file
@@ -111,15 +111,15 @@ def _give_back(folder: Path) -> None:
         held.times -= 1
         if held.times == 0:
             del _held[folder]
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: see _is_same
+            (folder / LOCK).unlink(missing_ok=True)  # while it is locked: see _is_same
             os.close(held.file)
-            with suppress(OSError):  # where something came of it, a folder is not empty
+            with suppress(OSError):  # if the run has written anything, a folder is not empty
                 for made in held.made:
                     made.rmdir()
 
 
 def _read_holder(file: int) -> str:
-    """Such as "process 12 on node3"; empty where nothing is written yet."""
+    """The holder, such as "process 12 on node3"; empty if nothing is written yet."""
     try:
         holder = json.loads(os.pread(file, 4096, 0))
         return f"process {int(holder['pid'])} on {holder['host']}"
@@ -136,5 +136,5 @@ def _is_same(file: int, path: Path) -> bool:
 
 def _warn(path: Path, why: str) -> None:
     warnings.warn(
-        f"{path}: nothing keeps a second training from this folder ({why}); see to it that there is none", stacklevel=2
+        f"{path}: no lock keeps out a second training in this folder ({why}); make sure there is none", stacklevel=2
     )

@@ -1,4 +1,4 @@
-"""Plain networks of equal MACs, or as fast: what a compact network is compared with."""
+"""Plain networks with the MACs or the latency of a compact network, to compare it with."""
 
 import itertools
 import math
@@ -17,33 +17,33 @@ from fastgate.pruning.latency import latency_quartiles
 from fastgate.training.network_names import NetworkName, parse_name
 from fastgate.training.zoo import NoChannelsError, Shape, build, scaled, shape_of, with_shape
 
-# widths are multiples of these where such have the wanted MACs: hardware computes channels by eights, or by fours
+# preferred divisors of widths, best first: hardware processes channels in groups of 8, or of 4
 _GRAINS = (8, 4, 1)
-# steps that a stage may be away from the common factor, and the factor by which
+# largest deviation of a stage's width from the common scaling, in steps and as a factor
 _REACH, _UNEVEN = 3, math.sqrt(2)
-# widths that are tried for equal latency, as shares of the network's own
+# widths tried for equal latency, relative to the network's own
 _FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-# networks that are counted, after the fit, before the next depth is tried
+# networks counted after the fit, before the next depth is tried
 _COUNTED = 8
 
 
 def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: int, *, tolerance: float = 0.01) -> str:
-    """The name of a plain network of the same family with the wanted MACs: its depth as far as that goes, then widths.
+    """The name of a plain network of the same family with `wanted` MACs, matched by depth first, then by widths.
 
-    The depth is the one that comes closest at the network's own widths, the blocks shared out over the stages as there;
-    where whole channels cannot make up for the rest, the next one. Of the widths at which a depth has the wanted MACs
-    multiples of 8 come first, then of 4, with no stage further than a factor of 1.41 from the common one; of those the
-    ones whose stages are scaled most alike.
+    The depth is the one that is closest at the network's own widths, with the blocks distributed over the stages in the
+    same proportions; if no widths make up the difference, the next closest. Among the widths that match, multiples of 8
+    are preferred, then multiples of 4, with every stage within a factor of 1.41 of the common scaling; among these, the
+    most evenly scaled.
 
     Args:
-        name: of a ResNet of this library, torchvision or timm: the deepest that is considered.
-        num_classes: outputs.
+        name: of a ResNet of this library, torchvision or timm; no deeper network is considered.
+        num_classes: number of outputs.
         image_size: (C, H, W).
         wanted: MACs, as :func:`fastgate.macs` counts them.
-        tolerance: share of `wanted` that the network may be off.
+        tolerance: allowed deviation, as a fraction of `wanted`.
 
     Raises:
-        ValueError: depth and widths of this network cannot be chosen, or none has the wanted MACs.
+        ValueError: depth and widths of this network cannot be chosen, or no network has these MACs.
     """
     parsed, full = _chosen_shape(name)
     if wanted < 1:
@@ -51,7 +51,7 @@ def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: i
 
     @cache
     def count(layers: tuple[int, ...], widths: tuple[int, ...]) -> int:
-        # where channels are in groups, the narrowest networks have none left: not one that is looked for
+        # with grouped convolutions the narrowest networks have no channels left; 0 MACs never match
         with torch.device("meta"), warnings.catch_warnings(), suppress(NoChannelsError):
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             model, _ = build(with_shape(parsed, Shape(layers, widths)), num_classes, image_size[0])
@@ -75,23 +75,23 @@ def match_macs(name: str, num_classes: int, image_size: Sequence[int], wanted: i
         if widths is not None:
             return str(with_shape(parsed, Shape(layers, widths)))
     raise ValueError(
-        f"wanted: expected MACs that a plain network like {parsed} has within {tolerance:.0%}, got {wanted}; ask for "
+        f"wanted: expected MACs that a plain network like {parsed} has within {tolerance:.0%}, got {wanted}; choose "
         "another number"
     )
 
 
 def match_latency(name: str, num_classes: int, example: Tensor, network: nn.Module, *, tolerance: float = 0.05) -> str:
-    """The name of a plain network of the same family that is as fast as `network`, the one of most MACs among those.
+    """The name of the plain network of the same family with the most MACs that is as fast as `network`.
 
-    Of every width (the network's own times 0.5 to 2, in multiples of 8) the deepest one is taken that is fast enough;
-    times are medians of passes over one image, in turns with `network`.
+    For each width (the network's own times 0.5 to 2, in multiples of 8), the deepest network that is fast enough is a
+    candidate; times are medians of forward passes on one image, interleaved with those of `network`.
 
     Args:
         name: as for :func:`match_macs`.
-        num_classes: outputs.
-        example: one image `[1, C, H, W]`, on the device that counts.
-        network: what is to be matched, on that device.
-        tolerance: share of its latency that a plain network may be slower.
+        num_classes: number of outputs.
+        example: one image `[1, C, H, W]`, on the device to measure on.
+        network: the network to match, on that device.
+        tolerance: fraction of its latency by which a plain network may be slower.
 
     Raises:
         ValueError: depth and widths of this network cannot be chosen, or none is fast enough.
@@ -139,14 +139,14 @@ def _chosen_shape(name: str) -> tuple[NetworkName, Shape]:
 
 
 def _depths(kind: str, full: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Blocks per stage of every depth up to the full one, each a block deeper than the one before."""
+    """Blocks per stage of every depth up to the full one, each one block deeper than the last."""
     if kind == "cifar":  # its name has one number for all stages
         yield from ((blocks,) * len(full) for blocks in range(1, full[0] + 1))
         return
     layers = [1] * len(full)
     yield tuple(layers)
     while sum(layers) < sum(full):
-        # the method of Sainte-Laguë: in proportion to the full network's blocks, with which it ends
+        # the Sainte-Laguë method: in proportion to the full network's blocks, ending with exactly these
         layers[max(range(len(full)), key=lambda stage: full[stage] / (layers[stage] + 0.5))] += 1
         yield tuple(layers)
 
@@ -154,7 +154,7 @@ def _depths(kind: str, full: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def _match_widths(
     full: tuple[int, ...], wanted: int, tolerance: float, count: Callable[[tuple[int, ...]], int]
 ) -> tuple[int, ...] | None:
-    """Channels of the stages that have the wanted MACs, see :func:`match_macs`; None if none have."""
+    """Channels per stage with `wanted` MACs, see :func:`match_macs`; None if there are none."""
 
     def is_met(macs: float) -> bool:
         return abs(macs - wanted) <= tolerance * wanted
@@ -164,7 +164,7 @@ def _match_widths(
     if count((1,) * len(full)) > (1 + tolerance) * wanted:
         return None
     fitted = _fit_macs(full, count)
-    # timm's first stage, at its own width, needs no shortcut: what the fit has too much for all such networks
+    # timm's first stage needs no shortcut at its own width: the MACs by which the fit is too high there
     shortcut = float(torch.tensor(_terms(full, full), dtype=torch.float64) @ fitted) - count(full)
     bias, tried = 1.0, set()
     for _ in range(_COUNTED):
@@ -178,15 +178,15 @@ def _match_widths(
             return widths
         if not found:
             return None
-        # of groups of channels, whose sizes are rounded, the fit is not exact
+        # for grouped convolutions, whose group sizes are rounded, the fit is not exact
         bias = found / estimate
         tried.add(widths)
     return None
 
 
 def _in_order(full: tuple[int, ...], fitted: Tensor, wanted: float) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Widths near the wanted MACs, with their MACs by the fit: multiples of 8 first, then the most even ones."""
-    # of stages that are scaled alike, a quadratic polynomial in one factor
+    """Widths near `wanted` MACs with their fitted MACs: multiples of 8 first, within these the most evenly scaled."""
+    # if all stages are scaled alike, the MACs are a quadratic polynomial in one factor
     constant, linear, square = fitted[0], fitted[1 : len(full) + 1].sum(), fitted[len(full) + 1 :].sum()
     rest = max(wanted - float(constant), 1.0)
     factor = float((-linear + (linear**2 + 4 * square * rest).sqrt()) / (2 * square))
@@ -210,13 +210,13 @@ def _in_order(full: tuple[int, ...], fitted: Tensor, wanted: float) -> Iterator[
 
 
 def _fit_macs(full: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) -> Tensor:
-    """MACs by the widths of the stages: coefficients of `_terms`, from as many networks that are counted.
+    """Fit the MACs as a function of the stage widths: coefficients of `_terms`, from as many counted networks.
 
-    A convolution's MACs are its inputs times its outputs, and those are of one stage, of two that follow each other, or
-    one of them is not a stage's.
+    A convolution's MACs are proportional to its input times its output channels, which belong to one stage or to two
+    consecutive ones, or one of them is fixed.
     """
     stages = range(len(full))
-    # none at its own width, where timm's first stage differs
+    # no stage at its own width, where timm's first one differs
     shares = [{}, *({i: 3} for i in stages), *({i: 4} for i in stages), *({i: 3, i + 1: 3} for i in stages[:-1])]
     counted = [tuple(width * share.get(i, 2) for i, width in enumerate(full)) for share in shares]
     return torch.linalg.solve(
@@ -226,6 +226,6 @@ def _fit_macs(full: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) ->
 
 
 def _terms(full: tuple[int, ...], widths: tuple[int, ...]) -> list[float]:
-    """One, the widths, their squares and the products of neighbours; as shares of the full widths."""
+    """1, the widths relative to the full ones, their squares, and the products of consecutive ones."""
     shares = [width / own for width, own in zip(widths, full, strict=True)]
     return [1.0, *shares, *(x * x for x in shares), *(x * y for x, y in itertools.pairwise(shares))]

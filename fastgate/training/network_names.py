@@ -1,4 +1,4 @@
-"""How networks are called: names in their parts, and the errors on those that nothing has."""
+"""Names of networks: parsing, and the errors for unknown ones."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from fastgate.training.weights import first_line
 
 KINDS = "resnetDEPTH (CIFAR: 20, 32, 44, 56, 110, any 6n + 2), torchvision:NAME, timm:NAME or package.module:function"
-# the first convolution of networks for small images
+# kernel size of the first convolution for small images
 SMALL_STEM = "3x3"
 _OPTIONS = {
     "cifar": ("width", "widths", "shortcut"),
@@ -25,7 +25,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class NetworkName:
-    """A name in its parts: `kind` is one of `_OPTIONS`, `base` the name there."""
+    """A parsed name: `kind` is a key of `_OPTIONS`, `base` the name within that kind."""
 
     kind: str
     base: str
@@ -40,10 +40,10 @@ class NetworkName:
 
 
 def parse_name(name: str, options: Mapping[str, Any] | None) -> NetworkName:
-    """The parts of a name, options of its query and further ones together.
+    """Parse a name; its options are those of its query and `options`.
 
     Raises:
-        ValueError: a name of no kind, or an option that this kind has not.
+        ValueError: a name of no known kind, or an option that this kind does not have.
     """
     text, _, query = name.partition("?")
     try:
@@ -75,12 +75,12 @@ def parse_name(name: str, options: Mapping[str, Any] | None) -> NetworkName:
 
 
 def _option(key: str, value: Any) -> Any:
-    """The value of an option, also out of a query."""
+    """The checked value of an option; text, as in a query, is converted."""
     if key == "shortcut":
         return str(value)
     if key == "stem":
         if value != SMALL_STEM:
-            raise ValueError(f"network: expected for the option stem {SMALL_STEM} (or none of it), got {value!r}")
+            raise ValueError(f"network: expected the option stem to be {SMALL_STEM} (or left out), got {value!r}")
         return value
     try:
         if key == "width":
@@ -94,7 +94,7 @@ def _option(key: str, value: Any) -> Any:
     except (TypeError, ValueError):
         pass
     wanted = "a positive factor such as 0.75" if key == "width" else "positive whole numbers such as 2,1,1,1"
-    raise ValueError(f"network: expected for the option {key} {wanted}, got {value!r}")
+    raise ValueError(f"network: expected the option {key} to be {wanted}, got {value!r}")
 
 
 def _split(value: Any) -> Sequence[Any]:
@@ -106,12 +106,12 @@ def _is_cifar(base: str) -> bool:
 
 
 def cifar_depth(base: str) -> int:
-    """110 of resnet110."""
+    """The depth in a name: 110 for resnet110."""
     return int(base.removeprefix("resnet"))
 
 
 def unknown_network(name: str, kind: str | None, base: str, detail: str = "") -> ValueError:
-    """The error on a name that nothing has, with those that come close among one kind or all."""
+    """The error for an unknown name, with similar names of one kind or all kinds."""
     known = {"cifar": lambda: [f"resnet{depth}" for depth in (20, 32, 44, 56, 110)], **_LISTS}
     by_base: dict[str, list[str]] = {}
     for each, names in known.items():
@@ -119,14 +119,14 @@ def unknown_network(name: str, kind: str | None, base: str, detail: str = "") ->
             for found in names():
                 by_base.setdefault(found, []).append(str(NetworkName(each, found)))
     close = [full for found in difflib.get_close_matches(base, by_base) for full in by_base[found]]
-    hint = f"did you mean {', '.join(close[:4])}?" if close else "nothing known is called alike"
+    hint = f"did you mean {', '.join(close[:4])}?" if close else "no known name is similar"
     return ValueError(f"network: expected {KINDS}, got {name!r}{detail}; {hint}")
 
 
 def torchvision_names() -> list[str]:
-    """Of its networks that classify images."""
+    """Names of torchvision's networks for image classification."""
     models = import_package("torchvision").models
-    return list(models.list_models(module=models))  # those that detect, segment, ... are in modules of their own
+    return list(models.list_models(module=models))  # detection, segmentation, ... have modules of their own
 
 
 def _timm_names() -> list[str]:
@@ -140,7 +140,7 @@ _LISTS: dict[str, Callable[[], list[str]]] = {"torchvision": torchvision_names, 
 
 
 def import_package(name: str) -> Any:
-    """torchvision or timm; `ValueError` with the remedy where it is not installed."""
+    """Import torchvision or timm; a `ValueError` with the remedy if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

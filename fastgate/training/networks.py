@@ -24,7 +24,7 @@ from fastgate.values import Forward, call, device_of, to_device_of
 
 
 def find_plain(recipe: Recipe, in_channels: int, num_classes: int, *, weights: str | None = None) -> Network:
-    """The network of a recipe without its gates, with its weights or others, and what goes with them."""
+    """The plain network of a recipe, with the recipe's weights or others, and its metadata."""
     model = recipe.model
     if model.cifar_depth is None:
         return find_network(model.network, num_classes, weights=weights or model.weights, in_channels=in_channels)
@@ -38,20 +38,20 @@ def find_plain(recipe: Recipe, in_channels: int, num_classes: int, *, weights: s
 
 
 def is_found(recipe: Recipe) -> bool:
-    """Whether gates are added to a network that was found: a CIFAR network without weights is built with its gates."""
+    """Whether gates are attached to an existing network; a CIFAR network without weights is built with its gates."""
     return recipe.model.cifar_depth is None or recipe.model.weights != "none"
 
 
 def build_network(
     recipe: Recipe, image_size: Sequence[int], num_classes: int, *, model: nn.Module | None = None
 ) -> nn.Module:
-    """The network of a recipe for images of `image_size` (C, H, W), gated as the recipe says.
+    """The network of a recipe for images of `image_size` (C, H, W), with the recipe's gates.
 
     Args:
         recipe: of the run.
         image_size: (C, H, W).
         num_classes: of the data set.
-        model: the network without its gates, where it is there already; it is gated in place.
+        model: the plain network, if it already exists; it is gated in place.
     """
     channels, height, width = image_size
     gates = recipe.gates
@@ -68,7 +68,7 @@ def build_network(
     if model is not None or depth is None or is_found(recipe):
         if gates.gating == "channel" and gates.gate_input == "flatten":
             raise ValueError(
-                "gate_input: flatten is for CIFAR networks without weights, whose maps are known; expected pool for "
+                "gate_input: expected pool, got flatten, which only CIFAR networks without weights take; use pool for "
                 f"{recipe.model.network}"
             )
         plain = find_plain(recipe, channels, num_classes).model if model is None else model
@@ -100,14 +100,14 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None = None) -> tuple[nn.Module, Recipe]:
-    """The network in a run's checkpoint, on the CPU, and its recipe; gates that left it during training are not in it.
+    """The network in a run's checkpoint, on the CPU, and its recipe; gates removed during training are not in it.
 
     Args:
         checkpoint: the file.
-        decisions: of all gates of the run, to freeze those that are still there with.
+        decisions: of all gates of the run; the remaining gates are frozen to them.
 
     Raises:
-        ValueError: the file is none, is damaged, or its network cannot be built from its recipe.
+        ValueError: the file is not a checkpoint, is damaged, or its network cannot be built from its recipe.
     """
     state = load_checkpoint(checkpoint)
     try:
@@ -115,18 +115,18 @@ def load_network(checkpoint: Path, decisions: Mapping[str, GateDecision] | None 
         final = state["search"]["final"] if state["search"] is not None else {}
     except KeyError as error:
         raise ValueError(
-            f"{checkpoint}: expected the checkpoint of a run of this version, got none of {error}"
+            f"{checkpoint}: expected the checkpoint of a run of this version, got one without {error}"
         ) from error
     # its weights come from the checkpoint
     plain = find_plain(recipe, size[0], classes, weights="none").model if recipe.model.weights != "none" else None
     model = build_network(recipe, size, classes, model=plain)
     gates = dict(named_gates(model))
     if decisions is not None:
-        freeze(copy.deepcopy(model), decisions)  # refuses those of another network
+        freeze(copy.deepcopy(model), decisions)  # rejects decisions of another network
         if odd := [name for name, opened in final.items() if not torch.equal(decisions[name].open, opened.cpu())]:
             raise ValueError(
-                f"decisions: expected those that are final in {checkpoint}, got others for {', '.join(odd[:4])}; these "
-                "are decisions of another run"
+                f"decisions: expected the final ones of {checkpoint}, got others for {', '.join(odd[:4])}; use "
+                "those of the same run"
             )
     for name, opened in final.items():
         gates[name].freeze(opened)
@@ -149,17 +149,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy and mean cross-entropy over batches of (inputs, labels), in eval mode; the mode is restored.
 
-    Of batches that are shared among processes all have to be evaluated at the same time.
+    If the batches are sharded over processes, all processes must evaluate at the same time.
 
     Args:
-        model: gives scores `[N, classes]`.
+        model: returns scores `[N, classes]`.
         batches: moved to the model's device.
         dtype: of the forward pass.
-        num_classes: of the data set, where it is known.
-        forward: `(model, inputs) -> scores`, for networks that are called otherwise.
+        num_classes: of the data set, if known.
+        forward: `(model, inputs) -> scores`, for networks with another calling convention.
 
     Raises:
-        ValueError: the network has another number of classes than the data set, or there are no batches.
+        ValueError: network and data set differ in the number of classes, or there are no batches.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device_of(model))
     samples = 0

@@ -34,7 +34,7 @@ _FINETUNE = make_recipe(
     epochs=30,
     batch_size=32,
     learning_rate=0.01,
-    # gates that learn as slowly do not get to the target: 0.8 points less (bench/results/search/rates.json)
+    # gates at the network's low rate do not reach the target: 0.8 points less (bench/results/search/rates.json)
     gate_lr_factor=10,
     warmup_epochs=1,
     weight_decay=1e-4,
@@ -70,17 +70,17 @@ PRESETS: dict[str, Recipe] = {
     "paper-cifar10-channel": change(_PAPER_10, gating="channel", position="after"),
     "paper-cifar100-layer": change(_PAPER_100, gate_input="pool"),
     "paper-cifar100-channel": change(_PAPER_100, gating="channel", position="middle"),
-    # own images, from weights: the low rate keeps what the weights know; 30 epochs as torchvision's tutorials take
+    # own images, pretrained weights: the low rate preserves what they learned; 30 epochs as in torchvision's tutorials
     "finetune-layer": _FINETUNE,
     "finetune-channel": change(_FINETUNE, gating="channel"),
-    # torchvision's reference recipe of its first weights (references/classification); not run here
+    # torchvision's reference recipe for its first weights (references/classification); not run here
     "imagenet-resnet50-layer": _IMAGENET,
     "imagenet-resnet50-channel": change(_IMAGENET, gating="channel"),
 }
 
 
 def get_preset(name: str) -> Recipe:
-    """The recipe called `name`; an unknown name is a `ValueError` that lists the known ones."""
+    """The preset called `name`; an unknown name is a `ValueError` that lists the known ones."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         raise ValueError(

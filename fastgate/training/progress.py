@@ -1,4 +1,4 @@
-"""What a long run shows: one line per epoch, and in a terminal a live bar below them."""
+"""The progress of a long run: one line per epoch, and in a terminal a live bar below."""
 
 from types import TracebackType
 
@@ -10,7 +10,7 @@ from fastgate import processes
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Fall silent, where Rich would end the process: a training goes on though nobody reads what it says."""
+        """Stop printing, where Rich would end the process: training continues even if nobody reads the output."""
         self.quiet = True
 
 
@@ -18,10 +18,10 @@ class RunProgress:
     """Progress over the steps of one run; use as a context manager.
 
     Args:
-        title: what is being trained.
+        title: name of the run.
         total_steps: steps of the whole run.
-        done_steps: steps done before (a resumed run).
-        console: where to draw; default the standard error stream of the main process.
+        done_steps: steps already done, in a resumed run.
+        console: the console to draw on; default: standard error of the main process.
     """
 
     def __init__(self, title: str, total_steps: int, done_steps: int = 0, console: Console | None = None) -> None:
@@ -50,9 +50,9 @@ class RunProgress:
         self._bar.stop()
 
     def step(self) -> None:
-        """One training step is done."""
+        """Advance by one training step."""
         self._bar.advance(self._task)
 
     def note(self, text: str) -> None:
-        """Say what happened, in one line (above the bar)."""
+        """Print a line above the bar."""
         self.console.print(f"{self.title}: {text}", highlight=False, soft_wrap=True)

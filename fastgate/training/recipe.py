@@ -1,4 +1,4 @@
-"""What decides a training run, as data: a recipe of six sections, whose fields are the options of `fastgate train`."""
+"""Recipes: the configuration of a training run in six sections, whose fields are the options of `fastgate train`."""
 
 import difflib
 import inspect
@@ -44,18 +44,18 @@ def _check_bounds(section: Any, **bounds: tuple[float, float]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is trained on."""
+    """The training data."""
 
-    dataset: str = _option("cifar10", "digits, cifar10, cifar100, or folder:PATH with own images")
-    validation: float = _option(0, "training images held out for validation, a number or a share below 1")
+    dataset: str = _option("cifar10", "digits, cifar10, cifar100, or folder:PATH for your own images")
+    validation: float = _option(0, "number of training images held out for validation, or a fraction below 1")
     train_images: float | None = _option(
-        None, "training images to take, a number or a share below 1, after those held out; none: all"
+        None, "number of the remaining training images to use, or a fraction below 1; none: all"
     )
     image_size: int | None = _option(
         None,
-        "pixels of an image's sides, to which CIFAR is averaged down; none: of folders what the weights were made for",
+        "side of the images in pixels; CIFAR is averaged down to it; none: unchanged, for folders that of the weights",
     )
-    workers: int | None = _option(None, "processes that read images of folders; none: one per processor, up to 8")
+    workers: int | None = _option(None, "processes that read the images of a folder; none: one per CPU, up to 8")
 
     def __post_init__(self) -> None:
         bounds = {"validation": (0, math.inf), "train_images": (0, math.inf)}
@@ -71,16 +71,16 @@ class ModelOptions:
         "resnet20, resnet32, ... (CIFAR, any depth 6n + 2), torchvision:NAME, timm:NAME, or package.module:function",
     )
     weights: str = _option(
-        "none", "none, default (of torchvision or timm), or a .pth or .safetensors file to start from"
+        "none", "initial weights: none, default (those of torchvision or timm), or a .pth or .safetensors file"
     )
     widths: str = _option("16,32,64", "channels of the three stages of a CIFAR network")
-    shortcut: str = _option("conv", "shortcut of downsampling blocks of a CIFAR network: conv or pad")
+    shortcut: str = _option("conv", "downsampling shortcut of a CIFAR network: conv or pad")
 
     def __post_init__(self) -> None:
         _check_choice(self, shortcut=SHORTCUTS)
         parts = [part.strip() for part in self.widths.split(",")]
         if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise ValueError(f"widths: expected three numbers of channels such as 16,32,64, got {self.widths!r}")
+            raise ValueError(f"widths: expected three channel counts such as 16,32,64, got {self.widths!r}")
         if ":" not in self.network and self.cifar_depth is None:
             raise ValueError(
                 "network: expected resnetN with N = 6n + 2 (resnet20, resnet56, ...), torchvision:NAME, timm:NAME or "
@@ -102,17 +102,17 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions:
-    """What gates there are."""
+    """The gates and their heads."""
 
     gating: str = _option("layer", "layer, channel, both, or none for the plain network")
-    position: str = _option("middle", "channel gates: before, middle or after")
-    gate_depth: int = _option(2, "channel gates: dense layers, 1 or 2")
-    gate_input: str = _option("pool", "channel gates: pool or flatten (the paper's)")
-    hidden_features: int = _option(16, "width of the gate heads")
-    estimator: str = _option("straight_through", "straight_through, gumbel, bernoulli or mean_threshold")
-    window: str = _option("restoring", "straight-through gradient: clipped (the paper's), restoring or identity")
-    init_logit: float | None = _option(0.5, "where gate logits start; none keeps PyTorch's default initialisation")
-    temperature: float = _option(1.0, "of the Gumbel estimator")
+    position: str = _option("middle", "channel gates: position in the block, before, middle or after")
+    gate_depth: int = _option(2, "channel gates: number of dense layers in the head, 1 or 2")
+    gate_input: str = _option("pool", "channel gates: input of the head, pool or flatten (as in the paper)")
+    hidden_features: int = _option(16, "hidden width of the gate heads")
+    estimator: str = _option("straight_through", "estimator: straight_through, gumbel, bernoulli or mean_threshold")
+    window: str = _option("restoring", "straight-through gradient: clipped (as in the paper), restoring or identity")
+    init_logit: float | None = _option(0.5, "initial gate logits; none: PyTorch's default initialisation")
+    temperature: float = _option(1.0, "temperature of the Gumbel estimator")
 
     def __post_init__(self) -> None:
         _check_choice(self, gating=("none", *GATINGS), position=POSITIONS, gate_input=GATE_INPUTS)
@@ -123,7 +123,7 @@ class GateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(SearchConfig):
-    """A search as a recipe asks for it: "auto" is what depends on where it runs."""
+    """The search of a recipe; `round_to` "auto" is resolved by the device and precision of the run."""
 
     round_to: Any = "auto"
 
@@ -136,9 +136,9 @@ class SearchOptions(SearchConfig):
             super().__post_init__()
 
     def on(self, device_type: str, half: bool) -> SearchConfig:
-        """The configuration on a device; in half precision on CUDA channel counts are multiples of 8.
+        """The configuration on a device; "auto" rounds channel counts to multiples of 8 on CUDA in half precision.
 
-        Tensor cores multiply by eights; on a CPU odd counts cost nothing that was measured (bench/results/search).
+        Tensor cores work on multiples of 8; on a CPU other counts had no measurable cost (bench/results/search).
         """
         values = {f.name: getattr(self, f.name) for f in fields(SearchConfig)}
         if values["round_to"] == "auto":
@@ -148,18 +148,18 @@ class SearchOptions(SearchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """How weights are learned."""
+    """The optimizer of the weights and of the gate heads."""
 
     optimizer: str = _option("sgd", "sgd or adamw")
     learning_rate: float = _option(0.1, "peak learning rate")
-    lr_schedule: str = _option("cosine", 'cosine, or factors over epochs such as "0:1, 60:0.1, 120:0.01"')
-    warmup_epochs: float = _option(5.0, "epochs over which the learning rate rises from 0")
-    momentum: float = _option(0.9, "of SGD")
-    nesterov: bool = _option(True, "Nesterov momentum, of SGD")
-    weight_decay: float = _option(5e-4, "of the network's parameters")
+    lr_schedule: str = _option("cosine", 'cosine, or factors from given epochs on, such as "0:1, 60:0.1, 120:0.01"')
+    warmup_epochs: float = _option(5.0, "epochs of linear warm-up of the learning rate from 0")
+    momentum: float = _option(0.9, "momentum of SGD")
+    nesterov: bool = _option(True, "use Nesterov momentum with SGD")
+    weight_decay: float = _option(5e-4, "weight decay of the network's parameters")
     gate_lr_factor: float = _option(1.0, "learning rate of the gate heads, as a multiple of the network's")
-    gate_weight_decay: float = _option(0.0, "of the gate heads' parameters")
-    label_smoothing: float = _option(0.0, "of the cross-entropy")
+    gate_weight_decay: float = _option(0.0, "weight decay of the gate heads' parameters")
+    label_smoothing: float = _option(0.0, "label smoothing of the cross-entropy")
 
     def __post_init__(self) -> None:
         _check_choice(self, optimizer=OPTIMIZERS)
@@ -174,20 +174,20 @@ class OptimizerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How long, how, and what else is trained with it."""
+    """Length, batch size and numerics of training, and the controls trained along with it."""
 
-    epochs: int = _option(300, "epochs of training")
-    batch_size: int = _option(256, "samples per step, of all processes together")
+    epochs: int = _option(300, "number of epochs")
+    batch_size: int = _option(256, "samples per step, over all processes")
     precision: str = _option("auto", "auto, fp32, fp16 or bf16; auto is fp32 on a CPU, fp16 on sm_75, else bf16")
-    sync_batch_norms: bool = _option(True, "batch norms take the statistics of all processes, where there are several")
-    compile: bool = _option(False, "let torch.compile compile the network")
-    seed: int = _option(1, "of initialisation, data order and augmentation")
+    sync_batch_norms: bool = _option(True, "with several processes, batch norms use the statistics of the whole batch")
+    compile: bool = _option(False, "compile the network with torch.compile")
+    seed: int = _option(1, "seed of initialisation, data order and augmentation")
     control: str = _option(
         "none",
-        "also train, the same way: unpruned (no gates), equal-macs (a plain network of the compact network's MACs), "
-        "equal-training (that one, for as many epochs as cost the MACs of the gated run), equal-latency (a plain "
-        "network that is as fast for one image), random (a random sub-network of its MACs), retrain (the compact "
-        "network from scratch); several with commas",
+        "baselines to train with the same recipe, comma-separated: unpruned (no gates), equal-macs (a plain network "
+        "with the compact network's MACs), equal-training (that network, trained for the MACs of the gated run), "
+        "equal-latency (a plain network as fast on one image), random (a random sub-network with the same MACs), "
+        "retrain (the compact network from scratch)",
     )
 
     def __post_init__(self) -> None:
@@ -196,21 +196,21 @@ class RunOptions:
         names = self.controls
         if len(set(names)) < len(names) or not set(names) <= set(CONTROLS):
             raise ValueError(
-                f"control: expected none, or some of {', '.join(CONTROLS)} with commas between, got {self.control!r}"
+                f"control: expected none, or a comma-separated list of {', '.join(CONTROLS)}, got {self.control!r}"
             )
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """The controls asked for, in the order of CONTROLS where they are known ones."""
+        """The requested controls in the order of CONTROLS, unknown ones last."""
         names = [] if self.control == "none" else [name.strip() for name in self.control.split(",")]
         return tuple(sorted(names, key=lambda name: CONTROLS.index(name) if name in CONTROLS else len(CONTROLS)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a training run, apart from where its data and files lie.
+    """Everything that determines a training run, except where its data and files are.
 
-    Raises `ValueError` for what no run could honour.
+    Raises `ValueError` for values that no run can honour.
     """
 
     data: DataOptions = field(default_factory=DataOptions)
@@ -228,7 +228,7 @@ class Recipe:
             )
 
     def learning_rate_at(self, epoch: float) -> float:
-        """The learning rate at an epoch (fractions count): linear warm-up times the schedule."""
+        """The learning rate at an epoch, which may be fractional: linear warm-up times the schedule."""
         optimizer = self.optimizer
         if optimizer.lr_schedule == "cosine":
             rest = max(self.run.epochs - optimizer.warmup_epochs, 1e-9)
@@ -241,12 +241,12 @@ class Recipe:
 
 
 class Option(NamedTuple):
-    """A field of a section, as an option.
+    """A field of a section as an option.
 
     Attributes:
-        section: of the recipe.
-        kinds: types of its values, None's left out.
-        optional: whether it may be none.
+        section: name of its section in the recipe.
+        kinds: types of its values, except None.
+        optional: whether it may be None.
     """
 
     name: str
@@ -257,10 +257,10 @@ class Option(NamedTuple):
     optional: bool
 
     def parse(self, text: str) -> Any:
-        """The value from its text: "none" for None, "true" or "false", numbers.
+        """Parse a value from text: "none" is None, "true" and "false" are booleans.
 
         Raises:
-            ValueError: the text is of none of its types.
+            ValueError: the text has none of the option's types.
         """
         if self.optional and text.lower() == "none":
             return None
@@ -292,14 +292,14 @@ def _list_options() -> Iterator[Option]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What a class says of its attributes in its docstring, by name."""
+    """The descriptions of attributes in a class's docstring, by name."""
     text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", text, re.MULTILINE)
     return {name: " ".join(about.split()).rstrip(".") for names, about in entries for name in names.split(", ")}
 
 
 OPTIONS: dict[str, Option] = {option.name: option for option in _list_options()}
-# what options were called in the first version
+# names of options in the first version, and their names now
 OLD_NAMES = {
     "target_macs": "target",
     "lambda_polar": "polarization",
@@ -310,26 +310,26 @@ OLD_NAMES = {
 
 
 def find_option(name: str) -> Option:
-    """An option by its name, also the one it had.
+    """An option by its name or its former name.
 
     Raises:
-        ValueError: there is none; the message says which is near.
+        ValueError: an unknown name; the message suggests the closest one.
     """
     name = OLD_NAMES.get(name, name)
     if name not in OPTIONS:
         near = difflib.get_close_matches(name, OPTIONS, n=1)
         raise ValueError(
-            f"{name}: expected an option of a recipe ({', '.join(OPTIONS)}), got another"
+            f"{name}: expected an option of a recipe ({', '.join(OPTIONS)}), got an unknown name"
             + (f"; did you mean {near[0]}?" if near else "")
         )
     return OPTIONS[name]
 
 
 def change(recipe: Recipe, **options: Any) -> Recipe:
-    """The recipe with other values of these options, whatever their sections.
+    """The recipe with new values of these options, whichever sections they are in.
 
     Raises:
-        ValueError: an unknown option, or values that no run could honour.
+        ValueError: an unknown option, or values that no run can honour.
     """
     sections: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
@@ -341,7 +341,7 @@ def change(recipe: Recipe, **options: Any) -> Recipe:
 
 
 def make_recipe(**options: Any) -> Recipe:
-    """A recipe with the defaults but for these options; see :func:`change`."""
+    """A recipe with these options, and defaults for all others; see :func:`change`."""
     return change(Recipe(), **options)
 
 
@@ -351,11 +351,11 @@ def list_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain data, for JSON and checkpoints; :func:`recipe_from_dict` reads it."""
+    """The recipe as plain data for JSON and checkpoints; :func:`recipe_from_dict` reads it."""
     return {"version": VERSION, **asdict(recipe)}
 
 
-# what runs of the first version did where their recipes do not say it: these options came with later ones of it
+# options added during the first version, with the values that its earlier runs used
 _BEFORE: dict[str, Any] = {
     "widths": "16,32,64",
     "cost": "macs",
@@ -365,9 +365,9 @@ _BEFORE: dict[str, Any] = {
     "control": "none",
     "sync_batch_norms": True,
 }
-# and these with the second version, whose defaults do what was done
+# options added with the second version, whose defaults match earlier runs
 _ADDED = ("image_size", "workers", "weights", "optimizer", "label_smoothing", "compile")
-# and these after its first runs
+# and after its first runs
 _ADDED_LATER = ("train_images", "gate_lr_factor")
 
 
@@ -375,7 +375,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
     """The recipe of a run's config.json or checkpoint, of this version or of the first, which had no sections.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: another version, or missing or unknown options.
     """
     version = data.get("version", 1)
     if version not in (1, VERSION):
@@ -394,7 +394,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
             flat |= value if isinstance(value, Mapping) else {name: value}
         del flat["version"]
     if missing := OPTIONS.keys() - flat.keys():
-        raise ValueError(f"recipe: expected every option of version {version}, got none of {sorted(missing)[0]}")
+        raise ValueError(f"recipe: expected every option of version {version}, got one without {sorted(missing)[0]}")
     if odd := flat.keys() - OPTIONS.keys():
-        raise ValueError(f"recipe: expected the options of fastgate train, got {sorted(odd)[0]} too")
+        raise ValueError(f"recipe: expected only options of fastgate train, got {sorted(odd)[0]} as well")
     return make_recipe(**flat)

@@ -1,4 +1,4 @@
-"""One step of training; on CUDA it is captured in a CUDA graph and replayed."""
+"""The training step; on CUDA it is captured in a CUDA graph and replayed."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -10,32 +10,32 @@ from torch import Tensor, nn
 from fastgate.pruning.search import GateSearch
 from fastgate.values import Forward, call, tensors_in, with_tensors
 
-# steps of a phase before its capture: kernels are compiled and libraries make their workspaces in them
+# steps of a phase before its capture, in which kernels are compiled and libraries allocate their workspaces
 _WARMUP_STEPS = 3
 
 Call = Callable[[], None]
-# (outputs, targets) -> scalar; where a batch is no pair, the whole batch takes the place of the targets
+# (outputs, targets) -> scalar; if a batch is not a pair, the targets are the whole batch
 Measure = Callable[[Any, Any], Tensor]
 
 
 class Graphs(Protocol):
-    """Who runs a function and captures it; :class:`CudaGraphs`, and a stand-in where there is no GPU."""
+    """Runs and captures functions: :class:`CudaGraphs`, or a stand-in where there is no GPU."""
 
     def run(self, function: Call) -> None:
-        """Run it where it will be captured."""
+        """Run the function where it will be captured."""
 
     def capture(self, function: Call) -> Call:
-        """Record what it does to tensors, without doing it; returns what does it again."""
+        """Record the function's operations on tensors without executing them; returns a call that replays them."""
 
 
 class CudaGraphs:
-    """CUDA graphs of functions; captured on one stream, where they also ran before, as autograd needs it."""
+    """CUDA graphs of functions, which are run and captured on one stream, as autograd requires."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
     def run(self, function: Call) -> None:
-        """Run it on the stream of the captures."""
+        """Run the function on the capture stream."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -43,7 +43,7 @@ class CudaGraphs:
         current.wait_stream(self._stream)
 
     def capture(self, function: Call) -> Call:
-        """Record its kernels; returns what launches them all at once."""
+        """Record the function's kernels; returns a call that launches them all at once."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             function()
@@ -52,33 +52,33 @@ class CudaGraphs:
 
 
 def can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's step can be: a fused one takes a learning rate and a loss scale that the device knows."""
+    """Whether an optimizer's step can be captured: a fused one reads learning rate and loss scale on the device."""
     return isinstance(optimizer, torch.optim.SGD | torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
 
 
 class TrainingStep:
-    """Forward, loss of the task, gate losses, backward, update of the weights, and the epoch's sums, for one batch.
+    """Forward, task loss, gate losses, backward, weight update and the sums of the epoch, for one batch.
 
-    What differs from step to step comes in tensors, and what lasts from step to step stays where it is, so that the
-    step can be captured: in each configuration of the search (gates held open, alive, some or all final) after a few
-    steps. A capture that fails is a warning; the run then goes on without. A batch of another size runs as it is.
+    Values that change from step to step are passed in tensors, and state stays in place, so that the step can be
+    captured: in each configuration of the search (gates held open, live, some or all final) after a few steps. If a
+    capture fails, the step warns and runs without a graph. A batch of another size runs eagerly.
 
     Args:
-        model: the network; `network` is what runs it forward, which several processes wrap anew in every epoch.
-        optimizer: of the network; to be captured it is a fused one, see :func:`can_be_captured`.
+        model: the network; the attribute `network` runs its forward, wrapped anew every epoch with several processes.
+        optimizer: of the network; only a fused one can be captured, see :func:`can_be_captured`.
         loss_fn: (outputs, targets) -> scalar.
         search: of the network's gates, if it has any.
-        scaler: of the loss.
+        scaler: scales the loss.
         dtype: of the forward pass.
-        measures: what else is summed up, by name.
-        forward: for networks that are called otherwise.
+        measures: further quantities to sum, by name.
+        forward: for networks with another calling convention.
         device: of the network.
-        scheduled: whether the learning rate comes with every step; groups of the optimizer that begin with others than
-            the first keep their ratio to it. Else the groups keep their own, which no capture would see change.
-        graphs: captures the step; None runs it as it is.
+        scheduled: whether each step sets the learning rate, with parameter groups at their initial ratio to the first.
+            Otherwise groups keep their own rates, whose changes a captured step would not see.
+        graphs: captures the step; None runs it eagerly.
 
     Attributes:
-        sums: of the epoch, scalars by name: "loss", "task", the gate losses, and the measures.
+        sums: sums over the epoch, scalars by name: "loss", "task", the gate losses, and the measures.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class TrainingStep:
         self._scheduled = scheduled
         gate_losses = ("polarization", "activation", "budget", "capacity") if search is not None else ()
         self.sums = {name: torch.zeros((), device=device) for name in ("loss", "task", *gate_losses, *self.measures)}
-        # learning rates of the optimizer's groups, in tensors that last, and their ratios to that of the schedule
+        # learning rates of the parameter groups in persistent tensors, and their ratios to the scheduled one
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._ratios = [rate / rates[0] if rates[0] else 1.0 for rate in rates]
         self._rates = [torch.zeros((), device=device) for _ in rates]
         self._configuration: object = None
-        self._steps = 0  # of this configuration
+        self._steps = 0  # in this configuration
         self._inputs: list[Tensor] = []
         self._batch: Any = None
         self._replay: Call | None = None
@@ -125,11 +125,11 @@ class TrainingStep:
         return self.graphs is not None and self._replay is not None
 
     def schedule(self, learning_rate: float, epoch: float) -> list[float]:
-        """The numbers of a step: the learning rate, and those of the search at an epoch (fractions count)."""
+        """The values of a step: the learning rate, and those of the search at an epoch, which may be fractional."""
         return [learning_rate, *(self.search.weights(epoch) if self.search is not None else ())]
 
     def __call__(self, batch: Any, schedule: Tensor) -> None:
-        """Train on a batch on the step's device; `schedule` are the numbers of :meth:`schedule`."""
+        """Train on a batch on the step's device; `schedule` holds the values of :meth:`schedule`."""
         configuration = self.search.configuration if self.search is not None else ()
         if self._configuration != configuration:
             self._begin_configuration(configuration)
@@ -153,7 +153,7 @@ class TrainingStep:
         self._replay()
 
     def _begin_configuration(self, configuration: object) -> None:
-        """What was captured is of another network: start anew, with an optimizer that is ready for a capture."""
+        """Discard the capture, which is of another network, and prepare the optimizer for a new one."""
         self._configuration, self._steps, self._replay = configuration, 0, None
         fused = bool(self.optimizer.defaults.get("fused"))
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -161,10 +161,10 @@ class TrainingStep:
                 group["lr"] = rate
             if not fused:
                 continue
-            group["fused"] = True  # a checkpoint from a CPU has it otherwise
+            group["fused"] = True  # a checkpoint from a CPU overrides it
             for parameter in group["params"] if group.get("momentum") else []:
-                # a first step would have no place in a graph; and if fp16 overflows in it, the fused kernel leaves
-                # its buffers uninitialised
+                # a first step, which makes the buffers, cannot be captured; and if fp16 overflows in it, the fused
+                # kernel leaves them uninitialised
                 state, buffer = self.optimizer.state[parameter], torch.zeros_like(parameter)
                 if state.get("momentum_buffer") is not None:
                     buffer.copy_(state["momentum_buffer"])
@@ -214,10 +214,10 @@ class TrainingStep:
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """A batch's inputs and targets: the items of a pair; of anything else the batch itself is both.
+    """A batch's inputs and targets: the items of a pair; a batch that is not a sequence serves as both.
 
     Raises:
-        TypeError: a tuple or list that is no pair.
+        TypeError: a tuple or list that is not a pair.
     """
     if not isinstance(batch, Sequence):
         return batch, batch
@@ -230,6 +230,6 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def _as_fp32(outputs: Any) -> Any:
-    """Outputs of half precision as fp32, in which losses are computed."""
+    """Half-precision outputs as fp32, in which losses are computed."""
     halves = (torch.float16, torch.bfloat16)
     return with_tensors(outputs, [x.float() if x.dtype in halves else x for x in tensors_in(outputs)])

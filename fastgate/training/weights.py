@@ -1,4 +1,4 @@
-"""Weights for a network: read from a file without running code from it, fitted to other classes and channels."""
+"""Weights from files: read without running code in them, and adapted to other numbers of classes and channels."""
 
 import os
 import pickle
@@ -18,16 +18,16 @@ from fastgate.pruning.storage import FORMAT
 Classifier: TypeAlias = nn.Linear | nn.Conv2d
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-# under which of its keys a checkpoint keeps the tensors
+# keys under which a checkpoint may keep its tensors
 _NESTED = ("state_dict", "model", "model_state_dict")
-# what a damaged or foreign file makes torch.load raise
+# exceptions that torch.load raises on damaged or foreign files
 DAMAGED = (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError, pickle.UnpicklingError)
-# names that torchvision's DenseNets had in the files that are still handed out
+# former names in torchvision's DenseNets, which its downloads still have
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -39,7 +39,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another kind of file, a damaged one, or one without a state dict.
+        ValueError: another kind of file, or one that is damaged or has no state dict.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -76,24 +76,24 @@ def _describe(content: Any) -> str:
 def load_weights(
     model: nn.Module, state: Mapping[str, Tensor], num_classes: int, source: str, remedy: str
 ) -> tuple[str, ...]:
-    """Load a state dict into a network of `num_classes`; what was fitted on the way, in words.
+    """Load a state dict into a network of `num_classes`; returns notes on how it was adapted.
 
     A prefix that all names of the file share ("module." of DistributedDataParallel) is dropped. A classifier of another
-    number of classes is left out: the network keeps its own. Weights for three channels are summed for one of grey.
-    All else has to be there, and nothing more.
+    number of classes is skipped: the network keeps its own. Weights for three channels are summed for a grey-scale
+    network. All other names must match exactly.
 
     Args:
-        model: gets the weights.
-        state: its tensors by name; left as it is.
+        model: receives the weights.
+        state: tensors by name; not modified.
         num_classes: of the network.
-        source: what the weights are, for the error.
-        remedy: what the error tells the user to do.
+        source: describes the weights in the error.
+        remedy: the error's advice to the user.
 
     Raises:
-        ValueError: names or shapes that are not those of the network.
+        ValueError: names or shapes that differ from the network's.
     """
     notes = []
-    # load_state_dict reads the versions of modules in `_metadata`
+    # load_state_dict reads the versions of modules from `_metadata`
     tensors = OrderedDict((_OLD_DENSENET.sub(r"\1", name), tensor) for name, tensor in state.items())
     if hasattr(state, "_metadata"):
         tensors._metadata = OrderedDict(state._metadata)  # type: ignore[attr-defined]
@@ -132,18 +132,18 @@ def load_weights(
 
 
 def _shared_prefix(state: Mapping[str, Any]) -> str:
-    """The first part, with its dot, of every name: "module." of module.conv1.weight, ...; empty where they differ."""
+    """The first component, with its dot, of all names ("module." of module.conv1.weight, ...); empty if they differ."""
     first = {name.partition(".")[0] if "." in name else "" for name in state}
     return f"{first.pop()}." if len(first) == 1 and "" not in first else ""
 
 
 def _some(names: list[str]) -> str:
-    """Up to four of them, and how many more there are."""
+    """Up to four names, and the number of further ones."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def is_fastgate_file(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`fastgate.save` wrote this file, which can then be read."""
+    """Whether :func:`fastgate.save` wrote this file, which must be readable."""
     if Path(path).suffix != ".safetensors":
         return False
     with safe_open(path, framework="pt") as file:
@@ -151,9 +151,9 @@ def is_fastgate_file(path: str | os.PathLike[str]) -> bool:
 
 
 def find_classifiers(model: nn.Module, num_classes: int | None = None) -> dict[str, Classifier]:
-    """The layers that give the class scores, by name: what timm says they are, else the last one of that many outputs.
+    """The layers that output the class scores, by name: those timm reports, else the last with `num_classes` outputs.
 
-    A linear layer comes before a 1x1 convolution. Without `num_classes` a layer of any size will do.
+    A linear layer takes precedence over a 1x1 convolution. Without `num_classes`, any number of outputs is accepted.
     """
     layers = {
         name: module
@@ -177,7 +177,7 @@ def _classes(layer: Classifier) -> int:
 
 
 def replace_classifier(model: nn.Module, num_classes: int) -> tuple[str, ...]:
-    """Give a network, in place, a new last layer where it has another number of outputs; what was done, in words.
+    """Replace a network's last layer in place if it has another number of outputs; returns notes on the changes.
 
     Raises:
         ValueError: there is no linear layer and no 1x1 convolution.
@@ -185,8 +185,8 @@ def replace_classifier(model: nn.Module, num_classes: int) -> tuple[str, ...]:
     layers = find_classifiers(model)
     if not layers:
         raise ValueError(
-            "network: expected a linear layer or a 1x1 convolution that gives the class scores, found none; let the "
-            "function that makes it take num_classes"
+            "network: expected a linear layer or a 1x1 convolution that outputs the class scores, found none; give the "
+            "function that builds it a parameter num_classes"
         )
     others = {name: layer for name, layer in layers.items() if _classes(layer) != num_classes}
     for name, layer in others.items():
@@ -201,7 +201,7 @@ def replace_classifier(model: nn.Module, num_classes: int) -> tuple[str, ...]:
 
 
 def find_stem(model: nn.Module, *in_channels: int) -> str | None:
-    """Name of the first convolution that takes one of these numbers of channels; without numbers, of the first."""
+    """Name of the first convolution with one of these numbers of input channels; without numbers, of the first."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and (not in_channels or module.in_channels in in_channels):
             return name
@@ -209,9 +209,9 @@ def find_stem(model: nn.Module, *in_channels: int) -> str | None:
 
 
 def replace_stem(model: nn.Module, in_channels: int) -> tuple[str, ...]:
-    """Let a network for colour images, in place, take others: with a new first convolution; what was done, in words.
+    """Replace the first convolution of a network for colour images in place, for other images; returns notes.
 
-    A network without a convolution of three channels is left as it is.
+    A network without a convolution of three channels is not changed.
 
     Raises:
         ValueError: that convolution is not a plain one.
@@ -222,8 +222,8 @@ def replace_stem(model: nn.Module, in_channels: int) -> tuple[str, ...]:
         return ()
     if old.groups != 1 or old.padding_mode != "zeros":
         raise ValueError(
-            f"network: expected a plain first convolution to make it take {in_channels} channels, got {old}; let the "
-            "function that makes it take in_channels"
+            f"network: expected a plain first convolution to replace by one of {in_channels} channels, got {old}; give "
+            "the function that builds it a parameter in_channels"
         )
     new = nn.Conv2d(
         in_channels,
@@ -239,10 +239,10 @@ def replace_stem(model: nn.Module, in_channels: int) -> tuple[str, ...]:
 
 
 def replaced_classifier(name: str, before: int, now: int) -> str:
-    """The note on a classifier of another size."""
+    """The note on a replaced classifier."""
     return f"the classifier {name} ({before} classes) was replaced by one of {now} classes"
 
 
 def summed_stem(name: str) -> str:
-    """The note on weights for colour images in a network for grey ones."""
+    """The note on weights for colour images in a grey-scale network."""
     return f"the weights of the first convolution {name} were summed over their 3 channels"

@@ -1,10 +1,10 @@
-"""Networks by name: this library's CIFAR ResNets, torchvision's, timm's, and those of the user's own modules.
+"""Networks by name: this library's CIFAR ResNets, those of torchvision and timm, and functions in the user's modules.
 
-A name may carry options as a query: `torchvision:resnet18?layers=2,1,1,1&width=0.75`. Of ResNets, `layers` are the
-blocks of each stage, `widths` its channels (in bottlenecks those that the expansion multiplies), and `width` a factor
-for all widths. torchvision's stem gets as many channels as the first stage; timm's keeps its own; `stem=3x3` is for
-small images, a first convolution of 3x3 pixels with stride 1 in torchvision's ResNets. CIFAR ResNets have their depth
-in the name, and take `shortcut`.
+A name may carry options as a query: `torchvision:resnet18?layers=2,1,1,1&width=0.75`. For ResNets, `layers` is the
+number of blocks per stage, `widths` the channels per stage (in bottlenecks before expansion), and `width` a factor for
+all widths. torchvision's stem gets the width of the first stage; timm's keeps its own. For small images, `stem=3x3`
+gives torchvision's ResNets a 3x3 first convolution with stride 1. CIFAR ResNets have their depth in the name, and take
+`shortcut`.
 """
 
 import difflib
@@ -50,14 +50,14 @@ from fastgate.training.weights import (
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what goes with it.
+    """A network and its metadata.
 
     Attributes:
-        model: plain, in training mode, on the CPU.
-        notes: what the user should be told.
-        mean: per channel of an image in [0, 1], what the recipe of the weights subtracts; None where it is not known.
-        std: likewise, what it then divides by.
-        image_size: pixels of a side that the weights were made for; None where it is not known.
+        model: the plain network, in training mode, on the CPU.
+        notes: messages for the user.
+        mean: per channel, of images in [0, 1], as normalised in the training of the weights; None if unknown.
+        std: per channel, as `mean`.
+        image_size: side in pixels of the images that the weights were trained on; None if unknown.
         arguments: plain data; `find_network(**arguments)` builds the same architecture, newly initialised.
     """
 
@@ -70,7 +70,7 @@ class Network:
 
 
 class _Preprocessing(NamedTuple):
-    """Of the recipe that default weights come from."""
+    """The preprocessing that default weights were trained with."""
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -78,14 +78,14 @@ class _Preprocessing(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of a ResNet: blocks and channels of every stage."""
+    """Blocks and channels per stage of a ResNet."""
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
 
 
 class NoChannelsError(ValueError):
-    """Widths so small that convolutions in groups have no channels left."""
+    """Widths so small that grouped convolutions have no channels left."""
 
 
 def find_network(
@@ -96,22 +96,22 @@ def find_network(
     in_channels: int = 3,
     options: Mapping[str, Any] | None = None,
 ) -> Network:
-    """The network of this name, for images of `in_channels` and `num_classes`, with or without weights.
+    """The network of this name for `num_classes` and images of `in_channels`, with or without weights.
 
     Args:
         name: `resnet110` or `cifar:resnet110`; `torchvision:resnet18`; `timm:resnet50d`; or `package.module:function`,
             a callable in an importable module or the current directory, called with `num_classes` and `in_channels`
             (or `in_chans`) where it takes them. Options may follow, see :mod:`fastgate.training.zoo`.
-        num_classes: outputs. A classifier of another size is replaced.
+        num_classes: number of outputs. A classifier of another size is replaced.
         weights: `"none"`; `"default"`, those that torchvision or timm recommend, downloaded once; or a .pth, .pt, .bin
             or .safetensors file with a state dict. No code in a file is run.
-        in_channels: of the images. The first convolution of a network for colour images is replaced where they differ.
-        options: as in the query, in addition to it.
+        in_channels: of the images. The first convolution of a network for colour images is replaced if they differ.
+        options: further options, as in the query.
 
     Raises:
-        FileNotFoundError: there is no such file of weights.
-        ValueError: an unknown name or option, a package that is missing, a function that fails, or weights that are
-            damaged or of another network.
+        FileNotFoundError: the file of weights does not exist.
+        ValueError: an unknown name or option, a missing package, a function that fails, or weights that are damaged or
+            belong to another network.
     """
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if type(value) is not int or value < 1:
@@ -130,13 +130,13 @@ def find_network(
 
 
 def build(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple[nn.Module, tuple[str, ...]]:
-    """A network without weights, and notes."""
+    """A network with random weights, and notes for the user."""
     builders = {"cifar": _build_cifar, "torchvision": _build_torchvision, "timm": _build_timm, "own": _build_own}
     return builders[parsed.kind](parsed, num_classes, in_channels)
 
 
 def shape_of(parsed: NetworkName) -> Shape | None:
-    """Blocks and channels per stage, as the options say; None for what is no ResNet of a known package."""
+    """Blocks and channels per stage with the options applied; None if it is not a ResNet of a known package."""
     own = _own_shape(parsed.kind, parsed.base)
     if own is None:
         return None
@@ -178,7 +178,7 @@ def _own_shape(kind: str, base: str) -> Shape | None:
 
 
 def _entry_of(kind: str, base: str) -> Callable[..., nn.Module]:
-    """The function of torchvision or timm that makes this network."""
+    """The function of torchvision or timm that builds this network."""
     package = import_package(kind)
     if kind == "timm":
         if not package.is_model(base):
@@ -190,7 +190,7 @@ def _entry_of(kind: str, base: str) -> Callable[..., nn.Module]:
 
 
 def with_shape(parsed: NetworkName, shape: Shape) -> NetworkName:
-    """The name of a network of the same family; what it has without options is not written out."""
+    """The name of the network of this shape in the same family; options at their defaults are left out."""
     base = f"resnet{6 * shape.layers[0] + 2}" if parsed.kind == "cifar" else parsed.base
     own = _own_shape(parsed.kind, base)
     options = {key: value for key, value in shape._asdict().items() if value != getattr(own, key)}
@@ -199,7 +199,7 @@ def with_shape(parsed: NetworkName, shape: Shape) -> NetworkName:
 
 
 def _shape_asked_for(parsed: NetworkName) -> Shape | None:
-    """None where there are no options."""
+    """The shape that the options request; None without options."""
     if not parsed.options:
         return None
     shape = shape_of(parsed)
@@ -239,14 +239,14 @@ def _build_torchvision(parsed: NetworkName, num_classes: int, in_channels: int) 
 
 
 def _reshape(model: Any, shape: Shape, *, small: bool) -> None:
-    """Make the layers of one of torchvision's ResNets anew with other blocks and widths, in the order it makes them."""
+    """Rebuild the layers of a torchvision ResNet with other blocks and widths, in torchvision's order."""
     block = type(model.layer1[0])
     model.inplanes = shape.widths[0]
     size, stride = (3, 1) if small else (7, 2)
     model.conv1 = nn.Conv2d(3, model.inplanes, size, stride, size // 2, bias=False)
     model.bn1 = model._norm_layer(model.inplanes)
     for stage, (blocks, width) in enumerate(zip(*shape, strict=True), 1):
-        # the network's own method: it knows groups and the widths within bottlenecks
+        # the network's own method, which handles groups and bottleneck widths
         setattr(model, f"layer{stage}", model._make_layer(block, width, blocks, stride=1 if stage == 1 else 2))
     model.fc = nn.Linear(model.inplanes, model.fc.out_features)
     for module in model.modules():
@@ -261,7 +261,7 @@ def _build_timm(
     shape = _shape_asked_for(parsed)
     options = {} if shape is None else {"layers": shape.layers, "channels": shape.widths}
     try:
-        # not the entry itself: this one knows the tags of weights
+        # not the entry point itself: this one handles the tags of weights
         create = import_package("timm").create_model
         model = create(parsed.base, pretrained, num_classes=num_classes, in_chans=in_channels, **options)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -293,7 +293,7 @@ def _build_own(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple
         raise ValueError(f"network: {module_name} has no {attribute}{hint}") from error
     if not callable(function) or isinstance(function, nn.Module):
         raise ValueError(
-            f"network: expected {parsed} to be a function or class that makes a network, got a "
+            f"network: expected {parsed} to be a function or class that builds a network, got a "
             f"{type(function).__name__}"
         )
     try:
@@ -309,7 +309,7 @@ def _build_own(parsed: NetworkName, num_classes: int, in_channels: int) -> tuple
 
 
 def _arguments_for(function: Callable[..., Any], num_classes: int, in_channels: int) -> dict[str, int]:
-    """Those that a function of the user's takes. **kwargs take num_classes, which has one usual name."""
+    """The arguments that a user's function takes; **kwargs is passed only num_classes, whose name is standard."""
     parameters = inspect.signature(function).parameters
     taken = {name: in_channels for name in ("in_channels", "in_chans") if name in parameters}
     if "num_classes" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
@@ -319,10 +319,10 @@ def _arguments_for(function: Callable[..., Any], num_classes: int, in_channels: 
 
 def _load_file(model: nn.Module, path: Path, parsed: NetworkName, num_classes: int) -> tuple[str, ...]:
     state = read_weights(path)
-    remedy = f"is it of another network than {parsed}?"
+    remedy = f"is it from a network other than {parsed}?"
     if is_fastgate_file(path):
         remedy = (
-            "fastgate.save wrote another architecture into it, perhaps a compact one: rebuild it with fastgate.load"
+            "fastgate.save wrote it with another architecture, perhaps a compact one: rebuild it with fastgate.load"
         )
     return load_weights(model, state, num_classes, str(path), remedy)
 
@@ -330,14 +330,14 @@ def _load_file(model: nn.Module, path: Path, parsed: NetworkName, num_classes: i
 def _build_pretrained(
     parsed: NetworkName, num_classes: int, in_channels: int
 ) -> tuple[nn.Module, tuple[str, ...], _Preprocessing]:
-    """A network with the weights that its package recommends, notes, and what they were trained with."""
+    """A network with the weights that its package recommends, notes, and the weights' preprocessing."""
     if parsed.kind not in ("torchvision", "timm") or parsed.options:
         raise ValueError(
-            f"weights: expected default for a network of torchvision or timm without options, got {parsed}; use none "
-            "or a file"
+            f"weights: expected default only for networks of torchvision or timm without options, got {parsed}; use "
+            "none or a file"
         )
     if in_channels not in (1, 3):
-        raise ValueError(f"weights: default ones are for images of 1 or 3 channels, got {in_channels}; use none")
+        raise ValueError(f"weights: expected images of 1 or 3 channels for default, got {in_channels}; use none")
     pretrained = _pretrained_torchvision if parsed.kind == "torchvision" else _pretrained_timm
     model, notes, (mean, std, image_size) = pretrained(parsed, num_classes, in_channels)
     if in_channels == 1:  # one grey channel stands for all three
@@ -353,7 +353,7 @@ def _pretrained_torchvision(parsed: NetworkName, num_classes: int, in_channels: 
         state = weights.get_state_dict(check_hash=True, weights_only=True)
     except DAMAGED as error:
         remedy = f"delete {cached}" if cached.exists() else f"fetch {weights.url} once, or give a file"
-        raise ValueError(f"weights: no default ones for {parsed} ({first_line(error)}); {remedy}") from error
+        raise ValueError(f"weights: cannot load the default of {parsed} ({first_line(error)}); {remedy}") from error
     source = f"{type(weights).__name__}.{weights.name}"
     notes += load_weights(model, state, num_classes, source, "update torchvision, or give a file")
     transforms = weights.transforms()

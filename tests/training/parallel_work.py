@@ -1,7 +1,7 @@
-"""What one and several processes are compared on: `python -m tests.training.parallel_work OUT [RUNS]`, or by torchrun.
+"""Work to compare in one or several processes: `python -m tests.training.parallel_work OUT [RUNS]`, or by torchrun.
 
 In fp64: training multiplies a rounding error every few steps by ten, and in fp32 it meets the kink of some ReLU within
-the first epoch. With RUNS, resumes copies of the stopped runs in that folder, whatever number of processes began them.
+the first epoch. With RUNS, resumes copies of the stopped runs in that folder, begun by any number of processes.
 """
 
 import json
@@ -46,7 +46,7 @@ STOP = (3, 2)
 
 
 def train(name: str, folder: Path, *, stop: bool = False, resume: bool = False) -> None:
-    """Train; keep the gradients of every epoch's first step and what training ends with."""
+    """Train; keep the gradients of every epoch's first step and the final state."""
     recipe = _ALL[name]
     trainer = trainer_of(recipe, load_dataset("digits", validation=recipe.data.validation), folder, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def batch_norms(path: Path) -> None:
 
 
 def converted_head() -> list[Tensor]:
-    """Logits, gradients and statistics of a gate head that has been converted; of three samples one process has one."""
+    """Logits, gradients and statistics of a converted gate head; one process has one of three samples."""
     gate = fg.LayerGate(4, init_logit=None)
     if processes.count() > 1:
         gate = nn.SyncBatchNorm.convert_sync_batchnorm(gate)
@@ -120,7 +120,7 @@ def frozen_by_the_main_process() -> bool:
 
 
 def refusal() -> str:
-    """What a head says whose kernel is asked for."""
+    """The error of a head whose kernel is requested."""
     gate = fg.LayerGate(4, impl="triton")
     try:
         with synchronized():

@@ -122,7 +122,7 @@ def run_cli(*arguments: str | Path, code: str = "") -> subprocess.CompletedProce
 
 
 def run_parallel(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a module, or a file of code, with its arguments in processes of torchrun, to the end of all."""
+    """Run a module, or a file of code, with its arguments in processes of torchrun, until all have ended."""
     process = start_parallel(processes, *arguments)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

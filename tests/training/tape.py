@@ -12,7 +12,7 @@ _READS = ("_local_scalar_dense", "nonzero", "equal")
 
 
 class HostReads(AssertionError):
-    """The host asked for a value, for which it would have to wait on a GPU; a capture fails there."""
+    """The host read a value, for which it would wait on a GPU; a capture fails there."""
 
 
 class Tape(TorchDispatchMode):

@@ -26,7 +26,7 @@ KINDS = (HeadCall, ResidualCall)
 
 
 class Clock:
-    """Stands in for a GPU's: PyTorch, always timed first, is the faster one, or the slower."""
+    """Stands in for a GPU's clock: PyTorch, always timed first, is faster, or slower."""
 
     def __init__(self, factor: float) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""What the compact network is compared with: the networks of the controls, their runs, and the comparison."""
+"""Baselines of the compact network: the networks of the controls, their runs, and the comparison."""
 
 import json
 from pathlib import Path
@@ -219,7 +219,7 @@ def test_a_target_in_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_target_in_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The costs are measured once: a resumed run goes on with those it began with."""
+    """The costs are measured once: a resumed run continues with its first ones."""
     measured: list[int] = []
 
     def measure(model: Any, inputs: Any, cost: str = "macs", **options: Any) -> Costs:

@@ -1,4 +1,4 @@
-"""A run folder belongs to one training at a time."""
+"""A run folder is locked by one training at a time."""
 
 import errno
 import fcntl
@@ -42,7 +42,7 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         with (
             pytest.raises(
                 ValueError,
-                match=rf"run: another training is at work in this folder \(process {holder.pid} on "
+                match=rf"run: another training is running in this folder \(process {holder.pid} on "
                 rf"{socket.gethostname()}\); wait for it or end it, or choose another --output",
             ),
             locked(tmp_path / "run"),
@@ -95,7 +95,9 @@ def test_a_file_system_without_locks_is_said_to_have_none(tmp_path: Path, monkey
     living = tmp_path / f".checkpoint.pt.{os.getppid()}.tmp"
     living.touch()
     with (
-        pytest.warns(UserWarning, match=r"lock: nothing keeps a second training from this folder \(No locks available"),
+        pytest.warns(
+            UserWarning, match=r"lock: no lock keeps out a second training in this folder \(No locks available"
+        ),
         locked(tmp_path),
     ):
         assert living.exists()
@@ -104,7 +106,7 @@ def test_a_file_system_without_locks_is_said_to_have_none(tmp_path: Path, monkey
 def test_a_holder_on_another_machine_that_left_its_lock_is_named(tmp_path: Path) -> None:
     # its file system may keep the locks of every machine apart
     (tmp_path / "lock").write_text(json.dumps({"pid": 3, "host": "elsewhere"}))
-    with pytest.warns(UserWarning, match=r"process 3 on elsewhere ended without giving it back, or"), locked(tmp_path):
+    with pytest.warns(UserWarning, match=r"process 3 on elsewhere ended without releasing it, or"), locked(tmp_path):
         pass
 
 
@@ -128,7 +130,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
         second = run_cli("train", *options, "--output", folder)
         assert second.returncode == 2
         [line] = second.stderr.splitlines()
-        assert line.startswith(f"error: {folder}: another training is at work in this folder (process ")
+        assert line.startswith(f"error: {folder}: another training is running in this folder (process ")
     assert {name: (folder / name).read_bytes() for name in files} == files
     first.send_signal(signal.SIGINT)
     first.communicate()

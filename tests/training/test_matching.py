@@ -39,7 +39,7 @@ def test_within_a_percent(name: str, share: float) -> None:
     [("torchvision:resnet18?layers=2,1,1,1", "2,1,1,1"), ("torchvision:resnet34", "2,3,4,2"), ("resnet44", None)],
 )
 def test_a_depth_that_fits_needs_no_other_widths(name: str, layers: str | None) -> None:
-    """What is asked for is what a network of full widths has: that network is found."""
+    """If a network of full widths has the requested MACs, it is the one found."""
     base = name.partition("?")[0]
     expected = f"{base}?layers={layers}" if layers else "resnet26"
     size = (3, 32, 32)
@@ -100,7 +100,7 @@ def test_small_images_have_a_stem_of_their_own() -> None:
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
     half = match_macs(name, 10, SMALL, macs_of(name) // 2)
     assert half.endswith("&stem=3x3") and macs_of(half) == pytest.approx(macs_of(name) / 2, rel=0.01)
-    with pytest.raises(ValueError, match=r"network: expected for the option stem 3x3 .* got '5x5'"):
+    with pytest.raises(ValueError, match=r"network: expected the option stem to be 3x3 .* got '5x5'"):
         find_network("torchvision:resnet18?stem=5x5", 10)
 
 

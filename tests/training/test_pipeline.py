@@ -118,5 +118,5 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a run folder with config.json, found none"):
         train(Run(TINY, tmp_path), resume=True)
     (tmp_path / "config.json").write_text('{"recipe": {"epochs": 3}}')
-    with pytest.raises(ValueError, match="expected every option of version 1, got none of"):
+    with pytest.raises(ValueError, match="expected every option of version 1, got one without"):
         train(Run(TINY, tmp_path), resume=True)

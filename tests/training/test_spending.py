@@ -29,7 +29,7 @@ from tests.training.runs import TINY, checkpoint_state, differences, trainer_of
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CPU package that burns when told to; the tick of its counter is looked for in vain."""
+    """A CPU package that uses energy on demand; its counter has no tick to find."""
     zone = add_zone(tmp_path / "powercap", "intel-rapl:0", "package-0")
     monkeypatch.setattr(rapl, "ROOT", tmp_path / "powercap")
     monkeypatch.setattr("fastgate.energy.meter.observe_ticks", lambda sources, clock: None)
@@ -130,7 +130,7 @@ def test_an_unknown_epoch_makes_the_total_unknown(burning: Path, tmp_path: Path)
 
 
 def energy(devices: dict[str, int | None], *, bound: float | None = 0.5, seconds: float = 1.0) -> Energy:
-    """A window in which these devices used so many joules."""
+    """A window in which these devices used the given joules."""
     known = None if None in devices.values() else sum(value or 0 for value in devices.values()) * 1_000_000
     sources = {key: "rapl" if key.startswith("cpu") else "nvml-counter" for key in devices}
     joules = {key: None if value is None else float(value) for key, value in devices.items()}

@@ -94,7 +94,7 @@ def interrupt_at(trainer: Trainer, epoch: int, step: int) -> None:
     ],
 )
 def test_a_replayed_run_ends_with_the_same_bits(gating: str, estimator: str, digits: Dataset, tmp_path: Path) -> None:
-    """So no number of a step is one of Python's, everything that lasts stays in its place, and nothing is read."""
+    """So a step has no Python numbers, its state stays in place, and nothing is read on the host."""
     recipe = change(RECIPE, gating=gating, estimator=estimator)
     eager = fit(recipe, digits, tmp_path / "eager")
     tapes = Tapes()
@@ -220,7 +220,7 @@ def test_a_captured_run_on_a_gpu(gating: str, impl: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("estimator", ["straight_through", "gumbel"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_no_epoch_waits_for_the_gpu(precision: str, estimator: str, tmp_path: Path) -> None:
-    """But for those with a capture, which are the first of their phase."""
+    """Except epochs with a capture, the first of their phase."""
     data = load_dataset("digits", device="cuda")
     recipe = change(RECIPE, precision=precision, estimator=estimator, commit_after=None, open_until=0.0)
     trainer = make(recipe, data, tmp_path, CudaGraphs(data.train.labels.device))

@@ -93,7 +93,7 @@ def test_a_file_of_another_network(tmp_path: Path, state: dict[str, str], wrong:
     path, widths = tmp_path / "net.pt", {"widths": "4,8,12", **state}
     torch.save(find_network("resnet8", 10, options=widths).model.state_dict(), path)
     with pytest.raises(
-        ValueError, match=f"weights: .*net.pt does not fit the network: {wrong}.*; is it of another"
+        ValueError, match=f"weights: .*net.pt does not fit the network: {wrong}.*; is it from a network other"
     ) as e:
         find_network(NET, 10, weights=path)
     assert "\n" not in str(e.value) and str(e.value).count("layer") == 4
@@ -102,7 +102,9 @@ def test_a_file_of_another_network(tmp_path: Path, state: dict[str, str], wrong:
 def test_more_in_the_file_than_in_the_network(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     torch.save({**state_of(), "extra.weight": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match=r"does not fit the network: extra\.weight is unexpected; is it of another"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the network: extra\.weight is unexpected; is it from a network other"
+    ):
         find_network(NET, 10, weights=path)
 
 
@@ -111,7 +113,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
         find_network(NET, 10, weights=tmp_path / "missing.pth")
     with pytest.raises(ValueError, match=r"expected none, default or a file ending in \.pth, .*, got imagenet"):
         find_network(NET, 10, weights="imagenet")
-    with pytest.raises(ValueError, match="weights: expected default for a network of torchvision or timm"):
+    with pytest.raises(ValueError, match="weights: expected default only for networks of torchvision or timm"):
         find_network(NET, 10, weights="default")
     for content in ([1, 2], {"epoch": 3}, {}):
         torch.save(content, tmp_path / "other.pt")
@@ -243,10 +245,10 @@ def test_default_weights_of_torchvision(hub: Path) -> None:
 def test_default_weights_that_are_damaged(hub: Path, tmp_path: Path) -> None:
     path = hub / SHUFFLENET.url.rpartition("/")[2]
     path.write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"weights: no default ones for torchvision:shuffle.*; delete .*\.pth"):
+    with pytest.raises(ValueError, match=r"weights: cannot load the default of torchvision:shuffle.*; delete .*\.pth"):
         find_network("torchvision:shufflenet_v2_x0_5", 10, weights="default")
     torch.save({"state_dict": Dangerous(tmp_path / "made")}, path)
-    with pytest.raises(ValueError, match="weights: no default ones"):
+    with pytest.raises(ValueError, match="weights: cannot load the default of"):
         find_network("torchvision:shufflenet_v2_x0_5", 10, weights="default")
     assert not (tmp_path / "made").exists()
 
@@ -261,9 +263,9 @@ def test_default_weights_without_a_network(hub: Path, monkeypatch: pytest.Monkey
 
 
 def test_default_weights_do_not_go_with_options(hub: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected default for a network .* without options, got .*\?width=0\.5"):
+    with pytest.raises(ValueError, match=r"expected default only for networks .* without options, got .*\?width=0\.5"):
         find_network("torchvision:resnet18?width=0.5", 10, weights="default")
-    with pytest.raises(ValueError, match="default ones are for images of 1 or 3 channels, got 4; use none"):
+    with pytest.raises(ValueError, match="expected images of 1 or 3 channels for default, got 4; use none"):
         find_network("torchvision:resnet18", 10, weights="default", in_channels=4)
 
 

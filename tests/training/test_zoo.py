@@ -128,7 +128,7 @@ def test_a_chosen_network_is_saved_as_any_other(tmp_path: Path) -> None:
         ("resnet8?widths=4,8", "expected 3 widths for resnet8, one per stage, got 4,8"),
         ("torchvision:resnet18?layers=1,1,1", "expected 4 layers for resnet18, one per stage, got 1,1,1"),
         ("torchvision:resnet18?layers=1,1,0,1", "positive whole numbers such as 2,1,1,1, got '1,1,0,1'"),
-        ("resnet8?width=-1", "expected for the option width a positive factor such as 0.75, got '-1'"),
+        ("resnet8?width=-1", "expected the option width to be a positive factor such as 0.75, got '-1'"),
         ("resnet8?width=0.5&widths=4,8,12", r"expected width \(a factor\) or widths \(channels\), got both"),
         ("resnet8?width", r"expected options like \?layers=2,1,1,1&width=0\.75, got"),
         (
@@ -161,9 +161,9 @@ def test_options_that_cannot_be_met(name: str, message: str) -> None:
         ("torchvison:resnet18", r"but there is no module torchvison here; did you mean torchvision:resnet18"),
         ("cifar:resnet", r"did you mean resnet56, resnet44, resnet32"),
         ("cifar:resnet18", r"any 6n \+ 2.*did you mean resnet110, resnet56, resnet44"),
-        ("qqqq", "nothing known is called alike"),
-        ("", "nothing known is called alike"),
-        ("a b:c", "nothing known is called alike"),
+        ("qqqq", "no known name is similar"),
+        ("", "no known name is similar"),
+        ("a b:c", "no known name is similar"),
     ],
 )
 def test_unknown_names(name: str, hint: str) -> None:
@@ -303,7 +303,7 @@ def test_an_own_network_takes_weights_of_another_number_of_classes(tmp_path: Pat
         ("mynet:broken", r"mynet:broken failed \(RuntimeError: out of\)"),
         ("mynet:demanding", r"mynet:demanding failed \(TypeError: .*missing 1 required positional argument: 'depth'\)"),
         ("mynet:nothing", r"expected mynet:nothing to return a torch\.nn\.Module, got a NoneType"),
-        ("mynet:network", r"expected mynet:network to be a function or class that makes a network, got a Net"),
+        ("mynet:network", r"expected mynet:network to be a function or class that builds a network, got a Net"),
         ("mynet:gated", r"expected mynet:gated without gates, got one with 'layer1\.0\.gate'"),
         ("bad:build", r"bad cannot be imported \(KeyError: "),
         (

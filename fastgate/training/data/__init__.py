@@ -1,17 +1,17 @@
-"""Images to train and evaluate on, behind one interface: :class:`Data`, which :func:`load_data` picks by name.
+"""Image data sets behind one interface, :class:`Data`; :func:`load_data` loads them by name.
 
-- `"digits"`, `"cifar10"`, `"cifar100"` live on the training device as uint8, where batches are cropped, flipped and
+- `"digits"`, `"cifar10"`, `"cifar100"` are kept on the training device as uint8, where batches are cropped, flipped and
   normalised: :class:`Dataset`.
-- `"folder:PATH"` are own images, read and cropped in worker processes, flipped, coloured and normalised in batches on
-  the training device: :class:`~fastgate.training.data.folder.Folder`.
+- `"folder:PATH"` is a folder of the user's images, read and cropped in worker processes; batches are flipped,
+  colour-jittered and normalised on the training device: :class:`~fastgate.training.data.folder.Folder`.
 
 A :class:`Data` has a `name`, `image_size` (C, H, W), `num_classes`, `class_names` (or None), `mean` and `std` per
 channel and `splits`, the numbers of images of "train", "test" and, where images were held out, "validation". Its
 batches are `(x float32 [B, C, H, W], y int64 [B])`, x normalised, both on the training device:
 
 - `training(batch_size, seed=0, shard=(0, 1), channels_last=False)`: the training images, shuffled and augmented. Order
-  and augmentation depend on the seed, the epoch and the place in the epoch alone, so that `start_at(epoch, step)` gives
-  what a run saw there that was never interrupted, with any number of workers.
+  and augmentation depend only on the seed, the epoch and the position in the epoch, so that `start_at(epoch, step)`
+  gives the batches of an uninterrupted run, with any number of workers.
 - `evaluation(split, batch_size, shard=(0, 1), channels_last=False)`: every image of a split once, in order, without
   augmentation.
 
@@ -65,28 +65,27 @@ def load_data(
     Args:
         name: one of :data:`DATASETS`, see :func:`load_dataset`, or `"folder:PATH"`, see
             :class:`~fastgate.training.data.folder.Folder`.
-        root: where CIFAR lies; a relative PATH of a folder is one inside it.
+        root: folder that holds CIFAR, or that a relative PATH of a folder is relative to.
         download: let torchvision download CIFAR into `root` if it is not there.
-        validation: number of training images to hold out, or a share of them below 1; always the same ones.
-        train_images: number of training images to take, or a share of them below 1, after those held out; always the
-            same ones. None takes all.
-        device: that batches are on.
-        image_size: pixels of an image's sides. None takes 224 for folders, and the others as they come; these are
-            averaged down, so it has to divide their size.
-        mean, std: per channel, of images scaled to 0..1: the recipe of the weights to start from. None takes the data
-            set's own, and ImageNet's for folders.
-        workers: processes that read images, 0 to read them in this one; None takes a processor each, up to 8. Of
-            folders alone.
-        augmentation: how training images are varied. Of folders alone.
+        validation: number of training images to hold out, or a fraction below 1; always the same ones.
+        train_images: number of the remaining training images to use, or a fraction below 1; always the same ones. None
+            uses all.
+        device: device of the batches.
+        image_size: side of the images in pixels. None: 224 for folders, unchanged for the others, which are averaged
+            down, so it must divide their size.
+        mean, std: per channel, of images scaled to 0..1, as the initial weights require. None: the data set's own;
+            ImageNet's for folders.
+        workers: processes that read images, 0 to read them in this one; None: one per CPU, up to 8. Folders only.
+        augmentation: augmentation of the training images. Folders only.
 
     Raises:
-        ValueError: an unknown name, an option that the data set has no use for, or what the data set refuses.
-        FileNotFoundError: the data are not there.
+        ValueError: an unknown name, an option that does not apply to the data set, or a value that it rejects.
+        FileNotFoundError: the data do not exist.
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         if download:
-            raise ValueError(f"download: expected cifar10 or cifar100, which are known, got {name!r}; leave it out")
+            raise ValueError(f"download: expected cifar10 or cifar100, got {name!r}; leave it out")
         from fastgate.training.data.folder import Folder
 
         return Folder(
@@ -106,7 +105,7 @@ def load_data(
     for option, value in (("workers", workers), ("augmentation", augmentation)):
         if value is not None:
             raise ValueError(
-                f"{option}: expected none for {name}, whose images are in memory and augmented in one way, got "
+                f"{option}: expected none for {name}, whose images are in memory with a fixed augmentation, got "
                 f"{value}; leave it out, or use folder:PATH"
             )
     data = load_dataset(

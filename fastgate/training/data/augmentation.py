@@ -1,4 +1,4 @@
-"""What is done to whole batches of images on the device: crops, flips, colour, normalisation."""
+"""Augmentation and normalisation of whole batches on the device: crops, flips, colour jitter."""
 
 import math
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# of red, green and blue in what the eye takes for the brightness (ITU-R BT.601, as in Pillow and torchvision)
+# weights of red, green and blue in the luma (ITU-R BT.601, as in Pillow and torchvision)
 _GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images of a folder are varied.
+    """Augmentation of a folder's training images.
 
     Args:
-        scale: smallest and largest share of an image's area that a random crop takes.
-        ratio: smallest and largest width / height of a crop.
-        flip: whether half of the images are mirrored; not where mirrored images are of another class.
-        colour: brightness, contrast and saturation are each multiplied by 1 - colour to 1 + colour.
+        scale: smallest and largest fraction of an image's area in a random crop.
+        ratio: smallest and largest aspect ratio (width / height) of a crop.
+        flip: whether half of the images are mirrored; not if mirroring changes the class.
+        colour: brightness, contrast and saturation are each multiplied by a factor from 1 - colour to 1 + colour.
 
     Raises:
-        ValueError: a range that holds nothing, or a share that is none.
+        ValueError: an empty range, or a value out of bounds.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -33,7 +33,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale: expected 0 < smallest <= largest <= 1, shares of the area, got {self.scale}")
+            raise ValueError(f"scale: expected 0 < smallest <= largest <= 1, fractions of the area, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio: expected 0 < smallest <= largest, widths / heights, got {self.ratio}")
         if not 0 <= self.colour < 1:
@@ -41,12 +41,12 @@ class Augmentation:
 
 
 class Normalisation:
-    """(x - mean) / std of images with values 0..255, in fp32 and in the memory format asked for.
+    """Normalises images with values 0..255 to (x - mean) / std, in fp32 and the given memory format.
 
     Args:
         mean, std: per channel, of images scaled to 0..1.
         device: of the images.
-        channels_last: memory format of what comes out.
+        channels_last: memory format of the output.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Normalisation:
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images uint8 or float `[N, C, H, W]`, normalised."""
+        """Normalise images, uint8 or float `[N, C, H, W]`."""
         x = (images.float() - self._mean) * self._scale
         return x.contiguous(memory_format=self._memory_format)
 
 
 def check_channels(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A mean or a standard deviation per channel, as floats.
+    """The checked mean or standard deviation per channel, as floats.
 
     Raises:
-        ValueError: not one for each channel, or a standard deviation that is not above 0.
+        ValueError: not one value per channel, or a standard deviation that is not above 0.
     """
     numbers = tuple(map(float, values))
     lowest = 0.0 if name == "std" else -math.inf
@@ -78,7 +78,7 @@ def check_channels(name: str, values: Sequence[float], channels: int) -> tuple[f
 
 
 def crop_and_flip(images: Tensor, pad: int, offsets: Tensor, flips: Tensor) -> Tensor:
-    """Crop each image `[N, C, H, W]` from its zero-padded self at offsets `[2, N]` (row, column), mirror where `flips`.
+    """Zero-pad images `[N, C, H, W]`, crop them at offsets `[2, N]` (row, column), and mirror them where `flips`.
 
     One gather for the whole batch.
     """
@@ -94,18 +94,19 @@ def crop_and_flip(images: Tensor, pad: int, offsets: Tensor, flips: Tensor) -> T
 def flip_and_colour(images: Tensor, flips: Tensor, factors: Tensor) -> Tensor:
     """Mirror images uint8 `[N, 3, H, W]` where `flips`, and multiply brightness, contrast and saturation by `factors`.
 
-    An image comes out the same bits whatever batch it is in.
+    The result for an image is bit-identical in any batch.
 
     Args:
-        images: red, green and blue.
+        images: RGB.
         flips: bool `[N]`.
-        factors: fp32 `[N, 3]`: of brightness, of the distance from the mean grey, of the distance from the own grey.
+        factors: fp32 `[N, 3]`: of brightness, of the difference from the mean grey, of the difference from each pixel's
+            grey.
 
     Returns:
         fp32, values 0..255.
     """
     brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
-    # sums of integers are exact in any order, and so no matter how a device shares them out
+    # integer sums are exact in any order, however the device splits them
     sums = images.sum((2, 3), dtype=torch.int64, keepdim=True).float()
     mean = _grey(sums) / (images.shape[2] * images.shape[3]) * brightness
     x = torch.where(flips[:, None, None, None], images.flip(3), images).float()

@@ -1,4 +1,4 @@
-"""Own images: a folder of JPEGs and the like, read while the network trains."""
+"""Folders of JPEGs and other images, read while the network trains."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Folder:
     """A folder of images, laid out as torchvision's `ImageFolder`: a :class:`~fastgate.training.data.Data`.
 
-    A class is a folder of images, sorted by name; what is in folders inside it is of it too. Which images are which
-    split:
+    Each class is a folder of images, including its subfolders; classes are sorted by name. The splits:
 
     ==================================  ===========================  =================================================
     in the folder                       "test"                       "validation"
@@ -31,32 +30,32 @@ class Folder:
     train/ alone, or classes            what `validation` holds out  none
     ==================================  ===========================  =================================================
 
-    (valid/ and validation/ are val/ too.) So the first images that are not trained on are the test split, and a share
-    of one folder held out is reported on: nothing is selected by them. Images held out are always the same ones, and of
-    each class in its proportion.
+    (valid/ and validation/ count as val/.) Thus a single set of images outside training is the test split, on which
+    results are reported, also when it is held out from a single folder: nothing is selected on it. The images held out
+    are always the same ones, stratified by class.
 
-    Training images are random crops, resized, half of them mirrored, with varied colour; all others are resized to a
-    shorter side of 256/224 of the size, and their centre is taken. Files are read, cropped and resized in worker
-    processes, since they differ in size; the rest is done in batches on the device. Images are turned upright as their
-    EXIF data say, and made red, green and blue.
+    Training images are random resized crops, half of them mirrored, with colour jitter; all others are resized to a
+    shorter side of 256/224 of the size and centre-cropped. Worker processes read, crop and resize the files, which
+    differ in size; the rest runs in batches on the device. Images are rotated upright by their EXIF data, and converted
+    to RGB.
 
     Args:
         path: the folder.
-        name: of the data set, None for `"folder:PATH"`.
-        validation: number of images to hold out from the training images, or a share of them below 1.
-        train_images: number of the rest to train on, or a share of it below 1, of every class the same share. None
-            takes all.
-        device: that batches are on.
-        image_size: pixels of both sides of an image in a batch.
-        mean, std: per channel, of images scaled to 0..1; None for those of ImageNet, which most weights have seen.
-        workers: processes that read images, 0 to read them in this one; None takes a processor each, up to 8. What
-            batches hold does not depend on it. A loader that is kept keeps its workers.
-        augmentation: how training images are varied, None for the defaults.
+        name: of the data set; None: `"folder:PATH"`.
+        validation: number of training images to hold out, or a fraction below 1.
+        train_images: number of the remaining images to train on, or a fraction below 1, stratified by class. None uses
+            all.
+        device: device of the batches.
+        image_size: side in pixels of the images in a batch.
+        mean, std: per channel, of images scaled to 0..1; None: those of ImageNet, which most weights were trained with.
+        workers: processes that read images, 0 to read them in this one; None: one per CPU, up to 8. Batches do not
+            depend on it. Workers live as long as their loader.
+        augmentation: augmentation of the training images; None: the defaults.
 
     Raises:
-        ValueError: no classes, a class without images, splits with different classes, images held out that there is no
-            need for, or too many; an argument out of range.
-        FileNotFoundError: there is no such folder.
+        ValueError: no classes, a class without images, splits with different classes, images held out although there
+            are validation images, or too many; an argument out of range.
+        FileNotFoundError: the folder does not exist.
     """
 
     def __init__(
@@ -116,13 +115,13 @@ class Folder:
 class FolderLoader:
     """Batches of images of a folder, see :meth:`Folder.training` and :meth:`Folder.evaluation`.
 
-    Workers are started by the first pass and wait between passes; they end with the loader. A pass that another one
-    follows before its end is over. A pass raises ValueError for a file that cannot be read, with its name.
+    Workers are started by the first pass and wait between passes; they end with the loader. Beginning a pass ends an
+    unfinished one. A pass raises a ValueError that names a file that cannot be read.
 
     Args:
         data: the folder.
         images: the split to read.
-        batching: how images are dealt out; full batches are shuffled and augmented.
+        batching: how images are split into batches; full batches are shuffled and augmented.
         seed: of order and augmentation.
         channels_last: memory format of x.
     """
@@ -145,13 +144,13 @@ class FolderLoader:
         self._workers = min(data.workers, len(batching))
         self._plan = _Plan()
         self._reading: DataLoader[Tensor | str] | None = None
-        self._pass: object = None  # the one that batches from workers are for
+        self._pass: object = None  # the pass that the workers read for
 
     def __len__(self) -> int:
         return len(self._batching)
 
     def start_at(self, epoch: int, step: int = 0) -> "FolderLoader":
-        """Let the next pass give epoch `epoch` from step `step` on."""
+        """Let the next pass yield epoch `epoch`, starting at step `step`."""
         self.epoch, self.first_step = epoch, step
         return self
 
@@ -162,7 +161,7 @@ class FolderLoader:
             return
         order, crops, flips, factors = self._draw()
         labels = self._images.labels[order].to(self._device)
-        paths = self._images.paths  # not by way of self: in a circle of references workers end late, see below
+        paths = self._images.paths  # not through self: in a reference cycle workers end late, see below
         self._plan.batches = (_wanted(paths, order[part], crops[part]) for part in parts)
         if self._reading is None:
             self._reading = self._start_reading()
@@ -171,13 +170,13 @@ class FolderLoader:
         for part in parts:
             if self._pass is not this_pass:
                 raise RuntimeError(
-                    "a pass over this loader goes on after another one has begun, for which its workers now read; "
+                    "a pass over this loader continued after another one has begun, for which its workers now read; "
                     "finish one first, or make a loader for each"
                 )
             images = next(batches)
             if isinstance(images, str):
-                # Workers end at once when their last reference goes, but take seconds each in the garbage collector,
-                # which takes their queues first; and whoever keeps the error keeps this frame.
+                # Workers end at once when their last reference is dropped, but take seconds each in the garbage
+                # collector, which collects their queues first; and a reference to the error keeps this frame alive.
                 del batches
                 self._reading = None
                 raise ValueError(images)
@@ -202,25 +201,25 @@ class FolderLoader:
     def _start_reading(self) -> DataLoader[Tensor | str]:
         return DataLoader(
             self._reader,
-            batch_size=None,  # a batch is read as a whole: the plan has an entry for each
+            batch_size=None,  # a batch is read as a whole: the plan has one entry per batch
             sampler=self._plan,
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=start_worker,
-            # workers are seeded from it, though they draw nothing: the seeds must not come out of the global one
+            # workers are seeded from it, although they draw nothing: it must not be the global generator
             generator=torch.Generator(),
             persistent_workers=self._workers > 0,
         )
 
 
 def _wanted(paths: list[str], order: Tensor, crops: Tensor) -> list[tuple[str, int | None]]:
-    """What a Reader is asked for: files, and seeds of random crops where they are not negative."""
+    """A request to a Reader: files with the seeds of their random crops, None where negative."""
     seeds = crops.tolist()
     return [(paths[i], seed if seed >= 0 else None) for i, seed in zip(order.tolist(), seeds, strict=True)]
 
 
 class _Plan:
-    """What a pass is to read, for a DataLoader that outlives passes; it is read again at the start of each one."""
+    """The batches to read in a pass, for a DataLoader that outlives passes; it iterates over them anew in each pass."""
 
     batches: Iterable[list[tuple[str, int | None]]] = ()
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of a data set, and the arithmetic of batches that all data sets share."""
+"""The interface between trainer and data sets, and the arithmetic of batches that all data sets share."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-# of images of folders in evaluation: shorter side / side of the centre crop, as for torchvision's weights
+# evaluation of folders: shorter side of an image / side of its centre crop, as for torchvision's weights
 RESIZED = 256 / 224
 
 
@@ -15,40 +15,40 @@ class Loader(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Images per batch, those of all shards together where a batch is shared."""
+        """Images per batch, over all shards if a batch is shared."""
 
     @property
     def samples(self) -> int:
-        """Images that a whole pass gives, in all shards together."""
+        """Images in a whole pass, over all shards."""
 
     @property
     def shard(self) -> tuple[int, int]:
-        """(number of a process, number of processes): which part of the images this loader gives."""
+        """(index of a process, number of processes): the part of the images in this loader."""
 
     def __len__(self) -> int:
-        """Batches of a whole pass of this shard."""
+        """Batches in a whole pass of this shard."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class TrainingLoader(Loader, Protocol):
-    """Shuffled and augmented full batches. A pass repeats its epoch unless `start_at` names another."""
+    """Shuffled and augmented full batches. Each pass repeats the same epoch unless `start_at` sets another."""
 
     def start_at(self, epoch: int, step: int = 0) -> "TrainingLoader":
-        """Let the next pass give epoch `epoch` from step `step` on; returns the loader itself."""
+        """Let the next pass yield epoch `epoch`, starting at step `step`; returns the loader itself."""
 
 
 class Data(Protocol):
-    """A data set: what a network and a trainer have to know of it, and its batches.
+    """A data set: the properties that a network and a trainer need, and its batches.
 
-    "train" is learned from, also by the gates; "validation", where there is one, is evaluated during training; "test"
-    is what results are reported on, and evaluated during training where there is no validation split. Nothing is
-    selected by either.
+    "train" trains the weights and the gates; "validation", if there is one, is evaluated during training; results are
+    reported on "test", which is evaluated during training if there is no validation split. Nothing is selected on
+    either.
     """
 
     @property
     def name(self) -> str:
-        """As :func:`~fastgate.training.data.load_data` takes it."""
+        """The name that :func:`~fastgate.training.data.load_data` takes."""
 
     @property
     def image_size(self) -> tuple[int, int, int]:
@@ -60,11 +60,11 @@ class Data(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """By label; None if nobody named them."""
+        """Names by label; None if unknown."""
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Per channel, of images scaled to 0..1: what x is normalised with."""
+        """Per channel, of images scaled to 0..1, for the normalisation of x."""
 
     @property
     def std(self) -> tuple[float, ...]:
@@ -72,18 +72,18 @@ class Data(Protocol):
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Numbers of images of "train", "test" and, where images were held out, "validation"."""
+        """Numbers of images of "train", "test" and, if there is one, "validation"."""
 
     def training(
         self, batch_size: int, *, seed: int = 0, shard: tuple[int, int] = (0, 1), channels_last: bool = False
     ) -> TrainingLoader:
         """The training images, shuffled and augmented; the last short batch is dropped.
 
-        Order and augmentation depend on `seed`, the epoch and the place in it alone. Each process of `shard` gets an
+        Order and augmentation depend only on `seed`, the epoch and the position in it. Each process of `shard` gets an
         equal part of every batch.
 
         Raises:
-            ValueError: more images per batch than there are, or a batch that the processes cannot share equally.
+            ValueError: fewer images than a batch, or a batch size that the processes cannot share equally.
         """
 
     def evaluation(
@@ -91,7 +91,7 @@ class Data(Protocol):
     ) -> Loader:
         """Every image of a split once, in order, without augmentation. The processes of `shard` take turns.
 
-        Batches are smaller than `batch_size` where otherwise a process would have none.
+        Batches are smaller than `batch_size` if a process would otherwise have none.
 
         Raises:
             ValueError: there is no such split.
@@ -100,18 +100,18 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Batching:
-    """How images are dealt out.
+    """The division of images into batches and over processes.
 
     Args:
-        images: how many there are.
+        images: number of images.
         batch_size: images per batch.
-        shard: (number of a process, number of processes).
-        full: full batches alone, of which each process gets an equal part; else all images, in batches that the
+        shard: (index of a process, number of processes).
+        full: only full batches, of which each process gets an equal part; otherwise all images, in batches that the
             processes take in turns.
 
     Raises:
-        ValueError: no images per batch, a shard that there is not, or full batches of more images than there are or
-            that the processes cannot share equally.
+        ValueError: an empty batch, an impossible shard, or full batches of more images than there are or that the
+            processes cannot share equally.
     """
 
     images: int
@@ -124,7 +124,7 @@ class Batching:
             raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
         if not 0 <= self.shard[0] < self.shard[1]:
             raise ValueError(
-                f"shard: expected (number of a process, number of processes), such as (0, 2), got {self.shard}"
+                f"shard: expected (index of a process, number of processes), such as (0, 2), got {self.shard}"
             )
         if self.full and self.batch_size % self.shard[1]:
             raise ValueError(
@@ -136,14 +136,14 @@ class Batching:
 
     @property
     def samples(self) -> int:
-        """Images of a whole pass, in all shards together."""
+        """Images in a whole pass, over all shards."""
         return self.images // self.batch_size * self.batch_size if self.full else self.images
 
     def __len__(self) -> int:
         return len(self._starts(0))
 
     def parts(self, first_step: int = 0) -> Iterator[slice]:
-        """This process' part of each batch, places in the order of a pass, from step `first_step` on."""
+        """This process's part of each batch from step `first_step` on, as positions in the order of a pass."""
         size = self.batch_size // self.shard[1] if self.full else self.batch_size
         for start in self._starts(first_step):
             yield slice(start, min(start + size, self.images))
@@ -157,45 +157,45 @@ class Batching:
 
 
 def evaluation_batch_size(batch_size: int, images: int, shard: tuple[int, int]) -> int:
-    """`batch_size`, or what leaves every process a batch."""
+    """`batch_size`, reduced if that is needed to give every process a batch."""
     return min(batch_size, max(images // shard[1], 1))
 
 
 def check_split(data: Data, split: str) -> None:
-    """Refuse the name of a split that a data set does not have.
+    """Check that a data set has this split.
 
     Raises:
-        ValueError: that.
+        ValueError: it does not.
     """
     if split not in data.splits:
         raise ValueError(f"split: {data.name} has {', '.join(data.splits)}, got {split!r}; choose one of them")
 
 
 def images_held_out(validation: float, images: int) -> int:
-    """How many of `images` training images a validation split of a number or a share below 1 of them has.
+    """Number of images to hold out of `images` training images, given a number or a fraction below 1.
 
     Raises:
-        ValueError: it is neither, or it leaves no training images or no validation images.
+        ValueError: neither of these, or a value that leaves no training images or no validation images.
     """
     count = round(validation * images) if 0 < validation < 1 else validation
     if not (0 <= count < images and count == int(count) and (count > 0 or validation == 0)):
         raise ValueError(
-            f"validation: expected 0 to {images - 1} images, got {validation}; or a share of the {images} training "
-            "images, between 0 and 1, that is one image at least"
+            f"validation: expected 0 to {images - 1} images, got {validation}; or a fraction of the {images} training "
+            "images, between 0 and 1, that is at least one image"
         )
     return int(count)
 
 
 def images_taken(train_images: float, images: int) -> int:
-    """How many of `images` training images a number or a share below 1 of them is.
+    """Number of images to use out of `images` training images, given a number or a fraction below 1.
 
     Raises:
-        ValueError: it is neither, or none, or more than there are.
+        ValueError: neither of these, less than one image, or more than there are.
     """
     count = round(train_images * images) if 0 < train_images < 1 else train_images
     if not (1 <= count <= images and count == int(count)):
         raise ValueError(
-            f"train_images: expected 1 to {images} images, got {train_images}; or a share of the {images} training "
-            "images, between 0 and 1, that is one image at least"
+            f"train_images: expected 1 to {images} images, got {train_images}; or a fraction of the {images} training "
+            "images, between 0 and 1, that is at least one image"
         )
     return int(count)

@@ -1,4 +1,4 @@
-"""Which images of a folder are of which split and class."""
+"""The splits and classes of a folder of images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from fastgate.training.data.interface import images_held_out, images_taken
 
 _TRAIN, _TEST, _VALIDATION = "train", "test", ("val", "valid", "validation")
-# in any case, never classes: else a folder of splits that are called otherwise would be one of two classes
+# never names of classes, in upper or lower case: else a folder of other splits would be taken for two classes
 _SPLITS = {_TRAIN, _TEST, *_VALIDATION, "training", "testing"}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Files of images, and their labels int64 `[N]` on the CPU."""
+    """Image files, and their labels int64 `[N]` on the CPU."""
 
     paths: list[str]
     labels: Tensor
@@ -37,9 +37,9 @@ def find_splits(
     See :class:`~fastgate.training.data.folder.Folder` for the layouts.
 
     Raises:
-        ValueError: no classes, a class without images, splits with different classes, images held out that there is no
-            need for, or too many, or more to train on than there are.
-        FileNotFoundError: there is no such folder.
+        ValueError: no classes, a class without images, splits with different classes, images held out although there
+            are validation images, or too many, or more to train on than there are.
+        FileNotFoundError: the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder of images, found none; check the path")
@@ -50,7 +50,7 @@ def find_splits(
         found = _class_folders(folder)
         if {name.lower() for name in found} <= _SPLITS:
             raise ValueError(
-                f"{folder}: expected train/ with a folder of images per class, or such folders alone, found "
+                f"{folder}: expected train/ with a folder of images per class, or only such folders, found "
                 f"{', '.join(found) or 'neither'}; put each image under {folder / _TRAIN}/CLASS"
             )
     names = {split: _class_folders(path) for split, path in paths.items()}
@@ -60,12 +60,12 @@ def find_splits(
     count = images_held_out(validation, len(splits[_TRAIN]))
     if _TEST not in splits and not count:
         raise ValueError(
-            f"{folder}: expected images to test with, in test/ or val/ beside train/, found none; add them, or hold "
-            "out a share of the training images with validation=0.1 (--validation 0.1)"
+            f"{folder}: expected test images, in test/ or val/ next to train/, found none; add them, or hold out a "
+            "fraction of the training images with validation=0.1 (--validation 0.1)"
         )
     if "validation" in splits and count:
         raise ValueError(
-            f"validation: expected 0, as {paths['validation']} are the validation images, got {validation}; leave it "
+            f"validation: expected 0, as {paths['validation']} has the validation images, got {validation}; leave it "
             "out, or remove that folder"
         )
     if count:
@@ -80,7 +80,7 @@ def find_splits(
 
 
 def _evaluated_folders(folder: Path) -> dict[str, Path]:
-    """The folders beside train/: the only one is the test split, whatever its name."""
+    """The evaluation folders next to train/; if there is only one, it is the test split, whatever its name."""
     test = [folder / _TEST] if (folder / _TEST).is_dir() else []
     validation = [folder / name for name in _VALIDATION if (folder / name).is_dir()]
     if len(validation) > 1:
@@ -90,7 +90,7 @@ def _evaluated_folders(folder: Path) -> dict[str, Path]:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, hidden ones such as .ipynb_checkpoints left out."""
+    """Sorted names of the subfolders, except hidden ones such as .ipynb_checkpoints."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -123,17 +123,17 @@ def _read(folder: Path, classes: list[str]) -> Split:
 
 
 def _hold_out(labels: Tensor, count: int, classes: list[str], option: str = "validation") -> tuple[Tensor, Tensor]:
-    """Indices of the images to keep and of `count` to hold out, always the same ones, in proportion of every class."""
+    """Indices of the images to keep and of `count` to hold out, always the same ones, stratified by class."""
     generator = torch.Generator().manual_seed(0)
     images = torch.bincount(labels, minlength=len(classes))
     shares = images * count // len(labels)
-    # what rounding down left over goes to the classes that lost most by it
+    # the remainder goes to the classes that lost most by rounding down
     losers = (images * count % len(labels)).sort(descending=True, stable=True).indices
     shares[losers[: count - int(shares.sum())]] += 1
     if (shares == images).any():
         name = classes[int((shares == images).nonzero()[0])]
         raise ValueError(
-            f"{option}: expected to leave training images of every class, but {count} images held out are all of "
+            f"{option}: expected to leave training images of every class, but {count} images held out include all of "
             f"{name}; hold out fewer, or add images"
         )
     held_out = torch.zeros(len(labels), dtype=torch.bool)

@@ -10,7 +10,7 @@ from fastgate.training.data.interface import check_split
 
 
 class DeviceBatches:
-    """A loader of `(x, y)` whose batches come on a device; each process has a loader of its own part."""
+    """A loader of `(x, y)` that moves its batches to a device; each process has a loader for its own part."""
 
     shard = (0, 1)
 
@@ -22,12 +22,12 @@ class DeviceBatches:
 
     @property
     def samples(self) -> int:
-        """Images of a whole pass, the last batch taken for a full one."""
+        """Images in a whole pass, counting the last batch as full."""
         return len(self.loader) * self.batch_size
 
     @property
     def sampler(self) -> Any:
-        """Of the loader, for whoever tells it the epoch."""
+        """The loader's sampler, to set its epoch."""
         return getattr(self.loader, "sampler", None)
 
     def __len__(self) -> int:
@@ -39,16 +39,16 @@ class DeviceBatches:
 
 
 class Loaders:
-    """A data set of two loaders, which say how large batches are; see :class:`~fastgate.training.data.Data`.
+    """A data set of two loaders, which determine the batch size; see :class:`~fastgate.training.data.Data`.
 
     Args:
-        train: batches `(x float [N, C, H, W], y int64 [N])` of a known number.
-        test: likewise.
+        train: loader with a length, of batches `(x float [N, C, H, W], y int64 [N])`.
+        test: the same for the test images.
         num_classes: labels are 0 to num_classes - 1.
-        device: that batches come on.
+        device: device of the batches.
 
     Raises:
-        ValueError, TypeError: loaders without a length, or batches of something else.
+        ValueError, TypeError: loaders without a length, or other batches.
     """
 
     name = "own loaders"
@@ -84,7 +84,7 @@ class Loaders:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Numbers of images, the last batch taken for a full one."""
+        """Numbers of images, counting the last batch as full."""
         return {name: len(loader) * self._sizes[name] for name, loader in self._loaders.items()}
 
     def training(

@@ -1,4 +1,4 @@
-"""Reading image files in worker processes, each image cut and resized to the size that batches have."""
+"""Reading image files in worker processes, with each image cropped and resized to the size of the batches."""
 
 import math
 import os
@@ -17,29 +17,29 @@ from torchvision.transforms.v2 import functional as transforms
 from fastgate.training.data.augmentation import Augmentation
 from fastgate.training.data.interface import RESIZED
 
-# what Pillow turns into 8 bits per channel without losing more than transparency
+# modes that Pillow converts to 8 bits per channel without losing more than transparency
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 
 @dataclass(frozen=True)
 class Reader(Dataset[Tensor | str]):
-    """Images of one size from files. It holds no list of them: a worker is told what to read, and keeps nothing.
+    """Reads images of one size from files. It holds no list of files: workers get them with each request.
 
     Args:
-        size: pixels of both sides.
-        augmentation: what random crops there are.
+        size: side of the images in pixels.
+        augmentation: determines the random crops.
     """
 
     size: int
     augmentation: Augmentation
 
     def __getitem__(self, wanted: list[tuple[str, int | None]]) -> Tensor | str:
-        """Images uint8 `[N, 3, size, size]`, or what is wrong with one of them, in words.
+        """Images uint8 `[N, 3, size, size]`, or an error message about one of them.
 
         Args:
-            wanted: a file and the seed of its random crop each; None takes the centre.
+            wanted: pairs of a file and the seed of its random crop; None takes the centre crop.
         """
-        # words, as an exception would come out of a worker with the worker's traceback for a message
+        # a message, since an exception would leave a worker with the worker's traceback as its message
         images = []
         for path, seed in wanted:
             try:
@@ -59,25 +59,25 @@ class Reader(Dataset[Tensor | str]):
 
 
 def open_rgb(path: str) -> Image.Image:
-    """The image in a file, upright, as red, green and blue; what is transparent shows its own colour.
+    """The image in a file, upright, in RGB; transparent pixels show their own colour.
 
     Raises:
         ValueError: more than 8 bits per channel.
-        Exception: whatever Pillow raises for a file that it cannot read.
+        Exception: any error of Pillow for a file that it cannot read.
     """
     with Image.open(path) as image:
         if image.mode not in _MODES:
-            raise ValueError(f"more than 8 bits per channel (mode {image.mode}), which have no one meaning in 8")
-        upright = ImageOps.exif_transpose(image)  # as cameras mean it and viewers show it
+            raise ValueError(f"more than 8 bits per channel (mode {image.mode}), with no unambiguous reduction to 8")
+        upright = ImageOps.exif_transpose(image)  # as cameras record it and viewers show it
         if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")  # what Pillow asks for, with a warning, in place of the direct way
+            upright = upright.convert("RGBA")  # Pillow warns about direct conversion and advises this
         return upright.convert("RGB")
 
 
 def random_crop(width: int, height: int, augmentation: Augmentation, draws: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop of random area and ratio, as torchvision's RandomResizedCrop draws them.
+    """(top, left, height, width) of a crop of random area and ratio, drawn as in torchvision's RandomResizedCrop.
 
-    Of an image that no crop fits in ten trials it is the largest one in the middle that has an allowed ratio.
+    If no crop fits the image in ten trials, it is the largest centred one with an allowed ratio.
     """
     (smallest, largest), (narrow, wide) = augmentation.scale, augmentation.ratio
     for _ in range(10):
@@ -93,14 +93,14 @@ def random_crop(width: int, height: int, augmentation: Augmentation, draws: rand
 
 
 def default_workers() -> int:
-    """A processor each, shared with the other training processes of the machine; up to 8."""
+    """One worker per CPU, divided among the training processes of the machine; up to 8."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(min(processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 8), 1)
 
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits while workers are started, which inherit that: one that has not come to `start_worker` would die."""
+    """Block Ctrl-C while workers start, which inherit this: it would end one that has not reached `start_worker`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -112,5 +112,5 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 def start_worker(number: int) -> None:
-    """Leave Ctrl-C to the process that trains: it finishes its step, saves, and ends its workers itself."""
+    """Leave Ctrl-C to the training process, which finishes its step, saves, and ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

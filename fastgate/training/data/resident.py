@@ -1,4 +1,4 @@
-"""Image sets that live on the device as uint8, and batches that are cropped, flipped and normalised there."""
+"""Image sets kept on the device as uint8, and batches that are cropped, flipped and normalised there."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def shrunk(self, size: int) -> "ImageSet":
-        """The same images with sides of `size` pixels, each the mean of a square of pixels.
+        """The same images averaged down to sides of `size` pixels.
 
         Raises:
-            ValueError: the images' sides are no multiples of it.
+            ValueError: the images' sides are not multiples of `size`.
         """
         height, width = self.images.shape[-2:]
         if size < 1 or height % size or width % size:
@@ -49,14 +49,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set with its splits and what preprocessing needs.
+    """A data set with its splits and the parameters of its preprocessing.
 
     Attributes:
         train, test: the splits; `validation` is None unless images were held out from `train`.
         mean, std: per channel, of the training images scaled to 0..1.
-        pad: random crops are taken from images padded by this many zero pixels.
-        flip: whether mirrored images are of the same class.
-        class_names: by label, where the data set comes with names.
+        pad: zero pixels of padding on each side for random crops.
+        flip: whether mirroring preserves the class.
+        class_names: by label, if the data set has names.
     """
 
     name: str
@@ -105,22 +105,22 @@ class Dataset:
 class Batches:
     """Batches of normalised images and labels, `(x float32 [B, C, H, W], y int64 [B])`, made on the set's device.
 
-    With `augment`, each sample is cropped from its zero-padded image at a random offset and, where the data set allows,
-    mirrored with probability 0.5. Order and augmentation depend on `seed` and `epoch` alone, so that a run can start
-    at any step of any epoch and see what it would have seen.
+    With `augment`, each sample is cropped from its zero-padded image at a random offset and, if the data set allows,
+    mirrored with probability 0.5. Order and augmentation depend only on `seed` and `epoch`, so that a run can start at
+    any step of any epoch and see the same batches.
 
     Args:
-        dataset: gives the preprocessing.
+        dataset: defines the preprocessing.
         images: the split to read.
         batch_size: samples per batch.
         augment: shuffle and augment, and drop the last short batch (batch statistics need full ones).
         seed: of the run.
         channels_last: memory format of x.
-        shard: (number of a process, number of processes): read only what is that process' part. With `augment` these
-            are equal parts of every batch, else every k-th batch of k processes.
+        shard: (index of a process, number of processes): read only that process's part. With `augment` this is an equal
+            part of every batch, otherwise every k-th batch of k processes.
 
     Raises:
-        ValueError: more samples per batch than there are, or a batch that processes cannot share equally.
+        ValueError: fewer samples than a batch, or a batch size that processes cannot share equally.
     """
 
     def __init__(
@@ -150,11 +150,11 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        """Images of a whole pass, in all shards together."""
+        """Images in a whole pass, over all shards."""
         return self._batching.samples
 
     def start_at(self, epoch: int, step: int = 0) -> "Batches":
-        """Let the next iteration give epoch `epoch` from step `step` on."""
+        """Let the next pass yield epoch `epoch`, starting at step `step`."""
         self.epoch, self.first_step = epoch, step
         return self
 

@@ -1,4 +1,4 @@
-"""The data sets that are known by name: scikit-learn's digits, CIFAR-10 and CIFAR-100."""
+"""Data sets by name: scikit-learn's digits, CIFAR-10 and CIFAR-100."""
 
 import os
 from pathlib import Path
@@ -32,14 +32,15 @@ def load_dataset(
 
     Args:
         name: `"digits"` (scikit-learn's 1797 handwritten digits, 8x8), `"cifar10"` or `"cifar100"`.
-        root: where CIFAR lies: the folder with the official binary layout (`cifar-10-batches-bin`,
-            `cifar-100-binary`) or torchvision's (`cifar-10-batches-py`, `cifar-100-python`). None reads the
-            environment variable FASTGATE_DATA.
+        root: the folder that holds CIFAR in its official binary layout (`cifar-10-batches-bin`, `cifar-100-binary`) or
+            torchvision's (`cifar-10-batches-py`, `cifar-100-python`). None reads the environment variable
+            FASTGATE_DATA.
         download: let torchvision download CIFAR into `root` if it is not there.
-        validation: number of training images to hold out, or a share of them below 1; always the same ones.
-        train_images: number of the rest to train on, or a share of it below 1; always the same ones. None takes all.
-        image_size: pixels of an image's sides: squares of pixels are averaged. None keeps the images as they are.
-        device: where the images live.
+        validation: number of training images to hold out, or a fraction below 1; always the same ones.
+        train_images: number of the remaining images to train on, or a fraction below 1; always the same ones. None uses
+            all.
+        image_size: side in pixels to which the images are averaged down. None leaves them unchanged.
+        device: device of the images.
 
     Raises:
         ValueError: an unknown name, no root, damaged files, a size that does not divide the images', more images than
@@ -57,7 +58,7 @@ def load_dataset(
         classes, pad, flip = 10, 1, False
     else:
         train, test = _cifar(name, root, download)
-        # per-channel statistics of the 50,000 training images, as everybody uses them
+        # the customary per-channel statistics of the 50,000 training images
         if name == "cifar10":
             mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
         else:

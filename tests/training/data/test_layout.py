@@ -23,7 +23,7 @@ def test_three_folders_are_three_splits(tmp_path: Path) -> None:
     assert names(splits["train"]) == ["cat/000.jpg", "cat/001.jpg", "cat/002.jpg", "dog/000.jpg", "dog/001.jpg"]
     assert splits["train"].labels.tolist() == [0, 0, 0, 1, 1]
     assert all("/test/" in path for path in splits["test"].paths)
-    with pytest.raises(ValueError, match=r"validation: expected 0, as .*val are the validation images, got 2"):
+    with pytest.raises(ValueError, match=r"validation: expected 0, as .*val has the validation images, got 2"):
         find_splits(tmp_path, 2)
 
 
@@ -49,7 +49,7 @@ def test_of_one_folder_a_share_is_tested_on(tmp_path: Path, inside: str) -> None
     assert names(splits["test"])[:5] != [f"cat/{i:03}.jpg" for i in range(5)]
     torch.manual_seed(99)
     assert find_splits(tmp_path, 10)[1]["test"].paths == splits["test"].paths
-    with pytest.raises(ValueError, match=r"found none; add them, or hold out a share .*--validation 0.1"):
+    with pytest.raises(ValueError, match=r"found none; add them, or hold out a fraction .*--validation 0.1"):
         find_splits(tmp_path)
 
 
@@ -123,12 +123,12 @@ def test_missing_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("validation", "message"),
     [
-        (5, r"validation: expected 0 to 4 images, got 5; or a share"),
-        (0.05, r"validation: expected 0 to 4 images, got 0.05; or a share of the 5 .*one image at least"),
+        (5, r"validation: expected 0 to 4 images, got 5; or a fraction"),
+        (0.05, r"validation: expected 0 to 4 images, got 0.05; or a fraction of the 5 .*at least one image"),
         (1.5, r"validation: expected 0 to 4 images, got 1.5"),
         (-1, r"validation: expected 0 to 4 images, got -1"),
         (float("nan"), r"validation: expected 0 to 4 images, got nan"),
-        (4, r"expected to leave training images of every class, but 4 images held out are all of dog"),
+        (4, r"expected to leave training images of every class, but 4 images held out include all of dog"),
     ],
 )
 def test_shares_that_are_refused(tmp_path: Path, validation: float, message: str) -> None:
