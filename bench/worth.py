@@ -253,6 +253,8 @@ def run_all(names: list[str], work: Path, data_root: str) -> None:
                     print(job.place, flush=True)
                     run(job, work, data_root)
         except subprocess.CalledProcessError as error:
+            if error.returncode == 130:  # Ctrl-C, which saves the run
+                return
             print(job.place, "failed with", error.returncode, flush=True)
         except ValueError:  # locked
             print(job.place, "is another process's", flush=True)
@@ -286,11 +288,15 @@ def _accuracy(row: dict[str, Any]) -> float:
     return float(row["accuracy"] if held_out is None else held_out)
 
 
+def finished_seeds(name: str) -> list[int]:
+    """The seeds with which all ways of a study are trained."""
+    done = {(job.way, job.seed) for job in list_jobs([name]) if is_done(job)}
+    return [seed for seed in STUDIES[name].seeds if all((way, seed) in done for way in STUDIES[name].ways)]
+
+
 def read_results(name: str) -> list[Result]:
     """For every way of a study its own network, then its controls, over the seeds that all ways have."""
-    study, results = STUDIES[name], []
-    done = {(job.way, job.seed) for job in list_jobs([name]) if is_done(job)}
-    seeds = [seed for seed in study.seeds if all((way, seed) in done for way in study.ways)]
+    study, results, seeds = STUDIES[name], [], finished_seeds(name)
     for way in study.ways if seeds else ():
         places = [RESULTS / name / way / f"seed{seed}" for seed in seeds]
         summaries = [json.loads((place / SUMMARY).read_text())["rows"] for place in places]
