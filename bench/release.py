@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastgate.env import describe_environment
@@ -28,7 +27,7 @@ from fastgate.files import write_atomically
 from fastgate.gates import named_gates
 from fastgate.pruning.statistics import refresh_statistics
 from fastgate.training.callbacks import Callback
-from fastgate.training.data import Dataset, ImageSet, load_dataset
+from fastgate.training.data import Dataset, load_dataset
 from fastgate.training.networks import evaluate
 from fastgate.training.pipeline import Run, make_trainer
 from fastgate.training.presets import get_preset
@@ -46,18 +45,11 @@ class SearchIsOver(Exception):
 def load(dataset: str, data_root: str | None, images: int) -> tuple[Dataset, Recipe]:
     """The data and the recipe; for CIFAR-10 always the same training images."""
     recipe = change(get_preset("demo"), control="none", precision="fp32")
-    data = load_dataset(dataset, data_root)
     if dataset == "digits":
-        return data, recipe
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    train, test = data.train.take(order[:images]), data.test.take(torch.arange(TEST_IMAGES))
-    data = replace(data, train=_halved(train), test=_halved(test), pad=2)
+        return load_dataset(dataset), recipe
+    data = load_dataset(dataset, data_root, image_size=16, train_images=images)
+    data = replace(data, test=data.test.take(torch.arange(TEST_IMAGES)))
     return data, change(recipe, dataset=dataset, epochs=20)
-
-
-def _halved(images: ImageSet) -> ImageSet:
-    small = F.avg_pool2d(images.images.float(), 2).round().to(torch.uint8)
-    return ImageSet(small, images.labels)
 
 
 class StopAfterTheSearch(Callback):

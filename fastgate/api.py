@@ -51,6 +51,7 @@ def train(
 
     Args:
         model: a plain network that gives scores `[N, classes]`, which stays as it is; or a name, as for `--network`.
+            Every run, controls included, starts from a copy of it: `retrain` too starts from its weights then.
         train: batches `(images [N, C, H, W], labels [N])` with a length, such as a `DataLoader`; or the name of a data
             set, as for `--dataset`.
         test: likewise, to measure on; None with the name of a data set, which has its own.

@@ -64,4 +64,11 @@ def parse(value: float | str) -> Piecewise:
         ) from error
 
 
+def stretch(value: str, factor: float) -> str:
+    """The same schedule over `factor` times as many epochs."""
+    schedule = parse(value)
+    separator = " -> " if schedule.linear else ", "
+    return separator.join(f"{epoch * factor:.10g}:{number:.10g}" for epoch, number in schedule.points)
+
+
 LAMBDA_UP = parse("0:0, 125:2, 190:3")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgate.schedules import LAMBDA_UP, Piecewise, parse
+from fastgate.schedules import LAMBDA_UP, Piecewise, parse, stretch
 
 
 @pytest.mark.parametrize(
@@ -105,3 +105,10 @@ def test_text_says_the_same_as_points(points: tuple, linear: bool) -> None:
     assert schedule.points == points
     # one point is a constant either way
     assert len(points) == 1 or schedule.linear == linear
+
+
+@pytest.mark.parametrize("text", ["0:1, 60:0.1, 120:0.01", "10:1 -> 50:0.5", "0.3"])
+def test_a_stretched_schedule_has_the_same_values_at_the_same_share_of_the_epochs(text: str) -> None:
+    schedule, stretched = parse(text), parse(stretch(text, 1.5))
+    for epoch in (0, 9.5, 10, 30, 59.9, 60, 61, 200):
+        assert stretched(1.5 * epoch) == pytest.approx(schedule(epoch), rel=1e-9)

@@ -427,6 +427,7 @@ class GateSearch:
                 )
             batches = _FirstKept(calibration)
             decisions = self.decide(batches, forward=forward)
+            self._warn_if_overruled(decisions)
             freeze(frozen, {name: decisions[name] for name, _ in named_gates(frozen)})
             batch = batches.first
         small = compact(frozen)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastgate.models.resnet import WIDTHS
 from fastgate.pruning.decisions import Decisions, GateDecision
 from fastgate.pruning.targets import meet_target
+from fastgate.schedules import stretch
 from fastgate.training.matching import match_macs
 from fastgate.training.network_names import parse_name
 from fastgate.training.recipe import Recipe, change
@@ -33,7 +34,12 @@ def control_recipe(kind: str, recipe: Recipe, find: Callable[[str], str], *, tra
     if kind == "unpruned":
         return plain
     plain = with_network(plain, find(network_name(recipe)))
-    return change(plain, epochs=max(1, round(training * recipe.run.epochs))) if kind == "equal-training" else plain
+    if kind != "equal-training":
+        return plain
+    epochs, schedule = max(1, round(training * recipe.run.epochs)), recipe.optimizer.lr_schedule
+    if schedule != "cosine":  # which follows the number of epochs by itself
+        schedule = stretch(schedule, epochs / recipe.run.epochs)
+    return change(plain, epochs=epochs, lr_schedule=schedule)
 
 
 def network_name(recipe: Recipe) -> str:

@@ -67,7 +67,8 @@ class Trainer:
         evaluate: the network -> numbers by name, after every epoch.
         callbacks: see :class:`~fastgate.training.callbacks.Callback`.
         folder: where metrics and checkpoints are written; None writes nothing.
-        learning_rate: epoch (with its fraction) -> learning rate; None leaves it to the optimizer and callbacks.
+        learning_rate: epoch (with its fraction) -> learning rate of the optimizer's first parameter group; the others
+            keep their initial ratio to it. None leaves learning rates to the optimizer and callbacks.
         measures: what else is averaged over an epoch's steps, (outputs, targets) -> scalar, by name.
         example_inputs: (C, H, W) or example inputs, to count the MACs of a network without a search.
         forward: `(model, inputs) -> outputs`, for networks that are called differently.

@@ -433,3 +433,14 @@ def test_gates_that_did_not_learn_the_target_are_said(gating: str, data: TensorD
     with pytest.warns(UserWarning, match=r"the gates did not learn the target: (4|5)\d% of the network's cost"):
         search.begin_epoch(1, batches)
     assert len(optimizer.param_groups) == 2
+
+
+def test_compact_says_it_too(data: TensorDataset) -> None:
+    """Where gates are decided at the very end."""
+    model = fg.models.resnet(14, 4, gating="layer")
+    optimizer = torch.optim.SGD(fg.parameter_groups(model, gate_lr=0.0), lr=0.1)
+    config = fg.SearchConfig(open_until=0, anneal_until=0, settle_at=None)
+    search = GateSearch(model, SIZE, optimizer, epochs=1, config=config)
+    search.begin_epoch(0)
+    with pytest.warns(UserWarning, match="the gates did not learn the target"):
+        search.compact([data[:16]])

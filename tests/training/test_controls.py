@@ -11,7 +11,7 @@ import fastgate as fg
 from fastgate.pruning import search
 from fastgate.pruning.costs import Costs
 from fastgate.reports.comparison import compare_runs
-from fastgate.training.controls import draw_decisions, match_recipe
+from fastgate.training.controls import control_recipe, draw_decisions, match_recipe
 from fastgate.training.data import load_dataset
 from fastgate.training.networks import build_network
 from fastgate.training.pipeline import Run, train
@@ -239,3 +239,12 @@ def test_a_target_in_measured_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         zip(state["costs"], costs, strict=True)
     )
     assert len(measured) == 2 and set(costs) == {measured[0]}
+
+
+def test_a_control_that_is_trained_longer_has_its_schedule_stretched() -> None:
+    recipe = change(TINY, gating="layer", epochs=10, lr_schedule="0:1, 4:0.1")
+    longer = control_recipe("equal-training", recipe, lambda name: name, training=1.5)
+    assert (longer.run.epochs, longer.optimizer.lr_schedule) == (15, "0:1, 6:0.1")
+    cosine = control_recipe("equal-training", change(recipe, lr_schedule="cosine"), lambda name: name, training=1.5)
+    assert cosine.optimizer.lr_schedule == "cosine"
+    assert control_recipe("equal-macs", recipe, lambda name: name, training=1.5).run.epochs == 10
