@@ -92,6 +92,12 @@ _VARIANTS: dict[str, Options] = {
     "slow-gates": {"gate_lr_factor": 0.1},
 }
 
+_WHEN: dict[str, Options] = {
+    "early": {"open_until": 0.0, "anneal_until": 0.1, "settle_at": 0.15},
+    "default": {"control": "random"},
+    "quarter": {"open_until": 0.0, "anneal_until": 0.15, "settle_at": 0.25},
+}
+
 _PRUNED_OR_PLAIN = {
     "unpruned": "unpruned",
     "layer-50": "pruned, layer gates",
@@ -140,6 +146,19 @@ STUDIES = {
             "layer-50: equal-training": "smaller network from scratch, trained longer",
             "layer-50: equal-macs": "smaller network from scratch",
         },
+    ),
+    # when to decide if there are weights: few epochs, and blocks that already matter differently
+    "weights-tried": Study(
+        {
+            **{**_COMMON, "dataset": "cifar10", "validation": 10_000, "train_images": 10_000, "epochs": 10},
+            **{"weights": "resnet20", "learning_rate": 0.2, "target": 0.5},
+        },
+        {
+            f"{gates['gating']}-{name}": {**gates, **options}
+            for name, options in _WHEN.items()
+            for gates in (_LAYER, _CHANNEL)
+        },
+        drawn={f"layer-{name}": name for name in _WHEN},
     ),
     "weights-resnet18": Study(
         {

@@ -1,8 +1,9 @@
-"""Temporary eval mode that restores every module's own mode afterwards."""
+"""Temporary changes of state that are undone afterwards: eval mode, random numbers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import nn
 
 
@@ -20,3 +21,11 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def random_state_kept(device: torch.device | None) -> AbstractContextManager[None]:
+    """Restore PyTorch's random number generators of the CPU and of this device on exit."""
+    kept: AbstractContextManager[None] = torch.random.fork_rng(
+        [] if device is None or device.type != "cuda" else [device]
+    )
+    return kept

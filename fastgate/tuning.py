@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastgate import values
+from fastgate.modes import random_state_kept
 from fastgate.ops import choices
-from fastgate.ops.choices import Choice, Kind
+from fastgate.ops.measurement import Choice, Kind
 from fastgate.values import Forward
 
 # iterates over the kinds of calls to measure, and may display progress
@@ -61,7 +62,7 @@ def tune(
         return []
     kinds: list[Kind] = []
     found: dict[Kind, Choice] = {}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with random_state_kept(device):
         for _ in range(_PASSES):
             kinds = _calls(copy.deepcopy(model), inputs, modes, forward)
             unmeasured = [kind for kind in kinds if kind not in found]

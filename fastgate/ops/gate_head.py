@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgate.ops import inputs
-from fastgate.ops.choices import Kind
 from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle
+from fastgate.ops.measurement import Kind
 
 WINDOWS = ("clipped", "restoring", "identity")
 

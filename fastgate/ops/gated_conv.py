@@ -13,6 +13,7 @@ from fastgate.ops import choices, inputs
 from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle, transforms_active
 from fastgate.ops.gated_residual import GatedProduct
 from fastgate.ops.inputs import is_channels_last
+from fastgate.ops.measurement import Kind
 
 # On a CPU: gathering and scattering open channels costs about 1 minus this fraction of a dense convolution (0.06 to
 # 0.12 on an AMD EPYC); below this many multiply-adds (about a millisecond on two cores) reading gates does not pay off
@@ -293,7 +294,7 @@ class GatedConv2d(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class ConvCall(choices.Kind):
+class ConvCall(Kind):
     """A kind of call, for :mod:`fastgate.ops.choices`: one direction of a gated convolution.
 
     Gates are "none", "batch" ([1, C]), "samples" ([N, 1]) or "pairs" ([N, C]).

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastgate.ops import inputs
-from fastgate.ops.choices import Kind
 from fastgate.ops.dispatch import once_differentiable, register, tensor_obstacle, transforms_active
 from fastgate.ops.means import remember_means
+from fastgate.ops.measurement import Kind
 
 
 def gated_residual_torch(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool) -> Tensor:

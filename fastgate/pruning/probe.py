@@ -11,7 +11,7 @@ from torch import nn
 from fastgate.gates import named_gates
 from fastgate.models.block import Gated
 from fastgate.modes import eval_mode
-from fastgate.values import to_device_of
+from fastgate.values import tensors_in, to_device_of, with_tensors
 
 
 def example_of(model: nn.Module, inputs: Any) -> Any:
@@ -31,6 +31,15 @@ def example_of(model: nn.Module, inputs: Any) -> Any:
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return to_device_of(model, torch.zeros(1, *(int(n) for n in inputs[-3:]), dtype=dtype))
+
+
+def random_like(example: Any) -> Any:
+    """The example with its floating-point tensors replaced by normal ones, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in tensors_in(example)
+    ]
+    return with_tensors(example, tensors)
 
 
 @contextmanager

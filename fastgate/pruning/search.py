@@ -10,7 +10,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -18,22 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgate import losses, processes, schedules
+from fastgate import processes
 from fastgate.gates import Gate, named_gates
 from fastgate.models.hooks import copy_network
-from fastgate.ops import synchronization
+from fastgate.modes import random_state_kept
 from fastgate.pruning.commitment import check_optimizer, commit, unanimous
 from fastgate.pruning.compaction import compact
-from fastgate.pruning.config import WEIGHTS, Phase, SearchConfig
+from fastgate.pruning.config import Phase, SearchConfig
 from fastgate.pruning.costs import Costs, gate_costs, macs
 from fastgate.pruning.decisions import Decisions, GateDecision, decide, freeze, merge_decisions
 from fastgate.pruning.equality import check_equal, hold_open
 from fastgate.pruning.means import EpochMeans
+from fastgate.pruning.objective import Objective
 from fastgate.pruning.parallel import unwrapped, wrappers_of
-from fastgate.pruning.probe import example_of
+from fastgate.pruning.probe import example_of, random_like
 from fastgate.pruning.statistics import has_statistics, refresh_statistics
-from fastgate.pruning.targets import check_target, meet_target, within_reach
-from fastgate.values import Forward, device_of, tensors_in, with_tensors
+from fastgate.pruning.targets import check_target, meet_target, overruled, within_reach
+from fastgate.values import Forward, device_of
 
 _STATE_VERSION = 1
 # the time constant of a running average with PyTorch's default momentum (0.1)
@@ -106,14 +106,12 @@ class GateSearch:
         self.difference = 0.0
         self._forward = forward
         self._example = example_of(self.model, example_inputs)
-        self._weights = [schedules.parse(getattr(self.config, name)) for name in WEIGHTS]
         self._recent: deque[dict[str, list[float]]] = deque(maxlen=self.config.commit_after or 1)
         self._epoch_means = EpochMeans()
         self._settled_means: dict[str, Tensor] = {}  # mean decisions at the time the gates were decided
         self._samples = 0
         self._checked_state = False
         self._awaited: bool | None = None  # whether a DDP wrapper expects gradients of heads that do not run
-        self._on_device: dict[str, Mapping[str, Tensor]] = {}
         self.macs = self.macs_training = macs(self.model, self._example, forward=forward)
         self.gate_macs = gate_costs(self.model, self._example, forward=forward)
         self._parameters = gate_costs(self.model, self._example, "params", forward=forward)
@@ -139,7 +137,7 @@ class GateSearch:
 
     def _set_costs(self, costs: Costs) -> None:
         self.costs = costs
-        self._on_device = {}
+        self._objective = Objective(self.config, self.epochs, self.gates, costs, self._parameters, self._epoch_means)
         if self.config.target is not None:
             check_target(costs, self.config.target, costs.total, self.config.round_to)
 
@@ -219,7 +217,7 @@ class GateSearch:
         if not self._checked_state and self.optimizer.state and self.config.compact_training:
             check_optimizer(self.model, self.optimizer)
             self._checked_state = True
-        with _random_state_kept(device_of(self.model)):
+        with random_state_kept(device_of(self.model)):
             return self._begin(epoch, settles, calibration, forward or self._forward)
 
     def _begin(
@@ -251,14 +249,10 @@ class GateSearch:
 
     def _warn_if_overruled(self, decisions: Decisions) -> None:
         """Gates that learned the target need little closing for it; where they did not, the choice is arbitrary."""
-        if self.config.target is None:
-            return
-        votes = {name: gate.open | (gate.mean > 0.5) for name, gate in decisions.items()}
-        found = self.costs.of({name: gate.open for name, gate in decisions.items()})
-        overruled = (self.costs.of(votes) - found) / self.costs.total
-        if overruled > _OVERRULED:
+        closed = 0.0 if self.config.target is None else overruled(decisions, self.costs)
+        if closed > _OVERRULED:
             warnings.warn(
-                f"the gates did not learn the target: {overruled:.0%} of the network's cost had to be closed although "
+                f"the gates did not learn the target: {closed:.0%} of the network's cost had to be closed although "
                 "most samples held it open; let the search last longer (settle_at, epochs), or its gates learn faster "
                 "(parameter_groups(gate_lr=), --gate-lr-factor)",
                 stacklevel=4,
@@ -307,7 +301,7 @@ class GateSearch:
         Neither the search nor the network changes. With several processes, each passes its own batches, and they decide
         together.
         """
-        with _random_state_kept(device_of(self.model)):
+        with random_state_kept(device_of(self.model)):
             return self._decide(calibration, forward or self._forward)
 
     def _decide(self, calibration: Iterable[Any], forward: Forward | None) -> Decisions:
@@ -330,7 +324,7 @@ class GateSearch:
             decisions: decisions by gate name.
             inputs: batch on which the pruned network is compared with the frozen one; default: the example inputs.
         """
-        with _random_state_kept(device_of(self.model)):
+        with random_state_kept(device_of(self.model)):
             return self._finalize(decisions, inputs, self._forward)
 
     def _finalize(self, decisions: Mapping[str, GateDecision], batch: Any, forward: Forward | None) -> list[str]:
@@ -358,23 +352,16 @@ class GateSearch:
             inputs = self._inputs_of(batch, forward)
             self.difference = max(self.difference, check_equal(frozen, cut, inputs, forward))
         self.final.update({name: decision.open for name, decision in new.items()})
-        self._on_device = {}
+        self._objective.fix(self.final)
         self._settled_means.update({name: decision.mean for name, decision in new.items()})
         self._samples = max(self._samples, getattr(decisions, "samples", 0))
         return list(new)
 
     def _inputs_of(self, batch: Any, forward: Forward | None) -> Any:
         """The network's inputs from a calibration batch, or random ones shaped like the example."""
-        if batch is not None:
-            return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
-        generator = torch.Generator().manual_seed(0)
-        return with_tensors(
-            self._example,
-            [
-                torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x
-                for x in tensors_in(self._example)
-            ],
-        )
+        if batch is None:
+            return random_like(self._example)
+        return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
 
     def _cut(self) -> None:
         """Remove frozen gates and their closed parts from the network and the optimizer."""
@@ -399,7 +386,7 @@ class GateSearch:
         if live and not live[0].training:
             raise ValueError("model: expected it in training mode, got eval; refresh before model.eval()")
         if live and self.config.target is not None and has_statistics(self.model):
-            with _random_state_kept(device_of(self.model)):
+            with random_state_kept(device_of(self.model)):
                 refresh_statistics(self.model, islice(batches, _STATISTICS_BATCHES), forward=forward or self._forward)
 
     def compact(self, calibration: Iterable[Any] | None = None, *, forward: Forward | None = None) -> nn.Module:
@@ -455,8 +442,7 @@ class GateSearch:
 
     def weights(self, epoch: float) -> list[float]:
         """The inputs of :meth:`terms` at a (fractional) epoch: the loss weights, then the target."""
-        target = self.config.target_at(epoch / self.epochs)
-        return [*(weight(epoch) for weight in self._weights), 1.0 if target is None else target]
+        return self._objective.weights(epoch)
 
     def terms(self, weights: Iterable[Any]) -> dict[str, tuple[Any, Tensor]]:
         """Gate losses of the last forward: name -> (weight, loss); empty if no gate is live.
@@ -464,45 +450,7 @@ class GateSearch:
         It does not synchronize with the device: with :meth:`weights` in a tensor there, a step can be captured in a
         CUDA graph. Mean decisions are recorded unless gradients are disabled.
         """
-        live = {name: gate for name, gate in self.live.items() if not gate.frozen}
-        if not live:
-            return {}
-        inside = synchronization.processes() > 1
-        with nullcontext() if inside else synchronization.synchronized(batch_norms=False):
-            means = losses.gate_means(live.items(), final=self._constants(live), order=self.gates)
-        if torch.is_grad_enabled():
-            self._epoch_means.add(means.joined.detach())
-        polarization, activation, budget, capacity, target = weights
-        terms = {
-            "polarization": (polarization, losses.polarization(means)),
-            "activation": (activation, losses.activation(means)),
-        }
-        if self.config.target is not None:
-            costs, parameters = (
-                self._placed(kind, means.joined.device, values)
-                for kind, values in (("costs", self.costs), ("parameters", self._parameters))
-            )
-            terms["budget"] = (budget, losses.budget(means, target, costs))
-            terms["capacity"] = (capacity, losses.capacity(means, parameters))
-        return terms
-
-    def _constants(self, live: Mapping[str, Gate]) -> Mapping[str, Tensor] | None:
-        """The final decisions, on the device of the live gates."""
-        if not self.final:
-            return None
-        device = next(p.device for gate in live.values() for p in gate.parameters())
-        return self._placed("final", device, self.final)
-
-    def _placed(self, kind: str, device: torch.device, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The values in fp32 on a device, copied there once."""
-        kept = self._on_device.get(kind)
-        if kept is None or next(iter(kept.values())).device != device:
-            if isinstance(values, Costs):
-                kept = values.to(device, torch.float32)
-            else:
-                kept = {name: value.to(device, torch.float32) for name, value in values.items()}
-            self._on_device[kind] = kept
-        return kept
+        return self._objective.terms(weights)
 
     def _untrained(self) -> Tensor | float:
         """Zero times the parameters of heads that do not run: `DistributedDataParallel` expects their gradients."""
@@ -608,6 +556,7 @@ class GateSearch:
         self._settled_means = {name: mean.cpu() for name, mean in state["means"].items()}
         self._recent.extend(state["recent"])
         self._epoch_means.restore(state["epoch_means"])
+        self._objective.fix(self.final)
         for name, opened in self.final.items():
             self.gates[name].freeze(opened)
         if self.final and self.config.compact_training:
@@ -628,11 +577,3 @@ class _FirstKept:
             if self.first is None:
                 self.first = batch
             yield batch
-
-
-def _random_state_kept(device: torch.device | None) -> AbstractContextManager[None]:
-    """Restore the random number generator state on exit."""
-    kept: AbstractContextManager[None] = torch.random.fork_rng(
-        [] if device is None or device.type != "cuda" else [device]
-    )
-    return kept

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgate.losses import under_layers
+from fastgate.pruning.costs import Costs
 from fastgate.pruning.decisions import Decisions, GateDecision
 
 # layer gates: a decision from which less than this fraction of samples dissents is not overruled if the target can be
@@ -280,6 +281,12 @@ def within_reach(
         if possible and _miss({**held, **reach, name: opened}, costs, target, total, round_to) <= nearest:
             reach[name] = opened
     return reach
+
+
+def overruled(decisions: Decisions, costs: Costs) -> float:
+    """The share of the network's cost that is closed although most samples held it open."""
+    held = {name: gate.open | (gate.mean > 0.5) for name, gate in decisions.items()}
+    return (costs.of(held) - costs.of({name: gate.open for name, gate in decisions.items()})) / costs.total
 
 
 def _step(round_to: int | None) -> int:

@@ -20,6 +20,7 @@ from fastgate.ops import choices
 from fastgate.ops.gate_head import HeadCall
 from fastgate.ops.gated_conv import ConvCall
 from fastgate.ops.gated_residual import ResidualCall
+from fastgate.ops.measurement import Kind
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of kernels
@@ -33,7 +34,7 @@ CAPTURED = {"slow": 20.0}
 
 
 @dataclass(frozen=True)
-class Doubling(choices.Kind):
+class Doubling(Kind):
     """A made-up operation: twice x."""
 
     operation: ClassVar[str] = "doubling"
@@ -360,7 +361,7 @@ def test_two_samples_in_training_are_pytorchs() -> None:
 def test_the_operations_take_what_is_chosen(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def choose(kind: choices.Kind, *tensors: Tensor | None) -> str:
+    def choose(kind: Kind, *tensors: Tensor | None) -> str:
         asked.append(kind)
         return "triton" if getattr(kind, "direction", "wgrad") == "wgrad" else "torch"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastgate.ops.choices import Choice
 from fastgate.ops.gated_residual import ResidualCall
+from fastgate.ops.measurement import Choice
 from fastgate.reports.comparison import compare_runs
 from fastgate.reports.paper_tables import print_result
 from fastgate.reports.quantities import format_si
