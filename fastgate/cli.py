@@ -1,6 +1,5 @@
 """The command line: `fastgate train | evaluate | compact | export | compare | report | reproduce | tune | ...`."""
 
-import inspect
 import json
 import os
 import shlex
@@ -24,16 +23,13 @@ from fastgate.ops import choices
 from fastgate.pruning.compaction import compact as compact_network
 from fastgate.pruning.decisions import Decisions
 from fastgate.pruning.storage import load, read_metadata, save
+from fastgate.recipe_options import describe_recipe, with_recipe_options
 from fastgate.streams import outlive_readers
 from fastgate.training import distributed
 from fastgate.training.distributed import resolve_device
 from fastgate.training.presets import PRESETS, get_preset
 from fastgate.training.recipe import (
-    OLD_NAMES,
-    OPTIONS,
     PRECISIONS,
-    Option,
-    Recipe,
     change,
     find_option,
     list_values,
@@ -116,7 +112,7 @@ def train(
             raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got none")
         recipe = change(get_preset(preset), **given)
     if show_recipe:
-        typer.echo(_describe_recipe(recipe))
+        typer.echo(describe_recipe(recipe))
         return
     folder = processes.from_main(lambda: output or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}")
     if resume and (folder / SUMMARY).exists() and processes.is_main():
@@ -145,57 +141,7 @@ def train(
     typer.echo(f"run folder: {folder}")
 
 
-def _describe_recipe(recipe: Recipe) -> str:
-    """List the value of every option by section, spelled as on the command line."""
-    values = list_values(recipe)
-    width = max(map(len, values)) + 2
-    lines: list[str] = []
-    for name, option in OPTIONS.items():
-        if f"{option.section}:" not in lines:
-            lines.append(f"{option.section}:")
-        lines.append(f"  --{name.replace('_', '-'):<{width}}{_spell(values[name])}")
-    return "\n".join(lines)
-
-
-def _spell(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _train_signature() -> inspect.Signature:
-    """Signature with `train`'s own options, then the recipe's; new recipe options appear automatically."""
-    own = [p for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    extra = [
-        inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_command_line_option(option)
-        )
-        for option in OPTIONS.values()
-    ]
-    return inspect.Signature([*own, *extra])
-
-
-def _command_line_option(option: Option) -> Any:
-    names = [option.name, *(old for old, new in OLD_NAMES.items() if new == option.name)]
-    kinds = "|".join(
-        [*("true|false" if kind is bool else kind.__name__ for kind in option.kinds), *["none"] * option.optional]
-    )
-    return Annotated[
-        str | None,
-        typer.Option(
-            *(f"--{name.replace('_', '-')}" for name in names),
-            help=f"{option.help}; default {_spell(option.default)}",
-            metavar=kinds.replace("str", "text").replace("int", "number").replace("float", "number"),
-            show_default=False,
-            rich_help_panel=f"Recipe: {option.section}",
-        ),
-    ]
-
-
-_signature = _train_signature()
-train.__signature__ = _signature  # type: ignore[attr-defined]
-train.__annotations__ = {name: p.annotation for name, p in _signature.parameters.items()}
-app.command()(train)
+app.command()(with_recipe_options(train))
 
 
 @app.command()

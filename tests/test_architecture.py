@@ -34,6 +34,7 @@ FLOORS = {
     "api": 8,
     "paper": 8,
     "reports": 8,
+    "recipe_options": 8,
     "cli": 9,
     "__main__": 9,
     "": 9,  # fastgate/__init__.py
