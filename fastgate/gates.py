@@ -4,9 +4,9 @@ Method: Zhi et al., "A New Baseline for GreenAI", Table 1 (https://arxiv.org/abs
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fastgate.estimators import check_estimator, estimate
 from fastgate.ops.dispatch import IMPLEMENTATIONS
 from fastgate.ops.gate_head import check_window
 from fastgate.ops.synchronization import batch_norm_processes, synchronized
+from fastgate.transfers import TensorState, Transfer, is_capturing, is_on_host, send_to_host
 
 # value of `Gate.stored` while a gate is live. It is far from 0 and 1, so that averages of model states (an exponential
 # moving average, rounded to integers in every step) pass through invalid values; from -1 they converged to 0, closed
@@ -35,45 +36,6 @@ _HEAD_FORWARDS = {
     "fc2": (nn.Linear.forward,),
 }
 _COMPUTED = {"weight", "bias"}
-
-
-class _Seen(NamedTuple):
-    """A state of the buffer `stored`, identified by the tensor and its version."""
-
-    tensor: Tensor
-    version: int
-
-    def is_that_of(self, tensor: Tensor) -> bool:
-        return self.tensor is tensor and self.version == _version(tensor)
-
-
-class _Probe(NamedTuple):
-    """The buffer's values in transfer to the host."""
-
-    seen: _Seen
-    values: Tensor
-    arrived: Callable[[], bool]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _send_to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]] | None:
-    """Start an asynchronous copy to the host; return it and a query for its completion, or None if not on CUDA."""
-    if not tensor.is_cuda:
-        return None
-    values, event = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
-    event.record(torch.cuda.current_stream(tensor.device))
-    return values, event.query
 
 
 class Gate(nn.Module):
@@ -104,8 +66,8 @@ class Gate(nn.Module):
     # state of `stored` when it was last read, as plain bools for forwards that must not wait and for compilers
     _frozen = False
     _all_open = False  # frozen with nothing closed
-    _seen: _Seen | None = None
-    _probe: _Probe | None = None
+    _seen: TensorState | None = None
+    _transfer: Transfer | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Gate":
         """Give every gate its own `calls`, copies and unpickled gates included, which do not call `__init__`."""
@@ -292,12 +254,12 @@ class Gate(nn.Module):
         if open.shape != (self.gates,) and not (open.numel() == 1 and self.gates == 1):
             raise ValueError(f"open: expected [{self.gates}], got {list(open.shape)}")
         self.stored.copy_(open.reshape(self.gates))
-        self._remember(_Seen(self.stored, _version(self.stored)), open)
+        self._remember(TensorState.of(self.stored), open)
 
     def unfreeze(self) -> None:
         """Make the gate live: its head decides again."""
         self.stored.fill_(LIVE)
-        self._remember(_Seen(self.stored, _version(self.stored)), torch.tensor(LIVE))
+        self._remember(TensorState.of(self.stored), torch.tensor(LIVE))
 
     def _knows(self) -> bool:
         """Whether `_frozen` and `_all_open` are up to date; the buffer is read if that needs no synchronization.
@@ -308,37 +270,36 @@ class Gate(nn.Module):
         if torch.compiler.is_compiling():
             return self._frozen
         stored = self.stored
-        if _is_on_host(stored) and not torch.jit.is_tracing():
+        if is_on_host(stored) and not torch.jit.is_tracing():
             return self._read()
         if self._seen is not None and self._seen.is_that_of(stored):
             return True
-        if _is_capturing():  # no transfers or synchronization during capture
+        if is_capturing():  # no transfers or synchronization during capture
             return False
-        if self._probe is None or not self._probe.seen.is_that_of(stored):
-            sent = _send_to_host(stored)
-            self._probe = None if sent is None else _Probe(_Seen(stored, _version(stored)), *sent)
-        elif self._probe.arrived():
-            self._remember(self._probe.seen, self._probe.values)
+        if self._transfer is None or not self._transfer.state.is_that_of(stored):
+            self._transfer = send_to_host(stored)
+        elif self._transfer.arrived():
+            self._remember(self._transfer.state, self._transfer.values)
             return True
         return False
 
     def _learn(self) -> None:
         """Read the buffer if its state is not known, synchronizing with the device."""
         if not torch.compiler.is_compiling() and (
-            _is_on_host(self.stored) or self._seen is None or not self._seen.is_that_of(self.stored)
+            is_on_host(self.stored) or self._seen is None or not self._seen.is_that_of(self.stored)
         ):
             self._read()
 
     def _read(self) -> bool:
         """Read the buffer; False if it has no values to read (meta and fake tensors, under vmap)."""
-        seen = _Seen(self.stored, _version(self.stored))
+        seen = TensorState.of(self.stored)
         try:
             self._remember(seen, self.stored)
         except RuntimeError:
             return False
         return True
 
-    def _remember(self, seen: _Seen, values: Tensor) -> None:
+    def _remember(self, seen: TensorState, values: Tensor) -> None:
         states = set(values.flatten().tolist())
         if odd := states - {0, 1, LIVE, LIVE_BEFORE}:
             warnings.warn(
@@ -346,7 +307,7 @@ class Gate(nn.Module):
                 "copy a model's buffers instead of averaging them, then freeze",
                 stacklevel=2,
             )
-        self._seen, self._probe = seen, None
+        self._seen, self._transfer = seen, None
         self._frozen, self._all_open = states <= {0, 1}, states == {1}
 
     def train(self, mode: bool = True) -> "Gate":
@@ -358,12 +319,12 @@ class Gate(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         # remember values that are on the host already, so that a forward need not synchronize to read them
         values = state_dict.get(prefix + "stored")
-        if values is not None and _is_on_host(values) and values.shape == self.stored.shape:
-            self._remember(_Seen(self.stored, _version(self.stored)), values)
+        if values is not None and is_on_host(values) and values.shape == self.stored.shape:
+            self._remember(TensorState.of(self.stored), values)
 
     def __getstate__(self) -> dict[str, Any]:
         # the last forward's tensors have a graph, which can be neither copied nor pickled
-        left = ("calls", "logits", "decisions", "_seen", "_probe")
+        left = ("calls", "logits", "decisions", "_seen", "_transfer")
         return {name: value for name, value in super().__getstate__().items() if name not in left}
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ FLOORS = {
     "files": 0,
     "streams": 0,
     "modes": 0,
+    "transfers": 0,
     "values": 0,
     "processes": 0,
     "env": 0,

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 import fastgate as fg
 from fastgate import estimators, gates
 from fastgate.gates import LIVE
+from fastgate.transfers import TensorState, Transfer
 from tests.helpers import GATINGS, freeze_at_random, gating_ids
 from tests.training.tape import Tape
 
@@ -563,12 +564,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
     """Gates whose buffers seem to lie on an accelerator; whether each copy to the host has arrived, to be set."""
     copies: list[list[bool]] = []
 
-    def send(tensor: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    def send(tensor: Tensor) -> Transfer:
         copies.append([False])
-        return tensor.clone(), lambda arrived=copies[-1]: arrived[0]
+        return Transfer(TensorState.of(tensor), tensor.clone(), lambda arrived=copies[-1]: arrived[0])
 
-    monkeypatch.setattr(gates, "_is_on_host", lambda tensor: False)
-    monkeypatch.setattr(gates, "_send_to_host", send)
+    monkeypatch.setattr(gates, "is_on_host", lambda tensor: False)
+    monkeypatch.setattr(gates, "send_to_host", send)
     return copies
 
 
@@ -711,7 +712,7 @@ def test_a_capture_asks_nothing_of_the_device(
     gate(x)
     elsewhere[-1][0] = True  # on the host by now
     with monkeypatch.context() as patch:
-        patch.setattr(gates, "_is_capturing", lambda: True)
+        patch.setattr(gates, "is_capturing", lambda: True)
         assert gate(x).sum() == 0 and gate.logits is not None  # found out there
         gate.stored.fill_(1)
         assert gate(x).sum() == 8 * gate.gates and len(elsewhere) == 1  # no copy would be made until the replay

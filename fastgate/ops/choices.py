@@ -35,6 +35,7 @@ from fastgate.env import package_version
 from fastgate.files import write_atomically
 from fastgate.ops.dispatch import transforms_active
 from fastgate.ops.measurement import MODES, REFERENCE, Choice, Kind, make_timer, measure
+from fastgate.transfers import is_capturing
 
 FORMAT = "fastgate-choice"
 VERSION = 1
@@ -117,11 +118,7 @@ def _may_measure() -> bool:
     setting = os.environ.get("FASTGATE_TUNE", "on")
     if setting not in ("on", "off"):
         raise ValueError(f"the environment variable FASTGATE_TUNE: expected on or off, got {setting!r}")
-    return not (_look_up_only.get() or setting == "off" or _is_capturing())
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not (_look_up_only.get() or setting == "off" or is_capturing())
 
 
 # context of a choice, besides the kind of call

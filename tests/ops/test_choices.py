@@ -213,7 +213,7 @@ def test_look_up_only(how: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -
     if how == "off":
         monkeypatch.setenv("FASTGATE_TUNE", "off")
     elif how == "capturing":
-        monkeypatch.setattr(choices, "_is_capturing", lambda: True)
+        monkeypatch.setattr(choices, "is_capturing", lambda: True)
     else:
         looking = choices.looking_up()
         looking.__enter__()
