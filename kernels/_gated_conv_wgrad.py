@@ -129,7 +129,9 @@ def gated_conv_wgrad_kernel(
                 for ahead in tl.static_range(4):  # serialized loads would dominate the time here
                     # stored by other programs: bypass this multiprocessor's L1
                     at = first + (part + ahead) * (TILE.m * TILE.n)
-                    acc += tl.load(at, mask=(within >= 0) & (part + ahead < splits), other=0.0, cache_modifier=".cg")
+                    # compared as a block: Triton 3.9's interpreter rejects masks made from a scalar comparison
+                    there = tl.full([TILE_M, TILE_N], part + ahead, tl.int32) < splits
+                    acc += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
                 part += 4
             tl.store(target, acc.to(dw_ptr.dtype.element_ty), mask=stored)
             tl.store(counter_ptr + tile, 0)
