@@ -92,11 +92,9 @@ _VARIANTS: dict[str, Options] = {
     "slow-gates": {"gate_lr_factor": 0.1},
 }
 
-_WHEN: dict[str, Options] = {
-    "early": {"open_until": 0.0, "anneal_until": 0.1, "settle_at": 0.15},
-    "default": {"control": "random"},
-    "quarter": {"open_until": 0.0, "anneal_until": 0.15, "settle_at": 0.25},
-}
+# decided after a seventh of the epochs, for a network that starts from weights
+_EARLY: Options = {"open_until": 0.0, "anneal_until": 0.1, "settle_at": 0.15}
+_WHEN: dict[str, Options] = {"early": _EARLY, "default": {"control": "random"}}
 
 _PRUNED_OR_PLAIN = {
     "unpruned": "unpruned",
@@ -135,6 +133,10 @@ STUDIES = {
             "both-50": {**_BOTH, "target": 0.5},
             "layer-35": {**_LAYER, "target": 0.35, "control": "equal-macs"},
             "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
+            "layer-50-early": {**_LAYER, **_EARLY, "target": 0.5},
+            "channel-50-early": {**_CHANNEL, **_EARLY, "target": 0.5},
+            "layer-35-early": {**_LAYER, **_EARLY, "target": 0.35},
+            "channel-35-early": {**_CHANNEL, **_EARLY, "target": 0.35},
             "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
         },
         drawn={
@@ -159,6 +161,25 @@ STUDIES = {
             for gates in (_LAYER, _CHANNEL)
         },
         drawn={f"layer-{name}": name for name in _WHEN},
+    ),
+    # the presets finetune-*, whose learning rate is low, on few images
+    "few-images": Study(
+        {
+            **{
+                "network": "resnet20",
+                "precision": "bf16",
+                "device": "cpu",
+                "dataset": "cifar10",
+                "weights": "resnet20",
+            },
+            **{"validation": 2500, "train_images": 1000, "epochs": 10, "target": 0.5},
+        },
+        {
+            f"{gating}-{name}": {"preset": f"finetune-{gating}", **options}
+            for name, options in {"default": {}, "early": _EARLY, "early-30": {**_EARLY, "gate_lr_factor": 30}}.items()
+            for gating in ("layer", "channel")
+        },
+        drawn={"channel-default": "decided at 40 %", "channel-early": "decided at 15 %"},
     ),
     "weights-resnet18": Study(
         {
@@ -281,12 +302,22 @@ def run_all(names: list[str], work: Path, data_root: str) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """One network of a study over the seeds: rows of the summaries, and (training MACs, accuracy) after each epoch."""
+    """One network of a study over the seeds: rows of the summaries, and epochs of the metrics."""
 
     name: str
     way: str
     rows: list[dict[str, Any]]
-    curves: list[list[tuple[float, float]]]
+    epochs: list[list[dict[str, Any]]]
+
+    @property
+    def curves(self) -> list[list[tuple[float, float]]]:
+        """(MACs of training, accuracy) after each epoch."""
+        return [[(e["macs_training"]["total"], e["eval"]["accuracy"]) for e in epochs] for epochs in self.epochs]
+
+    @property
+    def seconds(self) -> float:
+        """Of training: of each epoch the fastest of the seeds', as others were slowed down or paused."""
+        return sum(min(e["seconds"]["train"] for e in same) for same in zip(*self.epochs, strict=True))
 
     def mean(self, measure: str) -> float:
         """Mean over the seeds."""
@@ -325,17 +356,10 @@ def read_results(name: str) -> list[Result]:
                 continue
             control = f"control-{network}"
             own = not (places[0] / control).exists()
-            curves = [list(_curve((place if own else place / control) / METRICS)) for place in places]
-            results.append(Result(way if own else f"{way}: {network}", way, rows, curves))
+            metrics = [(place if own else place / control) / METRICS for place in places]
+            epochs = [[json.loads(line) for line in path.read_text().splitlines()] for path in metrics]
+            results.append(Result(way if own else f"{way}: {network}", way, rows, epochs))
     return results
-
-
-def _curve(path: Path) -> Iterator[tuple[float, float]]:
-    total = 0.0
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        total = record["macs_training"]["total"]
-        yield total, record["eval"]["accuracy"]
 
 
 def write_table(results: list[Result], path: Path) -> None:
@@ -355,7 +379,7 @@ def write_table(results: list[Result], path: Path) -> None:
             f"{result.mean('macs') / 1e6:.2f} M",
             f"{result.mean('macs_training') / whole.mean('macs_training'):.0%}",
             f"{result.mean('latency_ms'):.2f}",
-            f"{result.mean('seconds_training'):.0f}",
+            f"{result.seconds:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(f"\nSeeds: {len(results[0].rows)}; ± is their standard deviation.")

@@ -192,7 +192,8 @@ def gated_conv_kernel(
                 r = first_r + r * TAPS.stride
                 s = first_s + s * TAPS.stride
                 if TAPS.stride > 1:
-                    there = there & (r < TAPS.rows) & (s < TAPS.columns)
+                    # not `there & (r < ...)`: Triton 3.9's interpreter rejects masks made from a scalar comparison
+                    there = c < tl.where((r < TAPS.rows) & (s < TAPS.columns), SRC.channels, 0)
             else:
                 yy = src_y + r
                 xx = src_x + s
