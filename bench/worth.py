@@ -141,8 +141,9 @@ STUDIES = {
         },
         drawn={
             "unpruned": "unpruned",
-            "layer-50": "pruned, layer gates",
-            "channel-50": "pruned, channel gates",
+            "layer-50-early": "pruned, layer gates",
+            "channel-50-early": "pruned, channel gates",
+            "layer-50": "pruned, layer gates, decided later",
             "layer-50: random": "random half of the layers",
             "plain-with-weights": "smaller network with weights of its own",
             "layer-50: equal-training": "smaller network from scratch, trained longer",
@@ -161,6 +162,7 @@ STUDIES = {
             for gates in (_LAYER, _CHANNEL)
         },
         drawn={f"layer-{name}": name for name in _WHEN},
+        seeds=(1,),
     ),
     # the presets finetune-*, whose learning rate is low, on few images
     "few-images": Study(

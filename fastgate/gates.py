@@ -16,6 +16,7 @@ from fastgate.calls import Calls, can_be_recorded
 from fastgate.estimators import check_estimator, estimate
 from fastgate.ops.dispatch import IMPLEMENTATIONS
 from fastgate.ops.gate_head import check_window
+from fastgate.ops.means import detach
 from fastgate.ops.synchronization import batch_norm_processes, synchronized
 from fastgate.transfers import TensorState, Transfer, is_capturing, is_on_host, send_to_host
 
@@ -52,6 +53,8 @@ class Gate(nn.Module):
         logits: logits of the last forward, `[N, gates]` (`[N]` for a layer gate), with graph; None when frozen.
         decisions: decisions of the last forward, same shape, 0./1., with graph.
         calls: the calls that the gate losses cover: every call in training since the last loss.
+        detach_input: whether the head reads x without a gradient into it, so that gate losses train heads alone; False
+            for a new gate, set by :class:`fastgate.GateSearch`.
         stored: int8 buffer `[gates]`, in `state_dict`: 127 while the gate is live, otherwise the frozen decision 0 or
             1. It alone determines whether the gate is frozen, whoever writes it (a checkpoint loader, a broadcast, a
             moving average). On an accelerator a forward does not wait for its values to reach the host: until then it
@@ -63,6 +66,7 @@ class Gate(nn.Module):
     decisions: Tensor | None = None
     stored: Tensor
     calls: Calls
+    detach_input = False
     # state of `stored` when it was last read, as plain bools for forwards that must not wait and for compilers
     _frozen = False
     _all_open = False  # frozen with nothing closed
@@ -165,7 +169,7 @@ class Gate(nn.Module):
         alone = batch_norm_processes() == 1
         group: Any = self.bn.process_group if alone and self._exchanges() else None
         with synchronized(group) if alone and self._exchanges() else nullcontext():
-            decisions, logits = self._run_head(x)
+            decisions, logits = self._run_head(detach(x) if self.detach_input else x)
         if self.estimator != "straight_through":
             decisions = estimate(
                 self.estimator,

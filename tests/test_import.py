@@ -104,6 +104,7 @@ SIGNATURES = {
             "budget": 16,
             "capacity": 0.1,
             "round_to": None,
+            "detach_gates": True,
             "compact_training": True,
         },
     ),

@@ -89,11 +89,9 @@ def _product_gradients(dy: Tensor, branch: Tensor | None, gate: Tensor) -> tuple
         return dy * gate, None
     products = dy * branch
     dgate = products.sum([d for d in range(4) if gate.shape[d] == 1 or d > 1], keepdim=True)
-    if torch.is_grad_enabled():  # a double backward (create_graph) still needs the products
-        return dy * gate, dgate
-    if gate.is_cpu and not torch.compiler.is_compiling() and bool((gate == 1).all()):
-        return dy, dgate  # as most gates are for most batches: a map less to write
-    return torch.mul(dy, gate, out=products), dgate
+    # reuse the memory of the products for dbranch, unless a double backward (create_graph) still needs them
+    dbranch = dy * gate if torch.is_grad_enabled() else torch.mul(dy, gate, out=products)
+    return dbranch, dgate
 
 
 def _fwd_fake(shortcut: Tensor, branch: Tensor, gate: Tensor, relu: bool, pool: bool) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,14 @@ def remember_means(x: Tensor, means: Tensor) -> None:
         _means[x] = (x._version, means.detach())
 
 
+def detach(x: Tensor) -> Tensor:
+    """x without its graph, and with its stored means."""
+    means, x = known_means(x), x.detach()
+    if means is not None:
+        remember_means(x, means)
+    return x
+
+
 def known_means(x: Tensor) -> Tensor | None:
     """The stored means of x, if x has not changed since; otherwise None."""
     if _out_of_sight(x):

@@ -98,6 +98,8 @@ class GateSearch:
         self.gates: dict[str, Gate] = dict(named_gates(self.model))
         if not self.gates:
             raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
+        for gate in self.gates.values():
+            gate.detach_input = self.config.detach_gates
         self.optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self.use(optimizer)

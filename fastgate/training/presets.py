@@ -21,6 +21,7 @@ _PAPER = make_recipe(
     settle_at=None,
     anneal_until=0.0,
     commit_after=None,
+    detach_gates=False,
     compact_training=False,
     round_to=None,
 )
