@@ -15,7 +15,7 @@ class TensorState(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorState":
-        """Its current state; tensors of inference mode have no versions."""
+        """The tensor's current state; tensors of inference mode have no versions."""
         return cls(tensor, -1 if tensor.is_inference() else tensor._version)
 
     def is_that_of(self, tensor: Tensor) -> bool:
@@ -32,7 +32,7 @@ class Transfer(NamedTuple):
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Whether its values can be read without a device."""
+    """Whether its values can be read without waiting for a device."""
     return tensor.device.type == "cpu"
 
 

@@ -1,7 +1,7 @@
 """Choice of the implementation of an operation that `auto` uses on a GPU, measured once per kind of call.
 
-The first eager call of a kind compares and times its candidates, see :mod:`fastgate.ops.measurement`. Of the two times
-the one launched one by one counts, and inside :func:`for_graphs` the one replayed from a CUDA graph.
+The first eager call of a kind compares and times its candidates, see :mod:`fastgate.ops.measurement`. What counts is
+the time of calls launched one by one, and inside :func:`for_graphs` that of a CUDA graph's replay.
 
 Choices are cached in the process and, one file per kind, in the user's cache folder (`FASTGATE_CACHE`, otherwise
 `fastgate` in the system's cache folder). The file name depends on everything that affects a choice: device, driver,
@@ -71,7 +71,11 @@ def choose(kind: Kind, *tensors: Tensor | None) -> str:
 
 
 def find(kind: Kind, device: torch.device) -> Choice:
-    """The choice for a kind of call, measured now if it is not known."""
+    """The choice for a kind of call, measured now if it is not known.
+
+    Raises:
+        ValueError: a device on which nothing is measured.
+    """
     context = _context(device)
     choice = _known(context, kind)
     if choice is None:

@@ -34,7 +34,7 @@ def example_of(model: nn.Module, inputs: Any) -> Any:
 
 
 def random_like(example: Any) -> Any:
-    """The example with its floating-point tensors replaced by normal ones, always the same."""
+    """The example with normally distributed values in its floating-point tensors, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in tensors_in(example)

@@ -1,4 +1,4 @@
-"""Every Triton's interpreter is as strict about masks as that of Triton 3.9."""
+"""The interpreter of every Triton version, as strict about masks as that of 3.9."""
 
 from typing import Any
 

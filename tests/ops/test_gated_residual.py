@@ -98,24 +98,6 @@ def test_all_closed_is_the_shortcut_and_all_open_the_sum() -> None:
     assert torch.equal(gated_residual(shortcut, branch, torch.ones(4)), torch.relu(shortcut + branch))
 
 
-@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
-def test_an_open_gate_passes_the_gradient_to_both(case: Case, relu: bool) -> None:
-    """The gradients of shortcut and branch are then one tensor, which no one may notice."""
-    shortcut, branch, _ = make_inputs(case)
-    gate = torch.ones(case.gate_shape(), dtype=torch.float64, requires_grad=True)
-    grad = torch.randn_like(shortcut)
-    given = grad.clone()
-    y = gated_residual(shortcut, branch, gate, relu=relu)
-    y.backward(grad)
-    expected = torch.where(y > 0, given, 0) if relu else given
-    assert torch.equal(shortcut.grad, expected) and torch.equal(branch.grad, expected)
-    by = (2, 3) if case.per_channel else (1, 2, 3)
-    torch.testing.assert_close(gate.grad, (expected * branch.detach()).sum(by), rtol=1e-12, atol=1e-12)
-    shortcut.grad.zero_()
-    assert torch.equal(branch.grad, expected) and torch.equal(grad, given)
-
-
 def test_channels_last_is_the_same_and_stays_channels_last() -> None:
     shortcut, branch, gate = torch.randn(4, 3, 5, 7), torch.randn(4, 3, 5, 7), torch.tensor([1.0, 0, 1, 0])
     plain = gated_residual(shortcut, branch, gate)

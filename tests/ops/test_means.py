@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fastgate as fg
 from fastgate.functional import gate_head, gated_residual
 from fastgate.models.block import ResidualBlock
-from fastgate.ops.means import known_means, remember_means
+from fastgate.ops.means import detach, known_means, remember_means
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("ieee")
@@ -42,6 +42,15 @@ def test_means_travel_with_their_map() -> None:
 )
 def test_a_changed_map_has_none(change: Callable[[Tensor], Tensor]) -> None:
     assert known_means(change(with_means())) is None
+
+
+def test_a_detached_map_keeps_them() -> None:
+    x = with_means(torch.randn(4, 3, 2, 2, requires_grad=True) * 1)
+    without = detach(x)
+    assert torch.equal(known_means(without), known_means(x)) and not without.requires_grad
+    x.relu_()
+    assert known_means(without) is None
+    assert known_means(detach(torch.randn(4, 3, 2, 2))) is None
 
 
 def test_a_change_through_a_view_is_seen() -> None:

@@ -74,6 +74,19 @@ class Loop:
         return self
 
 
+@pytest.mark.parametrize("gating", ["layer", "channel", "both"])
+@pytest.mark.parametrize("detached", [True, False])
+def test_gate_losses_train_the_network_only_if_asked_to(gating: str, detached: bool) -> None:
+    loop = Loop(gating, config=fg.SearchConfig(open_until=0, detach_gates=detached))
+    loop.search.begin_epoch(0)
+    loop.model.train()(torch.randn(4, *SIZE))
+    loop.search.loss().backward()
+    heads = {p for _, gate in fg.named_gates(loop.model) for p in gate.parameters()}
+    reached = {p for p in loop.model.parameters() if p.grad is not None and p.grad.any()}
+    assert reached & heads
+    assert bool(reached - heads) is not detached
+
+
 def tensors(state: Any, path: str = "") -> dict[str, Any]:
     """The leaves of nested states by their path."""
     if isinstance(state, dict):
