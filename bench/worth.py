@@ -94,7 +94,12 @@ _VARIANTS: dict[str, Options] = {
 
 # decided after two of ten epochs, for a network that starts from weights
 _EARLY: Options = {"open_until": 0.0, "anneal_until": 0.1, "settle_at": 0.2}
-_WHEN: dict[str, Options] = {"early": _EARLY, "default": {"control": "random"}}
+_WHEN: dict[str, Options] = {
+    "default-gradient": {"detach_gates": False, "control": "random"},
+    "early-gradient": {**_EARLY, "detach_gates": False},
+    "default": {},
+    "early": _EARLY,
+}
 
 _PRUNED_OR_PLAIN = {
     "unpruned": "unpruned",
@@ -128,29 +133,24 @@ STUDIES = {
         },
         {
             "unpruned": _PLAIN,
-            "layer-50": {**_LAYER, "target": 0.5, "control": _ALL},
-            "channel-50": {**_CHANNEL, "target": 0.5, "control": "equal-macs,random"},
-            "both-50": {**_BOTH, "target": 0.5},
-            "layer-35": {**_LAYER, "target": 0.35, "control": "equal-macs"},
-            "channel-35": {**_CHANNEL, "target": 0.35, "control": "equal-macs"},
-            "layer-50-early": {**_LAYER, **_EARLY, "target": 0.5},
-            "channel-50-early": {**_CHANNEL, **_EARLY, "target": 0.5},
-            "layer-35-early": {**_LAYER, **_EARLY, "target": 0.35},
-            "channel-35-early": {**_CHANNEL, **_EARLY, "target": 0.35},
+            "layer-50": {**_LAYER, **_EARLY, "target": 0.5, "control": _ALL},
+            "channel-50": {**_CHANNEL, **_EARLY, "target": 0.5, "control": "equal-macs,random"},
+            "both-50": {**_BOTH, **_EARLY, "target": 0.5},
+            "layer-35": {**_LAYER, **_EARLY, "target": 0.35, "control": "equal-macs"},
+            "channel-35": {**_CHANNEL, **_EARLY, "target": 0.35, "control": "equal-macs"},
             "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
         },
         drawn={
             "unpruned": "unpruned",
-            "layer-50-early": "pruned, layer gates",
-            "channel-50-early": "pruned, channel gates",
-            "layer-50": "pruned, layer gates, decided later",
+            "layer-50": "pruned, layer gates",
+            "channel-50": "pruned, channel gates",
             "layer-50: random": "random half of the layers",
             "plain-with-weights": "smaller network with weights of its own",
             "layer-50: equal-training": "smaller network from scratch, trained longer",
             "layer-50: equal-macs": "smaller network from scratch",
         },
     ),
-    # when to decide if the network starts from weights: few epochs, and blocks that already matter differently
+    # when to decide if the network starts from weights, and whether the gates' gradient may reach it
     "weights-tried": Study(
         {
             **{**_COMMON, "dataset": "cifar10", "validation": 10_000, "train_images": 10_000, "epochs": 10},
@@ -159,7 +159,8 @@ STUDIES = {
         {
             f"{gates['gating']}-{name}": {**gates, **options}
             for name, options in _WHEN.items()
-            for gates in (_LAYER, _CHANNEL)
+            for gates in (_LAYER, _CHANNEL, _BOTH)
+            if gates != _BOTH or name.startswith("early")
         },
         drawn={f"layer-{name}": name for name in _WHEN},
         seeds=(1,),
