@@ -94,9 +94,10 @@ _VARIANTS: dict[str, Options] = {
 
 # decided after two of ten epochs, for a network that starts from weights
 _EARLY: Options = {"open_until": 0.0, "anneal_until": 0.1, "settle_at": 0.2}
+_BEFORE: Options = {"detach_gates": False}
 _WHEN: dict[str, Options] = {
-    "default-gradient": {"detach_gates": False, "control": "random"},
-    "early-gradient": {**_EARLY, "detach_gates": False},
+    "default-gradient": {**_BEFORE, "control": "random"},
+    "early-gradient": {**_EARLY, **_BEFORE},
     "default": {},
     "early": _EARLY,
 }
@@ -133,21 +134,28 @@ STUDIES = {
         },
         {
             "unpruned": _PLAIN,
-            "layer-50": {**_LAYER, **_EARLY, "target": 0.5, "control": _ALL},
-            "channel-50": {**_CHANNEL, **_EARLY, "target": 0.5, "control": "equal-macs,random"},
+            "layer-50": {**_LAYER, **_EARLY, "target": 0.5},
+            "channel-50": {**_CHANNEL, **_EARLY, "target": 0.5},
             "both-50": {**_BOTH, **_EARLY, "target": 0.5},
-            "layer-35": {**_LAYER, **_EARLY, "target": 0.35, "control": "equal-macs"},
-            "channel-35": {**_CHANNEL, **_EARLY, "target": 0.35, "control": "equal-macs"},
+            "layer-35": {**_LAYER, **_EARLY, "target": 0.35},
+            "channel-35": {**_CHANNEL, **_EARLY, "target": 0.35},
+            # decided at 40 % and with a gradient into the network, as before; the controls have the same MACs
+            "layer-50-before": {**_LAYER, **_BEFORE, "target": 0.5, "control": _ALL},
+            "channel-50-before": {**_CHANNEL, **_BEFORE, "target": 0.5, "control": "equal-macs,random"},
+            "both-50-before": {**_BOTH, **_BEFORE, "target": 0.5},
+            "layer-35-before": {**_LAYER, **_BEFORE, "target": 0.35, "control": "equal-macs"},
+            "channel-35-before": {**_CHANNEL, **_BEFORE, "target": 0.35, "control": "equal-macs"},
             "plain-with-weights": {**_PLAIN, **_HALF, "weights": "half"},
         },
         drawn={
             "unpruned": "unpruned",
             "layer-50": "pruned, layer gates",
             "channel-50": "pruned, channel gates",
-            "layer-50: random": "random half of the layers",
+            "both-50": "pruned, both gates",
+            "layer-50-before: random": "random half of the layers",
             "plain-with-weights": "smaller network with weights of its own",
-            "layer-50: equal-training": "smaller network from scratch, trained longer",
-            "layer-50: equal-macs": "smaller network from scratch",
+            "layer-50-before: equal-training": "smaller network from scratch, trained longer",
+            "layer-50-before: equal-macs": "smaller network from scratch",
         },
     ),
     # when to decide if the network starts from weights, and whether the gates' gradient may reach it

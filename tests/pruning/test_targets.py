@@ -92,16 +92,26 @@ def test_layers_against_every_choice(blocks: list[tuple[float, int]], share: flo
     # whatever samples want, half a block is near enough and can be reached
     assert missed(ours) <= max(costs) / 2 + 1e-9
     nearest = min(missed(choice) for choice in choices if as_agreed(choice))
-    if nearest <= max(costs) / 2 - 1e-9:
-        # the nearest of what keeps to what samples agree on; of several none has more votes
-        assert as_agreed(ours) and missed(ours) <= nearest + 1e-9
-        near = [choice for choice in choices if as_agreed(choice) and missed(choice) <= nearest + 1e-12]
-        assert all(votes(choice, means, costs) <= votes(ours, means, costs) + 1e-9 for choice in near)
-    elif nearest > max(costs) / 2 + 1e-9:
-        # with votes and MACs missed on one scale, no other choice that is near enough is worth more
+    agreed = nearest <= max(costs) / 2 - 1e-9
+    if agreed or nearest > max(costs) / 2 + 1e-9:
+        # with votes and MACs missed on one scale, no other choice that is near enough is worth more; where possible
+        # only those count that keep to what samples agree on
+        assert as_agreed(ours) or not agreed
         near = [choice for choice in choices if missed(choice) <= max(costs) / 2 - 1e-9]
         worth = votes(ours, means, costs) - missed(ours)
-        assert all(votes(choice, means, costs) - missed(choice) <= worth + 1e-9 for choice in near)
+        assert all(
+            votes(choice, means, costs) - missed(choice) <= worth + 1e-9
+            for choice in near
+            if as_agreed(choice) or not agreed
+        )
+
+
+def test_what_most_samples_want_counts_more_than_the_last_percent() -> None:
+    """A downsampling block that 88 % held open was closed for one that 17 % did: 34 % instead of 31 % of 35 %."""
+    means, costs = [0.17, 0.99, 0.88, 1.0], [116, 87, 87, 116]
+    total = 16 + sum(costs)
+    met = meet_target(layers(means), layer_costs(costs), 350 / total, total)
+    assert opened(met) == [0, 1, 1, 1]
 
 
 @given(st.data(), st.lists(st.integers(2, 40), min_size=2, max_size=6), st.floats(0, 1))
