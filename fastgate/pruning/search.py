@@ -542,7 +542,8 @@ class GateSearch:
                 f"{self.epoch}; create network, optimizer and search again"
             )
         ours = {"epochs": self.epochs, **asdict(self.config)}
-        theirs = {"epochs": state["epochs"], **state["config"]}
+        # a state from before there was detach_gates
+        theirs = {"epochs": state["epochs"], "detach_gates": False, **state["config"]}
         if odd := [name for name in ours if ours[name] != theirs.get(name)]:
             raise ValueError(
                 f"state: expected the state of a search with the same epochs and config, got another {', '.join(odd)}"

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,6 +223,12 @@ def test_what_a_state_belongs_to(data: TensorDataset) -> None:
         Loop("channel").search.load_state_dict(state)
     with pytest.raises(ValueError, match="version 1, got None"):
         Loop().search.load_state_dict({})
+    del state["config"]["detach_gates"]  # as saved before there was such an option
+    with pytest.raises(ValueError, match="the same epochs and config, got another detach_gates"):
+        Loop().search.load_state_dict(state)
+    before = Loop(config=replace(EARLY, detach_gates=False))
+    before.search.load_state_dict(state)
+    assert before.search.epoch == 0
 
 
 def test_an_epoch_whose_decisions_fail_has_not_begun(data: TensorDataset) -> None:
