@@ -407,6 +407,8 @@ def tune(
     shape = (3, image_size, image_size)
     recipe = make_recipe(network=network, gating=gating, batch_size=batch_size, precision=precision)
     model = build_network(recipe, shape, 10).to(where)
+    for _, gate in named_gates(model):
+        gate.detach_input = recipe.search.detach_gates  # as in the search, which calls other kinds of backward
     model.to(memory_format=torch.channels_last)
     images = torch.rand(batch_size, *shape, device=where).contiguous(memory_format=torch.channels_last)
     dtype = resolve_precision(precision, where)

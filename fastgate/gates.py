@@ -53,8 +53,8 @@ class Gate(nn.Module):
         logits: logits of the last forward, `[N, gates]` (`[N]` for a layer gate), with graph; None when frozen.
         decisions: decisions of the last forward, same shape, 0./1., with graph.
         calls: the calls that the gate losses cover: every call in training since the last loss.
-        detach_input: whether the head reads x without a gradient into it, so that gate losses train heads alone; False
-            for a new gate, set by :class:`fastgate.GateSearch`.
+        detach_input: whether no gradient passes through the head into x. False for a new gate; set by
+            :class:`fastgate.GateSearch`, and kept after it.
         stored: int8 buffer `[gates]`, in `state_dict`: 127 while the gate is live, otherwise the frozen decision 0 or
             1. It alone determines whether the gate is frozen, whoever writes it (a checkpoint loader, a broadcast, a
             moving average). On an accelerator a forward does not wait for its values to reach the host: until then it

@@ -549,6 +549,16 @@ def test_an_averaged_state_is_said() -> None:
         assert not gate.frozen
 
 
+@pytest.mark.parametrize("estimator", estimators.ESTIMATORS)
+def test_a_detached_gate_passes_no_gradient_on(kind: str, estimator: str) -> None:
+    gate = KINDS[kind](estimator=estimator)
+    gate.detach_input = True
+    for each in (gate, copy.deepcopy(gate)):
+        x = x_for().requires_grad_()
+        (each(x).sum() + each.logits.sum()).backward()
+        assert x.grad is None and each.fc1.weight.grad is not None
+
+
 def test_copies_and_pickles_go_their_own_ways(kind: str, tmp_path: object) -> None:
     gate = KINDS[kind]()
     gate.freeze(torch.zeros(gate.gates, dtype=torch.bool))

@@ -35,8 +35,9 @@ class SearchConfig:
         budget: weight of the squared distance from the target.
         capacity: weight of the fraction of parameters that gates close.
         round_to: channel counts of the compact network are multiples of this, or the full width; None: any.
-        detach_gates: whether gates read features without a gradient into the network; otherwise, as in the paper, gate
-            losses also train these features, and may spoil them when gates are released (bench/results/search).
+        detach_gates: whether no gradient passes through a gate's head into the features it reads, neither of the gate
+            losses nor of the task loss. As in the paper, False: it may spoil a network when gates are released
+            (bench/results/search).
         compact_training: whether closed parts of final gates are removed from the network during training.
 
     Raises `ValueError` for values that no search can honour.

@@ -98,8 +98,6 @@ class GateSearch:
         self.gates: dict[str, Gate] = dict(named_gates(self.model))
         if not self.gates:
             raise ValueError("model: expected gates, got none; add them with fastgate.attach(model, 'layer')")
-        for gate in self.gates.values():
-            gate.detach_input = self.config.detach_gates
         self.optimizer: torch.optim.Optimizer | None = None
         if optimizer is not None:
             self.use(optimizer)
@@ -120,6 +118,8 @@ class GateSearch:
         # measured costs differ between processes
         measured = self.config.cost == "latency"
         self._set_costs(processes.from_main(self._measure) if measured else self._measure())
+        for gate in self.gates.values():
+            gate.detach_input = self.config.detach_gates
 
     def use(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the optimizer to prune along with the network; it may be wrapped, for example by accelerate.
@@ -542,11 +542,12 @@ class GateSearch:
                 f"{self.epoch}; create network, optimizer and search again"
             )
         ours = {"epochs": self.epochs, **asdict(self.config)}
-        # a state from before there was detach_gates
+        # states saved before `detach_gates` existed lack it
         theirs = {"epochs": state["epochs"], "detach_gates": False, **state["config"]}
         if odd := [name for name in ours if ours[name] != theirs.get(name)]:
             raise ValueError(
-                f"state: expected the state of a search with the same epochs and config, got another {', '.join(odd)}"
+                f"state: expected the state of a search with the same epochs and config, got another {', '.join(odd)}: "
+                f"{', '.join(f'{name}={theirs.get(name)!r}' for name in odd)}; create the search with these"
             )
         sizes = {name: gate.gates for name, gate in self.gates.items()}
         if sizes != {name: len(cost) for name, cost in state["costs"].items()}:
