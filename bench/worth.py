@@ -176,14 +176,15 @@ STUDIES = {
     # the presets finetune-*, whose learning rate is low, on few images
     "few-images": Study(
         {
-            **{
-                "network": "resnet20",
-                "precision": "bf16",
-                "device": "cpu",
-                "dataset": "cifar10",
-                "weights": "resnet20",
-            },
-            **{"validation": 2500, "train_images": 1000, "epochs": 10, "target": 0.5},
+            "network": "resnet20",
+            "precision": "bf16",
+            "device": "cpu",
+            "dataset": "cifar10",
+            "weights": "resnet20",
+            "validation": 2500,
+            "train_images": 1000,
+            "epochs": 10,
+            "target": 0.5,
         },
         {
             f"{gating}-{name}": {"preset": f"finetune-{gating}", **options}

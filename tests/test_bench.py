@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import fastgate as fg
-from bench import input_pipeline, report, worth
+from bench import input_pipeline, report, tries, worth
 from bench.record_gates import read_gates, record_gates
 from bench.scaling import add_run
 from bench.test_gated_conv import Convolution, make_gate
@@ -186,3 +186,27 @@ def test_tables_of_the_search_are_those_of_its_runs(study: str, tmp_path: Path) 
         own = next(result for result in results if result.name == way)
         networks = group["networks"]
         assert networks["compact" if "compact" in networks else "unpruned"]["macs"]["mean"] == own.mean("macs")
+
+
+def test_decisions_by_the_loss_close_what_adds_nothing() -> None:
+    """A block that only adds noise costs accuracy while it is open; the rule needs no gate that has learned this."""
+    torch.manual_seed(0)
+    model = fg.attach(fg.models.resnet(14, 4), "layer")
+    noisy = model.get_submodule("layer2.1")
+    with torch.no_grad():
+        noisy.get_submodule("bn2").weight.fill_(100.0)
+    search = fg.GateSearch(model, (3, 8, 8), torch.optim.SGD(fg.parameter_groups(model), lr=0.1), epochs=2)
+    search.begin_epoch(0)
+    x = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        noisy.gate.freeze(torch.zeros(1, dtype=torch.bool))
+        labels = model(x).argmax(1)  # what the network says without that block
+        noisy.gate.freeze(torch.ones(1, dtype=torch.bool))
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    decisions, spent = tries.decide_by_loss(model, search, [(x, labels)])
+    assert not decisions["layer2.1.gate"].open.any()
+    left = search.costs.of({name: decision.open for name, decision in decisions.items()}) / search.costs.total
+    assert abs(left - tries.WHOLE_BLOCKS) <= max(int(cost) for cost in search.costs.values()) / search.costs.total
+    assert spent % (64 * search.macs) == 0 and spent >= 2 * 64 * search.macs
+    after = dict(model.named_buffers())
+    assert all(torch.equal(buffer, after[name]) for name, buffer in statistics.items())

@@ -36,8 +36,8 @@ class SearchConfig:
         capacity: weight of the fraction of parameters that gates close.
         round_to: channel counts of the compact network are multiples of this, or the full width; None: any.
         detach_gates: whether no gradient passes through a gate's head into the features it reads, neither of the gate
-            losses nor of the task loss. As in the paper, False: it may spoil a network when gates are released
-            (bench/results/search).
+            losses nor of the task loss. With False, as in the paper, these gradients also train the network, and may
+            spoil it when gates are released (bench/results/search).
         compact_training: whether closed parts of final gates are removed from the network during training.
 
     Raises `ValueError` for values that no search can honour.
