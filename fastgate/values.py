@@ -31,6 +31,11 @@ def call(model: nn.Module, inputs: Any, forward: Forward | None = None) -> Any:
     return model(inputs)
 
 
+def inputs_of(batch: Any, forward: Forward | None = None) -> Any:
+    """The inputs in a batch of a loader: its first item if it is a tuple or list, all of it for a given `forward`."""
+    return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
+
+
 def to_device_of(model: nn.Module, values: Any, *, copied: bool = False) -> Any:
     """Move every tensor in nested values to the model's device; `copied`: into new memory that no model can change.
 

@@ -5,13 +5,14 @@ libraries and the number of threads. What the votes decide, what the target allo
 around it stay real. In another process: `code=CAST`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastgate.pruning import search
+from fastgate.pruning import deciding
+from fastgate.pruning.deciding import Deciding
 from fastgate.pruning.decisions import Decisions, GateDecision
 
 # the first epoch (from 1) in which all samples agree on the gates of the first and the last stage
@@ -36,14 +37,12 @@ def vote(name: str, gates: int, epoch: int) -> list[float]:
 
 def cast_votes(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
     """Let every search see these votes, at the start of each epoch and where it decides over the training images."""
-    find, decide = search.GateSearch._find_unanimous, search.decide
+    find, decide = Deciding.unanimous, deciding.decide
 
-    def find_by_vote(self: search.GateSearch, epoch: int) -> Decisions:
-        self._recent.clear()
-        self._recent.extend(
-            {name: vote(name, gate.gates, i) for name, gate in self.gates.items()} for i in range(1, epoch + 1)
-        )
-        return find(self, epoch)
+    def find_by_vote(self: Deciding, epoch: int, means: Any, final: Mapping[str, Tensor]) -> Decisions:
+        sizes = {name: len(cost) for name, cost in self._costs.items()}
+        recent = range(1, epoch + 1)[-(self._config.commit_after or 1) :]
+        return find(self, epoch, [{name: vote(name, gates, i) for name, gates in sizes.items()} for i in recent], final)
 
     def decide_by_vote(model: nn.Module, batches: Any, **options: Any) -> Decisions:
         asked = decide(model, batches, **options)
@@ -53,5 +52,5 @@ def cast_votes(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None
         }
         return Decisions({name: GateDecision(mean, mean > 0.5) for name, mean in means.items()}, samples=asked.samples)
 
-    set_attribute(search.GateSearch, "_find_unanimous", find_by_vote)
-    set_attribute(search, "decide", decide_by_vote)
+    set_attribute(Deciding, "unanimous", find_by_vote)
+    set_attribute(deciding, "decide", decide_by_vote)

@@ -19,7 +19,7 @@ from fastgate.pruning.config import Phase, SearchConfig
 from fastgate.pruning.parallel import renew, wrappers_of
 from fastgate.pruning.search import GateSearch
 from fastgate.pruning.storage import load, save
-from fastgate.values import Forward, tensors_in, with_tensors
+from fastgate.values import Forward, inputs_of, tensors_in, with_tensors
 
 FILE = "small.safetensors"
 
@@ -107,7 +107,7 @@ class Session:
             self._calibration = in_order(loader)
         if self.search is None:
             batch = first_batch(self._calibration)
-            inputs = batch[0] if self.forward is None and isinstance(batch, tuple | list) else batch
+            inputs = inputs_of(batch, self.forward)
             example = with_tensors(inputs, [x[:1] if x.dim() else x for x in tensors_in(inputs)])
             self.search = GateSearch(model, example, optimizer, epochs=epochs, config=self.config, forward=self.forward)
         elif self.search.epochs != epochs:

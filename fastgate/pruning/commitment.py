@@ -1,6 +1,6 @@
 """Pruning during training: removes frozen gates and their closed parts from a network and its optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -160,18 +160,3 @@ def _cut_copy(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tenso
         path, _, leaf = name.rpartition(".")
         copied.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     return {name: parameter.detach() for name, parameter in cut_frozen(copied).named_parameters(remove_duplicate=False)}
-
-
-def unanimous(epochs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Tensor]:
-    """Gates on whose decisions all samples of all these epochs agree, bool `[gates]` by name.
-
-    Args:
-        epochs: for each epoch, the mean decisions of every gate by name.
-    """
-    if not epochs:
-        return {}
-    return {
-        name: torch.tensor(means) == 1
-        for name, means in epochs[-1].items()
-        if set(means) <= {0.0, 1.0} and all(epoch[name] == means for epoch in epochs)
-    }

@@ -1,7 +1,9 @@
 """Configuration of a search: its target, when gates are open, live and final, and its loss weights."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 from fastgate import schedules
 from fastgate.pruning.costs import COSTS
@@ -86,6 +88,17 @@ class SearchConfig:
         fall = self.anneal_until - self.open_until
         done = 1.0 if fall <= 0 else min(max((share - self.open_until) / fall, 0.0), 1.0)
         return 1 + (self.target - 1) * (done if share >= self.open_until else 0.0)
+
+    def check_saved(self, config: Mapping[str, Any], epochs: int, saved_epochs: int) -> None:
+        """Raise `ValueError` if a search was saved with another configuration or number of epochs."""
+        ours = {"epochs": epochs, **asdict(self)}
+        # states saved before `detach_gates` existed lack it
+        theirs = {"epochs": saved_epochs, "detach_gates": False, **config}
+        if odd := [name for name in ours if ours[name] != theirs.get(name)]:
+            raise ValueError(
+                f"state: expected the state of a search with the same epochs and config, got another {', '.join(odd)}: "
+                f"{', '.join(f'{name}={theirs.get(name)!r}' for name in odd)}; create the search with these"
+            )
 
 
 def _number(value: float | str) -> float | str:

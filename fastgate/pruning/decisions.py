@@ -21,7 +21,7 @@ from fastgate.files import write_atomically
 from fastgate.gates import Gate, named_gates
 from fastgate.modes import eval_mode
 from fastgate.pruning.costs import gate_costs
-from fastgate.values import Forward, call, to_device_of
+from fastgate.values import Forward, call, inputs_of, to_device_of
 
 FORMAT = "fastgate-decisions"
 VERSION = 2
@@ -234,7 +234,7 @@ def decide(
     meet = None
     if target is not None and first:
         if costs is None:
-            costs = gate_costs(model, _inputs_of(first[0], forward), cost, forward=forward)
+            costs = gate_costs(model, inputs_of(first[0], forward), cost, forward=forward)
         meet = _meeting(target, costs, total, round_to)
     decisions = _ask(model, gates, chain(first, batches), threshold, forward)
     return decisions if meet is None else meet(decisions, held={name for name, gate in gates.items() if gate.frozen})
@@ -256,10 +256,6 @@ def _meeting(
     return partial(meet_target, costs=costs, target=target, total=total, round_to=round_to)
 
 
-def _inputs_of(batch: Any, forward: Forward | None) -> Any:
-    return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
-
-
 def _ask(
     model: nn.Module, gates: Mapping[str, Gate], batches: Iterable[Any], threshold: float, forward: Forward | None
 ) -> Decisions:
@@ -269,7 +265,7 @@ def _ask(
     samples = 0
     with torch.no_grad(), eval_mode(model), torch.compiler.set_stance("force_eager"), _collected(gates) as calls:
         for batch in batches:
-            inputs = _inputs_of(batch, forward)
+            inputs = inputs_of(batch, forward)
             call(model, to_device_of(model, inputs), forward)
             if any(module.training for module in model.modules()):
                 raise RuntimeError(

@@ -1,10 +1,12 @@
 """Mean decisions of gates over the steps of an epoch, accumulated on the gates' device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastgate.gates import Gate
 
 
 class EpochMeans:
@@ -32,11 +34,15 @@ class EpochMeans:
         """Whether no step has been added since the last :meth:`clear`; synchronizes with the device."""
         return self._steps is None or not bool(self._steps)
 
-    def split(self, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """The means so far, split into vectors of these sizes, float64 on the CPU."""
-        if self._sum is None or self._steps is None:
-            raise ValueError("means: expected a step, got none yet")
-        return (self._sum / self._steps).cpu().double().split(list(sizes))
+    def by_gate(self, gates: Mapping[str, Gate], fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means so far, float64 `[gates]` on the CPU by gate; those of `fixed` gates are their decisions."""
+        means = {name: opened.double() for name, opened in fixed.items()}
+        if len(means) < len(gates):
+            if self._sum is None or self._steps is None or self.empty:
+                raise ValueError("metrics: expected a step whose loss includes search.loss(progress), got none yet")
+            parts = (self._sum / self._steps).cpu().double().split([gate.gates for gate in gates.values()])
+            means = {**dict(zip(gates, parts, strict=True)), **means}
+        return {name: means[name] for name in gates}
 
     def clear(self) -> None:
         """Reset the sums."""

@@ -1,6 +1,6 @@
 """A forward pass for inspection: on an example, in eval mode, with every gate open and without side effects."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -40,6 +40,20 @@ def random_like(example: Any) -> Any:
         torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in tensors_in(example)
     ]
     return with_tensors(example, tensors)
+
+
+class FirstKept:
+    """Iterates once over batches and keeps the first."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self.first: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if self.first is None:
+                self.first = batch
+            yield batch
 
 
 @contextmanager

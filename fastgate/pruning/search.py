@@ -6,10 +6,8 @@ or channel is removed from the network and the optimizer. At a set epoch the rem
 target is met (*settled*), and training continues on a plain, smaller network.
 """
 
-import math
-import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -21,26 +19,23 @@ from fastgate import processes
 from fastgate.gates import Gate, named_gates
 from fastgate.models.hooks import copy_network
 from fastgate.modes import random_state_kept
-from fastgate.pruning.commitment import check_optimizer, commit, unanimous
+from fastgate.pruning.commitment import check_optimizer, commit
 from fastgate.pruning.compaction import compact
 from fastgate.pruning.config import Phase, SearchConfig
 from fastgate.pruning.costs import Costs, gate_costs, macs
-from fastgate.pruning.decisions import Decisions, GateDecision, decide, freeze, merge_decisions
+from fastgate.pruning.deciding import Deciding
+from fastgate.pruning.decisions import Decisions, GateDecision, freeze
 from fastgate.pruning.equality import check_equal, hold_open
 from fastgate.pruning.means import EpochMeans
 from fastgate.pruning.objective import Objective
 from fastgate.pruning.parallel import unwrapped, wrappers_of
-from fastgate.pruning.probe import example_of, random_like
+from fastgate.pruning.probe import FirstKept, example_of, random_like
 from fastgate.pruning.statistics import has_statistics, refresh_statistics
-from fastgate.pruning.targets import check_target, meet_target, overruled, within_reach
-from fastgate.values import Forward, device_of
+from fastgate.values import Forward, device_of, inputs_of
 
 _STATE_VERSION = 1
 # the time constant of a running average with PyTorch's default momentum (0.1)
 _STATISTICS_BATCHES = 10
-# share of the network's cost that may be closed against most samples without a warning: where gates learned the target
-# none was, where they did not a quarter (bench/results/finetune/channel)
-_OVERRULED = 0.1
 
 
 class GateSearch:
@@ -139,9 +134,8 @@ class GateSearch:
 
     def _set_costs(self, costs: Costs) -> None:
         self.costs = costs
+        self._deciding = Deciding(self.config, self.epochs, costs)
         self._objective = Objective(self.config, self.epochs, self.gates, costs, self._parameters, self._epoch_means)
-        if self.config.target is not None:
-            check_target(costs, self.config.target, costs.total, self.config.round_to)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -150,12 +144,7 @@ class GateSearch:
         """The current phase."""
         if len(self.final) == len(self.gates):
             return Phase.SETTLED
-        return Phase.OPEN if self.epoch < self._released_at else Phase.SEARCH
-
-    @property
-    def _released_at(self) -> int:
-        """The epoch from which gates are live."""
-        return round(self.config.open_until * self.epochs)
+        return Phase.OPEN if self.epoch < self._deciding.released_at else Phase.SEARCH
 
     @property
     def live(self) -> dict[str, Gate]:
@@ -208,7 +197,7 @@ class GateSearch:
                 "epoch, and load_state_dict before the first one of a resumed run"
             )
         self._check_learned()
-        settles = self._settles_at(epoch)
+        settles = self.phase is not Phase.SETTLED and self._deciding.settles_at(epoch)
         if settles and calibration is None:
             raise ValueError(
                 f"calibration: expected batches in epoch {epoch}, in which the remaining gates are decided, got none; "
@@ -225,14 +214,14 @@ class GateSearch:
     def _begin(
         self, epoch: int, settles: bool, calibration: Iterable[Any] | None, forward: Forward | None
     ) -> list[str]:
-        held = [] if epoch < self._released_at else [gate for gate in self.live.values() if gate.frozen]
+        held = [] if epoch < self._deciding.released_at else [gate for gate in self.live.values() if gate.frozen]
         for gate in held:
             gate.unfreeze()
-        decisions, batches = Decisions({}), _FirstKept(calibration or ())
+        decisions, batches = Decisions({}), FirstKept(calibration or ())
         try:
             if settles:
-                decisions = self._decide(batches, forward)
-                self._warn_if_overruled(decisions)
+                decisions = self._deciding.decide(self.model, self.decisions, batches, forward)
+                self._deciding.warn_if_overruled(decisions)
         except BaseException:  # deciding failed: the epoch has not begun
             for gate in held:
                 gate.freeze(torch.ones(gate.gates, dtype=torch.bool))
@@ -244,25 +233,10 @@ class GateSearch:
         if self.phase is not Phase.SEARCH:
             return []
         if not settles:
-            decisions = self._find_unanimous(epoch)
+            decisions = self._deciding.unanimous(epoch, list(self._recent), self.final)
             if decisions and calibration is not None:
                 batches.first = next(iter(calibration), None)
         return self._finalize(decisions, batches.first, forward)
-
-    def _warn_if_overruled(self, decisions: Decisions) -> None:
-        """Gates that learned the target need little closing for it; where they did not, the choice is arbitrary."""
-        closed = 0.0 if self.config.target is None else overruled(decisions, self.costs)
-        if closed > _OVERRULED:
-            warnings.warn(
-                f"the gates did not learn the target: {closed:.0%} of the network's cost had to be closed although "
-                "most samples held it open; let the search last longer (settle_at, epochs), or its gates learn faster "
-                "(parameter_groups(gate_lr=), --gate-lr-factor)",
-                stacklevel=4,
-            )
-
-    def _settles_at(self, epoch: int) -> bool:
-        settle_at = self.config.settle_at
-        return self.phase is not Phase.SETTLED and settle_at is not None and epoch >= round(settle_at * self.epochs)
 
     def _check_learned(self) -> None:
         if self.phase is Phase.SEARCH and self.epoch >= 0 and self._epoch_means.empty:
@@ -272,30 +246,11 @@ class GateSearch:
             )
 
     def _end_epoch(self) -> None:
-        """Record the epoch's mean decisions for :meth:`_find_unanimous`."""
+        """Record the epoch's mean decisions for :meth:`Deciding.unanimous`."""
         if self.phase is Phase.SEARCH and self.epoch >= 0:
             self._recent.append({name: mean.tolist() for name, mean in self._means().items()})
         self._epoch_means.clear()
         self._awaited = None
-
-    def _find_unanimous(self, epoch: int) -> Decisions:
-        """Decisions on which all samples of the last `commit_after` epochs agree and which the target allows."""
-        config, found = self.config, {}
-        if config.commit_after is not None:
-            # while the target decreases it still keeps gates open, so only closed ones are decided then
-            searching = epoch - self._released_at
-            fallen = epoch - math.ceil(config.anneal_until * self.epochs)
-            steady = searching if config.target is None else fallen
-            found = {
-                name: opened
-                for name, opened in unanimous(list(self._recent)).items()
-                if name not in self.final and (steady if opened.any() else searching) >= config.commit_after
-            }
-            if config.target is not None:
-                found = within_reach(
-                    found, self.final, self.costs, config.target, self.costs.total, round_to=config.round_to
-                )
-        return Decisions({name: GateDecision(opened.double(), opened) for name, opened in found.items()})
 
     def decide(self, calibration: Iterable[Any], *, forward: Forward | None = None) -> Decisions:
         """Decide all gates on the batches so that the target, if any, is met; final decisions do not change.
@@ -304,20 +259,7 @@ class GateSearch:
         together.
         """
         with random_state_kept(device_of(self.model)):
-            return self._decide(calibration, forward or self._forward)
-
-    def _decide(self, calibration: Iterable[Any], forward: Forward | None) -> Decisions:
-        found, samples = dict(self.decisions), 0
-        if self.live:
-            processes.share_buffers(self.model)  # every process evaluates the same network
-            asked = merge_decisions(decide(self.model, calibration, forward=forward))
-            found, samples = {**asked, **found}, asked.samples
-        decisions = Decisions({name: found[name] for name in self.gates}, samples=samples)
-        if self.config.target is None:
-            return decisions
-        return meet_target(
-            decisions, self.costs, self.config.target, self.costs.total, held=self.final, round_to=self.config.round_to
-        )
+            return self._deciding.decide(self.model, self.decisions, calibration, forward or self._forward)
 
     def finalize(self, decisions: Mapping[str, GateDecision], inputs: Any = None) -> list[str]:
         """Make decisions of some or all gates final now, whatever the epoch; otherwise as :meth:`begin_epoch`.
@@ -360,10 +302,7 @@ class GateSearch:
         return list(new)
 
     def _inputs_of(self, batch: Any, forward: Forward | None) -> Any:
-        """The network's inputs from a calibration batch, or random ones shaped like the example."""
-        if batch is None:
-            return random_like(self._example)
-        return batch[0] if forward is None and isinstance(batch, tuple | list) else batch
+        return random_like(self._example) if batch is None else inputs_of(batch, forward)
 
     def _cut(self) -> None:
         """Remove frozen gates and their closed parts from the network and the optimizer."""
@@ -414,9 +353,9 @@ class GateSearch:
                     f"calibration: expected batches on which to decide {len(self.live)} gates that are not final, got "
                     "none; pass a loader of training images"
                 )
-            batches = _FirstKept(calibration)
+            batches = FirstKept(calibration)
             decisions = self.decide(batches, forward=forward)
-            self._warn_if_overruled(decisions)
+            self._deciding.warn_if_overruled(decisions)
             freeze(frozen, {name: decisions[name] for name, _ in named_gates(frozen)})
             batch = batches.first
         small = compact(frozen)
@@ -467,16 +406,8 @@ class GateSearch:
 
     def _means(self) -> dict[str, Tensor]:
         """Mean decision of every gate over this epoch's steps so far, float64 `[gates]` on the CPU."""
-        means = {name: opened.double() for name, opened in self.final.items()}
-        open_ones = {name: gate for name, gate in self.live.items() if gate.frozen}
-        means |= {name: torch.ones(gate.gates, dtype=torch.float64) for name, gate in open_ones.items()}
-        if len(means) < len(self.gates):
-            if self._epoch_means.empty:
-                raise ValueError("metrics: expected a step whose loss includes search.loss(progress), got none yet")
-            sizes = [gate.gates for gate in self.gates.values()]
-            parts = self._epoch_means.split(sizes)
-            means |= {name: part for name, part in zip(self.gates, parts, strict=True) if name not in means}
-        return {name: means[name] for name in self.gates}
+        held = {name: torch.ones(gate.gates, dtype=torch.bool) for name, gate in self.live.items() if gate.frozen}
+        return self._epoch_means.by_gate(self.gates, {**self.final, **held})
 
     def metrics(self) -> dict[str, Any]:
         """Metrics of this epoch to log: numbers, strings and lists of numbers.
@@ -541,14 +472,7 @@ class GateSearch:
                 "load_state_dict: expected a search that has not begun, got one in epoch "
                 f"{self.epoch}; create network, optimizer and search again"
             )
-        ours = {"epochs": self.epochs, **asdict(self.config)}
-        # states saved before `detach_gates` existed lack it
-        theirs = {"epochs": state["epochs"], "detach_gates": False, **state["config"]}
-        if odd := [name for name in ours if ours[name] != theirs.get(name)]:
-            raise ValueError(
-                f"state: expected the state of a search with the same epochs and config, got another {', '.join(odd)}: "
-                f"{', '.join(f'{name}={theirs.get(name)!r}' for name in odd)}; create the search with these"
-            )
+        self.config.check_saved(state["config"], self.epochs, state["epochs"])
         sizes = {name: gate.gates for name, gate in self.gates.items()}
         if sizes != {name: len(cost) for name, cost in state["costs"].items()}:
             raise ValueError("state: expected the state of a search with the same gates, got that of another network")
@@ -567,17 +491,3 @@ class GateSearch:
             self._cut()
         if self.phase is Phase.OPEN and self.epoch >= 0:
             hold_open(self.model)
-
-
-class _FirstKept:
-    """Iterates once over batches and keeps the first."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = batches
-        self.first: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            if self.first is None:
-                self.first = batch
-            yield batch

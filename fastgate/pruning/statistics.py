@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgate.modes import eval_mode
-from fastgate.values import Forward, call, to_device_of
+from fastgate.values import Forward, call, inputs_of, to_device_of
 
 
 def refresh_statistics(model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> None:
@@ -43,8 +43,7 @@ def refresh_statistics(model: nn.Module, batches: Iterable[Any], *, forward: For
                 norm.train()
                 norm.momentum = None  # the mean over all calls
             for batch in batches:
-                inputs = batch[0] if forward is None and isinstance(batch, tuple | list) else batch
-                call(model, to_device_of(model, inputs), forward)
+                call(model, to_device_of(model, inputs_of(batch, forward)), forward)
                 seen += 1
         whole = True
     finally:

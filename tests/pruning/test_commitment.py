@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastgate as fg
 from fastgate.models import ResidualBlock
-from fastgate.pruning.commitment import commit, unanimous
+from fastgate.pruning.commitment import commit
 from tests.helpers import GATINGS, PlainBlock, draw_masks, gated_resnet, gating_ids, randomize_batch_norm
 
 NETWORKS: dict[str, Callable[[tuple[str, str]], nn.Module]] = {
@@ -207,17 +207,3 @@ def test_what_cannot_be_committed_changes_nothing() -> None:
     with pytest.raises(ValueError, match="cannot cut the channels of GroupNorm"):
         commit(net, optimizer)
     assert net[0].conv1.weight.shape[0] == 4 and len(list(fg.named_gates(net))) == 2
-
-
-@pytest.mark.parametrize(
-    ("epochs", "expected"),
-    [
-        ([{"a": [1.0], "b": [0.0, 1.0]}], {"a": [True], "b": [False, True]}),
-        ([{"a": [1.0], "b": [0.0, 1.0]}, {"a": [0.0], "b": [0.0, 1.0]}], {"b": [False, True]}),
-        ([{"a": [0.0], "b": [0.0, 0.999]}, {"a": [0.0], "b": [0.0, 1.0]}], {"a": [False]}),
-        ([{"a": [0.5]}, {"a": [0.5]}], {}),
-        ([], {}),
-    ],
-)
-def test_unanimous(epochs: list[dict[str, list[float]]], expected: dict[str, list[bool]]) -> None:
-    assert {name: opened.tolist() for name, opened in unanimous(epochs).items()} == expected

@@ -116,8 +116,9 @@ def test_layer_gates_train_to_the_same_bits_with_and_without_the_closed_blocks(d
 def find(trainer: Trainer, epoch: int, votes: dict[str, list[float]]) -> dict[str, list[bool]]:
     """What becomes final at an epoch's start, after three epochs with these votes."""
     search = trainer.search
-    search._recent.extend([votes] * 3)
-    return {name: gate.open.tolist() for name, gate in search._find_unanimous(epoch).items()}
+    return {
+        name: gate.open.tolist() for name, gate in search._deciding.unanimous(epoch, [votes] * 3, search.final).items()
+    }
 
 
 def test_gates_are_open_for_the_target_before_it_stands_still(digits: Dataset, tmp_path: Path) -> None:
