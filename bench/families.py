@@ -215,6 +215,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"| ok | {' | '.join(map(str, counts))} |"])
 
 
+def overview(rows: list[dict[str, Any]]) -> str:
+    """Which networks take which gates, as a Markdown table: the one in docs/networks.md."""
+    taken = {
+        gating: {row["network"] for row in rows if row["gating"] == gating and row["result"] == "ok"}
+        for gating in ("layer", "channel")
+    }
+    groups: dict[tuple[bool, bool, str], list[str]] = {}
+    for network in dict.fromkeys(row["network"] for row in rows):
+        library, name = network.split("/", 1)
+        groups.setdefault((network not in taken["layer"], network not in taken["channel"], library), []).append(name)
+    lines = ["| layer gates | channel gates | networks |", "|---|---|---|"]
+    for (no_layer, no_channel, library), names in sorted(groups.items()):
+        cells = ["no" if no_layer else "yes", "no" if no_channel else "yes", f"**{library}**: {', '.join(names)}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the requested networks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastgate as fg
+from bench import families
 from tests.training.data.pictures import write_splits
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,17 @@ def test_every_public_name_is_in_the_reference() -> None:
     text = (DOCS / "reference.md").read_text()
     named = set(re.findall(r"^::: fastgate(?:\.\w+)*\.(\w+)$", text, re.M))
     assert named == set(fg.__all__)
+
+
+def test_the_families_are_those_of_the_result_file() -> None:
+    rows = families.read(families.RESULTS / "families.jsonl")
+    text = (DOCS / "networks.md").read_text()
+    assert families.overview(rows) in text
+    layer, channel = (
+        sum(row["gating"] == gating and row["result"] == "ok" for row in rows) for gating in ("layer", "channel")
+    )
+    assert f"Of {len({row['network'] for row in rows})} networks" in text
+    assert f"{layer} take layer gates and {channel} channel gates" in text
 
 
 def test_links_and_pictures_are_there() -> None:
