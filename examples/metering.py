@@ -7,7 +7,7 @@ import fastgate as fg
 
 model = torchvision.models.resnet18(weights=None).eval()
 images = torch.rand(8, 3, 64, 64)
-meter = fg.EnergyMeter()  # NVML on NVIDIA boards, RAPL on CPUs
+meter = fg.EnergyMeter("cpu")  # RAPL; without "cpu": the visible NVIDIA GPUs (NVML), or RAPL if there are none
 print(meter)
 
 with meter.window("inference", items=20 * len(images)) as window, torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A timm network from weights to ONNX: `python examples/timm_to_onnx.py 10 WEIGHTS.safetensors`, or from scratch."""
+"""Prune a timm network and export it to ONNX: `python examples/timm_to_onnx.py [EPOCHS [WEIGHTS.safetensors]]`."""
 
 import sys
 

@@ -21,8 +21,8 @@ class Trained:
 
     Attributes:
         network: the compact network, plain, on the device it was trained on.
-        summary: accuracy, MACs, latency, seconds and joules of it and of the controls, as in `summary.json`.
-        folder: of the run.
+        summary: accuracy, MACs, latency, seconds and joules of this network and of the controls, as in `summary.json`.
+        folder: the run folder.
     """
 
     network: nn.Module
@@ -54,16 +54,17 @@ def train(
             Every run, controls included, starts from a copy of it: `retrain` too starts from its weights then.
         train: batches `(images [N, C, H, W], labels [N])` with a length, such as a `DataLoader`; or the name of a data
             set, as for `--dataset`.
-        test: likewise, to measure on; None with the name of a data set, which has its own.
+        test: batches to measure accuracy on, in the same form; None if `train` is the name of a data set, which has
+            its own.
         preset: the recipe that the options change.
-        folder: of the run; default: `runs/train-<time>`.
+        folder: the run folder; default: `runs/train-<time>`.
         resume: continue the run in `folder`, with its network and loaders made as they were before.
         device: "auto", "cpu" or "cuda[:index]".
         data_root, download, logger: as on the command line.
         **options: of the recipe, such as `target=0.5`, `gating="channel"`, `epochs=90`; as on the command line.
 
     Raises:
-        ValueError, TypeError: something that the run could not honour.
+        ValueError, TypeError: invalid or contradictory arguments.
     """
     # what training needs beyond the library is installed with fastgate[train]
     from fastgate.training.data.loaders import Loaders

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 # of training images that show the ranges of activations
 _CALIBRATION_BATCH, _CALIBRATION_BATCHES = 32, 16
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Networks that prune themselves while they train."
+)
 energy = typer.Typer(no_args_is_help=True, help="Energy metering on this machine.")
 app.add_typer(energy, name="energy")
 

@@ -1,6 +1,6 @@
 """Estimators that turn logits into binary decisions, each with its own gradient.
 
-Every estimator takes logits of any shape (batch first) and returns 0./1. of the same shape and dtype, with graph.
+Every estimator takes logits of any shape (batch first) and returns 0./1. of the same shape and dtype, differentiable.
 `straight_through` is the paper's; `gumbel` its comparison in Tables 3 and 4; `bernoulli` and `mean_threshold` are two
 interpretations of Table 4's third row, for ablations only.
 """

@@ -50,8 +50,8 @@ class Gate(nn.Module):
     A NaN logit gives a NaN decision, so that it never closes a gate silently.
 
     Attributes:
-        logits: logits of the last forward, `[N, gates]` (`[N]` for a layer gate), with graph; None when frozen.
-        decisions: decisions of the last forward, same shape, 0./1., with graph.
+        logits: logits of the last forward pass, `[N, gates]` (`[N]` for a layer gate), differentiable; None if frozen.
+        decisions: decisions of the last forward pass, same shape, 0./1., differentiable.
         calls: the calls that the gate losses cover: every call in training since the last loss.
         detach_input: whether no gradient passes through the head into x. False for a new gate; set by
             :class:`fastgate.GateSearch`, and kept after it.
@@ -353,7 +353,7 @@ class LayerGate(Gate):
         temperature: temperature of the Gumbel estimator.
         impl: implementation of the head, `"auto"`, `"triton"` or `"torch"`.
 
-    `forward(x)` returns `[N, 1, 1, 1]` of 0./1. in x.dtype and stores `.logits` and `.decisions`, `[N]`, with graph.
+    `forward(x)` returns `[N, 1, 1, 1]` of 0./1. in x.dtype and stores `.logits` and `.decisions`, `[N]`, in the graph.
     """
 
     def __init__(
@@ -393,7 +393,7 @@ class ChannelGate(Gate):
             weights and ties the gate to that size.
         estimator: see :class:`LayerGate`, also for the remaining options.
 
-    `forward(x)` returns `[N, out_channels, 1, 1]`; `.logits` and `.decisions` are `[N, out_channels]`, with graph.
+    `forward(x)` returns `[N, out_channels, 1, 1]`; `.logits` and `.decisions` are `[N, out_channels]`, in the graph.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Losses on gate decisions: scalars with graph, computed from the decisions in the forwards of a step.
+"""Losses on gate decisions: differentiable scalars, computed from the decisions of a step's forward passes.
 
 Each takes a model, an iterable of gates, or the result of :func:`gate_means` (so that several losses share it). The
 paper's objective is Eq. 10: task + lambda_polar * polarization + lambda_act * activation.
@@ -46,7 +46,7 @@ class GateMeans(dict[str, Tensor]):
 def gate_means(
     gates: GateSource, *, final: Mapping[str, Tensor] | None = None, order: Iterable[str] | None = None
 ) -> GateMeans:
-    """Mean decision of each gate over its calls: name -> `[gates]`, float32 or wider, with graph.
+    """Mean decision of each gate over its calls: name -> `[gates]`, float32 or wider, differentiable.
 
     In training, the mean covers every row of all calls since the last loss (a siamese network calls its gates twice per
     step; one that folds clips into the batch has more rows than samples); otherwise, of the last forward. Under

@@ -20,8 +20,8 @@ def parameter_groups(
     Args:
         model: a network, with gates or without.
         gate_weight_decay: weight decay of the gate heads; all other parameters use the optimizer's.
-        gate_lr: learning rate of the gate heads; None uses the optimizer's. At the low rates of fine-tuning gates do
-            not learn the target; give them what training from scratch would take, such as 0.1 with SGD.
+        gate_lr: learning rate of the gate heads; None uses the optimizer's. At fine-tuning rates gates learn too
+            slowly to reach the target: pass the rate that training from scratch would take, such as 0.1 with SGD.
 
     Returns:
         One or two groups, the network's first; parameters that do not require grad are left out.

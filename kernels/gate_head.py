@@ -21,7 +21,7 @@ _DOT = 16  # tl.dot needs at least this many rows and columns (fp32, Triton 3.6)
 _TILE = 4096  # samples times hidden units of a tile
 # samples times hidden units times channels (or gates) of a tile; twice as many: 5.1 us instead of 3.3 on the T4 model
 _PRODUCTS = 8192
-_WARPS = 8  # of a wide head 4: 8 spill on sm_80 and sm_90 (8 bytes)
+_WARPS = 8
 
 
 class Head(NamedTuple):
@@ -146,7 +146,8 @@ def gate_head_fwd(
         BLOCK_H=block_h,
         # 64 gates spill with a wide head (8 bytes, sm_75) or a loop over tiles (24 bytes)
         BLOCK_O=next_power_of_2(out, _DOT, 64 if n <= block_n and block_h == _DOT else _DOT),
-        num_warps=_WARPS if block_h <= 64 else 4,
+        num_warps=_WARPS,
+        num_stages=3 if block_h <= 64 else 1,  # pipelined, a wide head spills on sm_90 with some versions (8 bytes)
     )
     decisions, logits, features, *rest = results
     return decisions, logits, empty(0) if features is None else features, *rest

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
 # what a page says for real images, as small as a test can be
-SMALLER = (("--image-size 224", "--image-size 32"), ("--output run\n", "--output run --epochs 3 --batch-size 8\n"))
+SMALLER = (
+    ("--image-size 224", "--image-size 32 --weights none"),
+    ("--output run\n", "--output run --epochs 3 --batch-size 8\n"),
+)
 
 
 def blocks(page: str, kind: str) -> list[str]:

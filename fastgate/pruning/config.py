@@ -33,12 +33,13 @@ class SearchConfig:
         anneal_until: fraction of the epochs until which the target decreases linearly from 1 to `target`.
         settle_at: fraction of the epochs at which the remaining gates are decided; None: at the end, by `compact`.
         commit_after: number of epochs after which a gate becomes final if all samples agree; None: never early.
-        polarization, activation: weights of these losses (Eq. 10 of the paper).
-        budget: weight of the squared distance from the target.
-        capacity: weight of the fraction of parameters that gates close.
+        polarization: weight of the polarization loss, which makes samples agree on each gate (Eq. 8 to 10, paper).
+        activation: weight of the activation loss, the mean fraction of open gates (Eq. 10 and 11, paper).
+        budget: weight of the squared distance of the current cost from the target.
+        capacity: weight of the fraction of the gated parameters that is closed.
         round_to: channel counts of the compact network are multiples of this, or the full width; None: any.
-        detach_gates: whether no gradient passes through a gate's head into the features it reads, neither of the gate
-            losses nor of the task loss. With False, as in the paper, these gradients also train the network, and may
+        detach_gates: detach the input of every gate head, so that neither the gate losses nor the task loss sends
+            gradients through it into the network. If false, as in the paper, they also train the network, and may
             spoil it when gates are released (bench/results/search).
         compact_training: whether closed parts of final gates are removed from the network during training.
 

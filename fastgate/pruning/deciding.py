@@ -12,6 +12,8 @@ from fastgate import processes
 from fastgate.pruning.config import SearchConfig
 from fastgate.pruning.costs import Costs
 from fastgate.pruning.decisions import Decisions, GateDecision, decide, merge_decisions
+from fastgate.pruning.importance import layer_importance
+from fastgate.pruning.probe import FirstKept
 from fastgate.pruning.targets import check_target, meet_target, overruled, within_reach
 from fastgate.values import Forward
 
@@ -76,16 +78,21 @@ class Deciding:
         self, model: nn.Module, final: Decisions, calibration: Iterable[Any], forward: Forward | None
     ) -> Decisions:
         """Decide all gates on the batches so that the target, if any, is met; final decisions do not change."""
-        found, samples = dict(final), 0
+        found, samples, batches = dict(final), 0, FirstKept(calibration)
         if len(found) < len(self._costs):
             processes.share_buffers(model)  # every process evaluates the same network
-            asked = merge_decisions(decide(model, calibration, forward=forward))
+            asked = merge_decisions(decide(model, batches, forward=forward))
             found, samples = {**asked, **found}, asked.samples
         config, costs = self._config, self._costs
         decisions = Decisions({name: found[name] for name in costs}, samples=samples)
-        if config.target is None:
+        if config.target is None or not samples:
             return decisions
-        return meet_target(decisions, costs, config.target, costs.total, held=final, round_to=config.round_to)
+        batch, target = batches.first, config.target
+        importance = layer_importance(model, decisions, batch, costs, target, costs.total, held=final, forward=forward)
+        return meet_target(
+            decisions, costs, target, costs.total, held=final, round_to=config.round_to,
+            importance=processes.average(importance),
+        )  # fmt: skip
 
     def warn_if_overruled(self, decisions: Decisions) -> None:
         """Gates that learned the target need little closing for it; where they did not, the choice is arbitrary."""

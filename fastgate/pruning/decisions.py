@@ -4,10 +4,9 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -231,29 +230,26 @@ def decide(
         raise ValueError(f"threshold: expected none with a target, which decides instead, got {threshold}")
     batches = iter(loader)
     first = list(islice(batches, 1))
-    meet = None
-    if target is not None and first:
-        if costs is None:
-            costs = gate_costs(model, inputs_of(first[0], forward), cost, forward=forward)
-        meet = _meeting(target, costs, total, round_to)
-    decisions = _ask(model, gates, chain(first, batches), threshold, forward)
-    return decisions if meet is None else meet(decisions, held={name for name, gate in gates.items() if gate.frozen})
+    if target is None or not first:
+        return _ask(model, gates, chain(first, batches), threshold, forward)
+    # circular: they use this module's decisions
+    from fastgate.pruning.importance import layer_importance
+    from fastgate.pruning.targets import check_costs, check_target, meet_target
 
-
-def _meeting(
-    target: float, costs: Mapping[str, Tensor], total: int | None, round_to: int | None
-) -> Callable[..., Decisions]:
-    """Return a function that makes decisions meet the target; check first that the target can be reached."""
-    from fastgate.pruning.targets import check_target, meet_target  # circular: they use this module's decisions
-
+    if costs is None:
+        costs = gate_costs(model, inputs_of(first[0], forward), cost, forward=forward)
     total = getattr(costs, "total", None) if total is None else total
     if total is None:
         raise ValueError(
             "total: expected the cost of the whole network, to which the target is relative, got costs without a "
             "total; pass the result of fastgate.gate_costs(model, inputs), or total=fastgate.macs(model, inputs)"
         )
+    check_costs(costs, {name: gate.gates for name, gate in gates.items()})
     check_target(costs, target, total, round_to)
-    return partial(meet_target, costs=costs, target=target, total=total, round_to=round_to)
+    decisions = _ask(model, gates, chain(first, batches), threshold, forward)
+    held = {name for name, gate in gates.items() if gate.frozen}
+    importance = layer_importance(model, decisions, first[0], costs, target, total, held=held, forward=forward)
+    return meet_target(decisions, costs, target, total, held=held, round_to=round_to, importance=importance)
 
 
 def _ask(

@@ -65,7 +65,7 @@ class GateSearch:
         gates: all gates of the run, by name, in forward order.
         final: final decisions, bool `[gates]`, by name.
         epoch: the epoch begun last; -1 before the first.
-        costs: the cost that the target refers to: per gate (channel), int64 `[gates]` by name, and in `total`.
+        costs: the cost that the target refers to: int64 `[gates]` by gate name; `costs.total` is the whole network's.
         macs: MACs of one example with every gate open; `gate_macs`: those of each gate (channel).
         macs_training: MACs of one example in the current network, including the closed branches of live gates.
         difference: largest absolute difference in outputs that pruning has caused so far.
@@ -366,7 +366,7 @@ class GateSearch:
     # ---- the losses --------------------------------------------------------------------------------------------------
 
     def loss(self, progress: float = 0.0) -> Tensor:
-        """Return the gate loss of a step, a scalar with graph; add it to the task loss after the forward.
+        """Return the gate loss of a step, a differentiable scalar; add it to the task loss after the forward pass.
 
         Zero if no gate is live. Under :func:`torch.no_grad`, mean decisions are not recorded.
 

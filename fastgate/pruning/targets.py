@@ -16,6 +16,8 @@ from fastgate.pruning.decisions import Decisions, GateDecision
 # layer gates: a decision from which less than this fraction of samples dissents is not overruled if the target can be
 # met otherwise
 _DISSENT = 0.01
+# the mean of the gate that matters most, where importance takes the place of votes, is below 1 - _DISSENT
+_UNSURE = 0.48
 # channel gates: tolerance relative to the target; coarser if channels come in groups (`round_to`)
 _TOLERANCE, _ROUNDED_TOLERANCE = 0.005, 0.01
 # channel gates: number of entries of equal cost on either side of the cutoff in the ranking that may be decided against
@@ -51,6 +53,15 @@ def lowest_share(costs: Mapping[str, Tensor], total: int, round_to: int | None =
     return (total - sum(int(cost.sum()) for cost in costs.values()) + sum(kept)) / total
 
 
+def check_costs(costs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+    """Raise `ValueError` if the costs are not those of gates with these sizes."""
+    if sizes != {name: len(cost) for name, cost in costs.items()}:
+        raise ValueError(
+            f"costs: expected the costs of the {len(sizes)} gates decided on, got {len(costs)} with other names or "
+            "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
+        )
+
+
 def check_target(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None = None) -> None:
     """Raise `ValueError` with the reachable range if no choice reaches the target."""
     lowest = lowest_share(costs, total, round_to)
@@ -70,6 +81,7 @@ def meet_target(
     *,
     held: Container[str] = (),
     round_to: int | None = None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Decisions:
     """Change decisions so that the compact network meets a target, overruling the samples as little as possible.
 
@@ -82,7 +94,9 @@ def meet_target(
     * Layer gates: the tolerance is half the cost of the most expensive block. Decisions on which 99 % of the samples
       agree are overruled only if no other choice is within it. (Taking the sum closest to the target closed two blocks
       that every image held open, 71 % instead of 77 % validation accuracy after 7 of 8 epochs, and a downsampling block
-      that 88 % held open, 75.8 % instead of 80.4 % test accuracy: bench/results/search.)
+      that 88 % held open, 75.8 % instead of 80.4 % test accuracy: bench/results/search.) With the `importance` of
+      gates, these are their votes instead: of the gates that samples hold open, those on which the outputs depend least
+      are closed, however many samples agree.
     * Channel gates: the tolerance is 0.5 % of the target. Each gate keeps its channel with the highest mean, since
       removing all channels would save more than the costs say. Up to 32 channels of equal cost on either side of the
       cutoff in the ranking (or as many as cost as much as a layer) may be decided against the ranking to meet the
@@ -106,17 +120,17 @@ def meet_target(
         total: cost of the network with everything open, from :func:`fastgate.macs` or `costs.total`.
         held: names of gates with final decisions; these do not change, even with `round_to`.
         round_to: open channel counts are multiples of this; None: any number.
+        importance: of the open layer gates, see :func:`fastgate.pruning.importance.layer_importance`; ignored if empty
+            or not finite.
 
     Raises:
         ValueError: costs of other gates, a target that no choice reaches (the message names the reachable range), or a
             `round_to` below 1.
     """
-    if {name: len(g.open) for name, g in decisions.items()} != {name: len(cost) for name, cost in costs.items()}:
-        raise ValueError(
-            f"costs: expected the costs of the {len(decisions)} gates decided on, got {len(costs)} with other names or "
-            "sizes; compute them for this model with fastgate.gate_costs(model, inputs)"
-        )
+    check_costs(costs, {name: len(g.open) for name, g in decisions.items()})
     check_target(costs, target, total, round_to)
+    if not _within(costs):
+        return _choose_free(decisions, costs, target, total, held, round_to, importance)
     return _meet_target(decisions, costs, target, total, held, round_to, _FLIPS)
 
 
@@ -142,7 +156,7 @@ def _meet_target(
         opened = under_layers({name: gate.open for name, gate in met.items()}, within)
         cost = total - sum(int(each[~opened[name]].sum()) for name, each in costs.items())
         against = sum(abs(float(decisions[name].mean) - float(flag)) for name, flag in layers.items())
-        return (max(abs(cost - target * total) - _near_enough(costs, target, total, round_to), 0.0), against), met
+        return (max(abs(cost - target * total) - tolerance(costs, target, total, round_to), 0.0), against), met
 
     layers = _choose_outer(decisions, costs, within, target * total - total, held, _step(round_to))
     badness, best = meet(layers)
@@ -165,6 +179,7 @@ def _choose_free(
     total: int,
     held: Container[str],
     round_to: int | None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Decisions:
     """See :func:`meet_target`; layers around channels are in `held`."""
     arrays = {name: costs[name].numpy().astype(np.int64) for name in decisions}
@@ -173,9 +188,9 @@ def _choose_free(
     spent = sum(int(arrays[name][g.open.numpy()].sum()) for name, g in decisions.items() if name not in free)
     spent += sum(int(arrays[name][of == _ALWAYS_OPEN].sum()) for name, of in zip(free, entry_of, strict=True))
     wanted = target * total - (total - sum(int(cost.sum()) for cost in arrays.values())) - spent
-    near_enough = _near_enough(costs, target, total, round_to)
+    near_enough = tolerance(costs, target, total, round_to)
     if all(len(cost) == 1 for cost in costs.values()):
-        opened = _choose_layers(entries, wanted, near_enough)
+        opened = _choose_layers(_by_importance(entries, free, importance), wanted, near_enough)
     else:
         opened = _choose(entries, wanted, near_enough, _WINDOW)
     flags = np.append(opened, True)  # _ALWAYS_OPEN, -1, indexes the last one
@@ -298,7 +313,7 @@ def _step(round_to: int | None) -> int:
     return round_to
 
 
-def _near_enough(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None) -> float:
+def tolerance(costs: Mapping[str, Tensor], target: float, total: int, round_to: int | None) -> float:
     """Tolerance: the cost by which the target may be missed."""
     if all(len(cost) == 1 for cost in costs.values()):
         return max((int(cost) for cost in costs.values()), default=0) / 2
@@ -316,7 +331,7 @@ def _miss(
     met = _meet_target(Decisions(undecided), costs, target, total, held, round_to, 0)
     opened = under_layers({name: gate.open for name, gate in met.items()}, _within(costs))
     closed = sum(int(cost[~opened[name]].sum()) for name, cost in costs.items())
-    return max(abs(total - closed - target * total) - _near_enough(costs, target, total, round_to), 0.0)
+    return max(abs(total - closed - target * total) - tolerance(costs, target, total, round_to), 0.0)
 
 
 class _Entries(NamedTuple):
@@ -364,6 +379,20 @@ def _entries(gates: Iterable[tuple[np.ndarray, np.ndarray]], step: int) -> tuple
         entry_of.append(np.where(free, group + count, _ALWAYS_OPEN))
         count += len(costs)
     return _Entries(*map(np.concatenate, zip(*parts, strict=True))), entry_of
+
+
+def _by_importance(layers: _Entries, names: Iterable[str], importance: Mapping[str, Tensor] | None) -> _Entries:
+    """Layers whose votes are their importance, in units of cost: what is open costs as much as all of it matters."""
+    if not importance:
+        return layers
+    opened = layers.mean > 0.5
+    values = np.array([float(importance[name]) if keep else 0.0 for name, keep in zip(names, opened, strict=True)])
+    if not np.isfinite(values).all() or not values.sum() > 0:
+        return layers
+    shares = values / values.sum()
+    # any mean between those of closed gates and one: its order is that of the importance, and nothing is unanimous
+    mean = np.where(opened, 0.5 + _UNSURE * shares, layers.mean)
+    return layers._replace(mean=mean, votes=np.where(opened, layers.cost[opened].sum() * shares, layers.votes))
 
 
 def _choose_layers(layers: _Entries, wanted: float, near_enough: float) -> np.ndarray:

@@ -288,7 +288,7 @@ def print_choices(tuned: Sequence[Tuned], console: Console | None = None) -> Non
                 _write(off, lambda value: f"{value:.1e}"),
             )
         )
-    headings = ("call", "launched", "torch us", "triton us", "takes", "difference")
+    headings = ("call", "launched", "torch us", "triton us", "chosen", "difference")
     title = "microseconds per call, in a CUDA graph and launched one by one; largest difference from float64"
     print_table(title, headings, rows, console, keys=2, ends=range(len(rows) - 1))
     print_lines(

@@ -53,7 +53,7 @@ class DataOptions:
     )
     image_size: int | None = _option(
         None,
-        "side of the images in pixels; CIFAR is averaged down to it; none: unchanged, for folders that of the weights",
+        "side of the images in pixels; CIFAR is averaged down to it; none: CIFAR unchanged, else that of the weights",
     )
     workers: int | None = _option(None, "processes that read the images of a folder; none: one per CPU, up to 8")
 
@@ -292,10 +292,11 @@ def _list_options() -> Iterator[Option]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """The descriptions of attributes in a class's docstring, by name."""
+    """The descriptions of attributes in a class's docstring, by name; None as the command line writes it."""
     text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    ([\w, ]+): (.*(?:\n        .*)*)", text, re.MULTILINE)
-    return {name: " ".join(about.split()).rstrip(".") for names, about in entries for name in names.split(", ")}
+    written = {names: re.sub(r"\bNone\b", "none", " ".join(about.split()).rstrip(".")) for names, about in entries}
+    return {name: about for names, about in written.items() for name in names.split(", ")}
 
 
 OPTIONS: dict[str, Option] = {option.name: option for option in _list_options()}

@@ -153,7 +153,7 @@ def test_choices_are_a_row_per_kind_of_call() -> None:
     text = printed(print_choices, [Tuned(KIND, choice)])
     lines = [re.split(r" {2,}", line.strip()) for line in text.splitlines()[1:]]
     assert max(map(len, text.splitlines()[1:])) <= 80
-    assert lines[0] == ["call", "launched", "torch us", "triton us", "takes", "difference"]
+    assert lines[0] == ["call", "launched", "torch us", "triton us", "chosen", "difference"]
     assert lines[2] == ["gated_residual", "in a graph", "45.1", "23.1", "triton", "3.1e-03"]
     assert lines[3] == ["256x16x32x32 bfloat16,", "eager", "160.0", "600.0", "torch"]
     assert lines[4] == ["NHWC, layer gate, backward"]
