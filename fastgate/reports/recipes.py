@@ -1,11 +1,13 @@
 """What reports read from a recipe: the one place that knows how recipes of all versions are written down."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from fastgate.pruning.config import WEIGHTS
-from fastgate.training.recipe import OLD_NAMES
+from fastgate.pruning.config import WEIGHTS, SearchConfig
+from fastgate.training.recipe import ADDED_LATER, OLD_NAMES
+
+_SEARCH = {field.name for field in fields(SearchConfig)}
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,12 @@ def read_recipe(recipe: Mapping[str, Any]) -> RecipeFacts:
 
 
 def without_seed(facts: RecipeFacts) -> dict[str, Any]:
-    """The fields in which runs of the same recipe agree."""
-    return {name: value for name, value in facts.fields.items() if name != "seed"}
+    """The fields in which runs of the same recipe agree: those that an early version lacks with the values it used.
+
+    Without gates, nothing depends on the options of the search.
+    """
+    unused = {"seed", *(_SEARCH if facts.gating == "none" else ())}
+    return {name: value for name, value in {**ADDED_LATER, **facts.fields}.items() if name not in unused}
 
 
 def _flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:

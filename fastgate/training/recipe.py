@@ -369,7 +369,7 @@ _BEFORE: dict[str, Any] = {
 # options added with the second version, whose defaults match earlier runs
 _ADDED = ("image_size", "workers", "weights", "optimizer", "label_smoothing", "compile")
 # and after its first runs, with the values that these used
-_ADDED_LATER: dict[str, Any] = {"train_images": None, "gate_lr_factor": 1.0, "detach_gates": False}
+ADDED_LATER: dict[str, Any] = {"train_images": None, "gate_lr_factor": 1.0, "detach_gates": False}
 
 
 def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
@@ -387,11 +387,11 @@ def recipe_from_dict(data: Mapping[str, Any]) -> Recipe:
             **_BEFORE,
             "round_to": None,
             **{name: OPTIONS[name].default for name in _ADDED},
-            **_ADDED_LATER,
+            **ADDED_LATER,
             **flat,
         }
     else:
-        flat = dict(_ADDED_LATER)
+        flat = dict(ADDED_LATER)
         for name, value in data.items():
             flat |= value if isinstance(value, Mapping) else {name: value}
         del flat["version"]
