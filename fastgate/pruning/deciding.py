@@ -95,7 +95,7 @@ class Deciding:
         )  # fmt: skip
 
     def warn_if_overruled(self, decisions: Decisions) -> None:
-        """Gates that learned the target need little closing for it; where they did not, the choice is arbitrary."""
+        """Warn where much had to be closed: gates that have learned the target leave little to close."""
         closed = 0.0 if self._config.target is None else overruled(decisions, self._costs)
         if closed > _OVERRULED:
             warnings.warn(
