@@ -96,7 +96,7 @@ def meet_target(
       that every image held open, 71 % instead of 77 % validation accuracy after 7 of 8 epochs, and a downsampling block
       that 88 % held open, 75.8 % instead of 80.4 % test accuracy: bench/results/search.) With the `importance` of
       gates, these are their votes instead: of the gates that samples hold open, those on which the outputs depend least
-      are closed, however many samples agree.
+      are closed, however many samples agree; the tolerance is then half the cost of an average block.
     * Channel gates: the tolerance is 0.5 % of the target. Each gate keeps its channel with the highest mean, since
       removing all channels would save more than the costs say. Up to 32 channels of equal cost on either side of the
       cutoff in the ranking (or as many as cost as much as a layer) may be decided against the ranking to meet the
@@ -190,7 +190,10 @@ def _choose_free(
     wanted = target * total - (total - sum(int(cost.sum()) for cost in arrays.values())) - spent
     near_enough = tolerance(costs, target, total, round_to)
     if all(len(cost) == 1 for cost in costs.values()):
-        opened = _choose_layers(_by_importance(entries, free, importance), wanted, near_enough)
+        layers = _by_importance(entries, free, importance)
+        if layers is not entries:  # one outsized block must not widen the tolerance: half of an average one
+            near_enough = sum(int(cost) for cost in costs.values()) / len(costs) / 2
+        opened = _choose_layers(layers, wanted, near_enough)
     else:
         opened = _choose(entries, wanted, near_enough, _WINDOW)
     flags = np.append(opened, True)  # _ALWAYS_OPEN, -1, indexes the last one
